@@ -1,0 +1,37 @@
+"""Installs lmtpd: one module, one command, its manual pages and its units."""
+
+import glob
+import re
+
+from setuptools import setup
+
+with open("lmtpd.py", encoding="utf-8") as module:
+    VERSION = re.search(r'^__version__ = "([^"]+)"$', module.read(), re.MULTILINE).group(1)
+
+with open("README.md", encoding="utf-8") as readme:
+    README = readme.read()
+
+setup(
+    name="lmtpd",
+    version=VERSION,
+    description="An LMTP delivery agent: a drop-in for Cyrus lmtpd(8) that delivers to Maildir++",
+    long_description=README,
+    long_description_content_type="text/markdown",
+    license="MIT",
+    py_modules=["lmtpd"],
+    python_requires=">=3.9",
+    install_requires=["docopt", 'systemd-python; sys_platform == "linux"'],
+    entry_points={"console_scripts": ["lmtpd = lmtpd:main"]},
+    data_files=[
+        ("share/man/man8", glob.glob("man/*.8")),
+        ("share/man/man5", glob.glob("man/*.5")),
+        ("share/lmtpd/units", glob.glob("units/*")),
+    ],
+    classifiers=[
+        "Environment :: No Input/Output (Daemon)",
+        "License :: OSI Approved :: MIT License",
+        "Operating System :: POSIX",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(9, 14)),
+        "Topic :: Communications :: Email :: Mail Transport Agents",
+    ],
+)

@@ -1,0 +1,164 @@
+"""What the tests are made of: a scratch site for lmtpd, and a small LMTP client."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Optional, Union
+
+LMTPD = str(Path(sys.executable).parent / "lmtpd")
+AS_ROOT = os.geteuid() == 0
+# The account that owns the store when the tests run as root; every Debian has it.
+STORE_USER = "mail"
+PATIENCE = 30.0
+
+
+class Client:
+    """An LMTP client that sends exactly the octets it is told to."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.sock.settimeout(PATIENCE)
+        self._buffer = b""
+
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def line(self) -> bytes:
+        """The next line of the server without its CR LF; b"" at end of file."""
+        while b"\r\n" not in self._buffer:
+            more = self.sock.recv(65536)
+            if not more:
+                rest, self._buffer = self._buffer, b""
+                return rest
+            self._buffer += more
+        line, self._buffer = self._buffer.split(b"\r\n", 1)
+        return line
+
+    def reply(self) -> list[str]:
+        """The lines of the next reply, [] at end of file."""
+        lines: list[str] = []
+        while True:
+            line = self.line().decode("ascii")
+            if line:
+                lines.append(line)
+            if line[3:4] != "-":
+                return lines
+
+    def command(self, line: Union[str, bytes]) -> str:
+        """Sends one command line; the last line of its reply."""
+        self.send((line.encode() if isinstance(line, str) else line) + b"\r\n")
+        reply = self.reply()
+        return reply[-1] if reply else ""
+
+    def hello(self) -> list[str]:
+        """Reads the greeting, says LHLO; the lines of its reply."""
+        self.reply()
+        self.send(b"LHLO client.example\r\n")
+        return self.reply()
+
+    def deliver(self, message: bytes, *recipients: str, sender: str = "sender@example.com") -> list[str]:
+        """One transaction with DATA; the replies to the final dot (or the first refusal)."""
+        assert self.command(f"MAIL FROM:<{sender}>").startswith("250")
+        accepted = [r for r in recipients if self.command(f"RCPT TO:<{r}>").startswith("250")]
+        if not (reply := self.command("DATA")).startswith("354"):
+            return [reply]
+        self.send(message.replace(b"\r\n.", b"\r\n..") + b"\r\n.\r\n")
+        return [self.reply()[-1] for _ in accepted]
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+class Site:
+    """A scratch folder with an imapd.conf, a mail spool and users, and lmtpd run on it."""
+
+    def __init__(self, **options: str) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="lmtpd-test-"))
+        self.root.chmod(0o755)
+        self.conf = self.root / "imapd.conf"
+        self.spool = self.root / "spool"
+        self.configdirectory = self.root / "lib"
+        self.log = self.root / "log"
+        self.log.touch()
+        self._children: list[subprocess.Popen[bytes]] = []
+        for folder in (self.spool, self.configdirectory):
+            folder.mkdir()
+            self.give(folder)
+        self.options: dict[str, str] = {
+            "configdirectory": str(self.configdirectory),
+            "partition-default": str(self.spool),
+            "servername": "mx.example.com",
+        }
+        if AS_ROOT:
+            self.options["cyrus_user"] = STORE_USER
+        self.configure(**options)
+
+    def give(self, path: Path) -> None:
+        """Makes path belong to the account that lmtpd runs as."""
+        if AS_ROOT:
+            account = pwd.getpwnam(STORE_USER)
+            os.chown(path, account.pw_uid, account.pw_gid)
+
+    def configure(self, **options: Optional[str]) -> None:
+        """Writes imapd.conf with these options changed (None: left out)."""
+        for name, value in options.items():
+            if value is None:
+                self.options.pop(name, None)
+            else:
+                self.options[name] = value
+        self.conf.write_text("".join(f"{name}: {value}\n" for name, value in self.options.items()))
+
+    def add_user(self, *names: str) -> Path:
+        """Makes an empty Maildir for each; the last one's path."""
+        for name in names:
+            maildir = self.spool / name
+            for folder in (maildir, maildir / "tmp", maildir / "new", maildir / "cur"):
+                folder.mkdir()
+                self.give(folder)
+        return maildir
+
+    def command(self, *arguments: str) -> list[str]:
+        return [LMTPD, "-C", str(self.conf), *arguments]
+
+    def pipe(self, session: bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+        """Runs a whole session through pipes, as a shell would."""
+        return subprocess.run(
+            self.command(*arguments), input=session, capture_output=True, timeout=PATIENCE, check=False
+        )
+
+    def connect(self, *arguments: str, **popen: Any) -> Client:
+        """Starts lmtpd with a socket as its standard input and output, as inetd would."""
+        ours, theirs = socket.socketpair()
+        with theirs, self.log.open("ab") as log:
+            child = subprocess.Popen(
+                self.command(*arguments), stdin=theirs, stdout=theirs, stderr=popen.pop("stderr", log), **popen
+            )
+        self._children.append(child)
+        client = Client(ours)
+        return client
+
+    @property
+    def child(self) -> subprocess.Popen[bytes]:
+        """The process that the last connect() started."""
+        return self._children[-1]
+
+    def files(self, user: str, folder: str = "", kind: str = "new") -> list[Path]:
+        """The message files in that folder, oldest first."""
+        return sorted((self.spool / user / folder / kind).iterdir(), key=lambda path: path.stat().st_mtime_ns)
+
+    def messages(self, user: str, folder: str = "") -> list[bytes]:
+        return [path.read_bytes() for path in self.files(user, folder)]
+
+    def close(self) -> None:
+        for child in self._children:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+        shutil.rmtree(self.root)
