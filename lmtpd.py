@@ -25,6 +25,7 @@ import errno
 import itertools
 import os
 import select
+import signal
 import socket
 import stat
 import sys
@@ -35,7 +36,7 @@ from docopt import DocoptExit, docopt
 TYPE_CHECKING = False  # A type checker takes any constant of this name for True.
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from typing import TypeVar
+    from typing import Any, TypeVar
 
     T = TypeVar("T")
 
@@ -162,6 +163,26 @@ def expand(template: str, values: dict[str, str]) -> str:
     return "".join(parts).replace("\0", "%")
 
 
+def as_debug_command(value: str) -> str:
+    """A shell command in which %s, %d and %s stand for the program, the process id and the service, and %% for a %."""
+    if debug_command(value, "", 0, "") is None:
+        raise ValueError("may contain %s, %d and %s, in this order, and %%, but no other conversion")
+    return value
+
+
+def debug_command(template: str, program: str, pid: int, service: str) -> str | None:
+    """The template of debug_command filled in; None if it has other conversions than it may."""
+    literal, *places = template.replace("%%", "\0").split("%")
+    arguments = [("s", program), ("d", str(pid)), ("s", service)]
+    if len(places) > len(arguments):
+        return None
+    for place, (conversion, argument) in zip(places, arguments):
+        if not place.startswith(conversion):
+            return None
+        literal += argument + place[1:]
+    return literal.replace("\0", "%")
+
+
 class Option:
     """One row of the table: the type, the default as text (None: must be set), the meaning."""
 
@@ -182,12 +203,15 @@ class Config:
     configdirectory = option(as_path, None, "the folder for what lmtpd itself keeps")
     cyrus_user = option(as_text, "", "the account to run as when started by root")
     debug = option(as_switch, "no", "log what helps to find a fault")
+    debug_command = option(as_debug_command, "", "the command that -D runs, given the program, process id and service")
     defaultdomain = option(as_text, "", "the domain whose users are known without a domain")
     defaultpartition = option(as_text, "", "the partition of the Maildirs; needed only when there are several")
     lmtp_command_timeout = option(as_duration, "360s", "how long a client may take to send a line or read a reply")
     lmtp_downcase_rcpt = option(as_switch, "yes", "lower the user part of recipients")
     lmtp_max_bad_commands = option(as_number, "50", "malformed commands that a client may send; 0: no limit")
     lmtp_max_recipients = option(as_number, "1000", "recipients that a transaction may have")
+    lmtp_maxchild = option(as_number, "50", "connections that a listening lmtpd serves at once, at least 1")
+    lmtp_prefork = option(as_number, "0", "idle workers that a listening lmtpd keeps ready")
     lmtp_strict_rfc2821 = option(as_switch, "yes", "refuse 8-bit addresses where SMTPUTF8 was not asked for")
     maildir_path = option(as_template("pund"), "%p/%u", "where a user's Maildir is")
     maxmessagesize = option(as_octets, "0", "the largest message taken; 0: no limit")
@@ -206,6 +230,7 @@ class Config:
     umask = option(as_octal, "077", "the file creation mask")
     virtdomains = option(as_choice("off", "userid", "on"), "off", "whether the domain belongs to the userid")
 
+    files: tuple[str, ...]  # the configuration file, and those it includes
     partition: str  # the path of the default partition
     unknown: list[str]  # settings that are not of lmtpd, each "file:line: name"
 
@@ -220,8 +245,9 @@ class Config:
 
         Raises ConfigError. Source: imapd.conf(5).
         """
-        settings = read_settings(file)
+        settings, files = read_settings(file)
         config = cls()
+        config.files = tuple(files)
         for name, row in cls.table().items():
             override = settings.pop(f"{service.lower()}_{name}", None)
             setting = settings.pop(name, None)
@@ -257,15 +283,15 @@ def default_partition(config: Config, settings: dict[str, tuple[str, str]], file
         raise ConfigError(f"{where}: {name}: {value!r} {error}") from None
 
 
-def read_settings(file: str) -> dict[str, tuple[str, str]]:
-    """What file and the files it includes set: name to (value, "file:line"). Raises ConfigError."""
+def read_settings(file: str) -> tuple[dict[str, tuple[str, str]], list[str]]:
+    """What file and the files it includes set: name to (value, "file:line"); and these files. Raises ConfigError."""
     settings: dict[str, tuple[str, str]] = {}
-    seen: set[str] = set()
+    seen: list[str] = []
 
     def read(name: str, wanted_by: str) -> None:
         if os.path.realpath(name) in seen:
             raise ConfigError(f"{wanted_by}: {name} is included twice")
-        seen.add(os.path.realpath(name))
+        seen.append(os.path.realpath(name))
         for where, key, value in read_lines(name):
             if key == "@include":
                 read(os.path.join(os.path.dirname(name), value), where)
@@ -275,7 +301,7 @@ def read_settings(file: str) -> dict[str, tuple[str, str]]:
                 settings[key] = value, where
 
     read(file, file)
-    return settings
+    return settings, seen
 
 
 def read_lines(file: str) -> Iterator[tuple[str, str, str]]:
@@ -486,6 +512,7 @@ class LmtpError(Exception):
 
 
 TIMED_OUT = Reply(421, "4.4.2", "Nothing heard for too long, closing the connection")
+SHUTTING_DOWN = Reply(421, "4.3.2", "Shutting down, try again later")
 INTERNAL_ERROR = Reply(421, "4.3.0", "Internal error, try again later")
 LINE_TOO_LONG = Reply(500, "5.5.2", "Line too long")
 STORAGE_FULL = Reply(452, "4.3.1", "Mail storage is full, try again later")
@@ -510,6 +537,9 @@ READ_SIZE = 65536
 WRITE_SIZE = 4096  # what a descriptor that polls writable takes without blocking, pipe(7)
 OUTPUT_LIMIT = 65536
 LINE_LIMIT = 8192  # octets of a command line with its end
+PROXY_V1_LIMIT = 105  # octets of the longest header without its end
+PROXY_V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+PROXY_V2_LOCAL, PROXY_V2_PROXY = 0x20, 0x21
 
 
 class Disconnected(Exception):
@@ -520,23 +550,29 @@ class Connection:
     """Buffered octets on two descriptors: a socket, a pipe, a file or a terminal.
 
     timeout: seconds that a line may take to arrive, and any octets to arrive or to leave.
+    wakeup: a descriptor that, when readable, interrupts a wait: on_wakeup is called, which
+    empties it and may raise to end the wait for good.
     eol: what ends a line. Always CR LF on a socket; elsewhere the first line decides
     between that and LF, for the person at a shell.
     """
 
-    def __init__(self, source: int, sink: int, timeout: float) -> None:
+    def __init__(self, source: int, sink: int, timeout: float, wakeup: int) -> None:
         self.eol = CRLF
         self.timeout = timeout
+        self.on_wakeup: Callable[[], None] = lambda: None
         self._source, self._sink = source, sink
         self._readable, self._writable = select.poll(), select.poll()
         self._readable.register(source, select.POLLIN)
         self._writable.register(sink, select.POLLOUT)
+        self._readable.register(wakeup, select.POLLIN)
+        self._writable.register(wakeup, select.POLLIN)
+        self._wakeup = wakeup
         self._eol_decided = stat.S_ISSOCK(os.fstat(source).st_mode)
         self._input, self._output = bytearray(), bytearray()
 
     def peek(self) -> None:
         """Decides on the end of lines at once if the client has spoken first, as a file or a pipe may have."""
-        if not self._eol_decided and self._readable.poll(0):
+        if not self._eol_decided and self._wait(self._readable, 0):
             self._input += self._read(self.timeout)
             self._find_eol(0)
 
@@ -566,6 +602,15 @@ class Connection:
         self._input.clear()
         return data
 
+    def read_octets(self, size: int) -> bytes:
+        """Exactly so many octets. Raises LmtpError when they do not come in time, and Disconnected."""
+        deadline = time.monotonic() + self.timeout
+        while len(self._input) < size:
+            self._fill(deadline)
+        data = bytes(self._input[:size])
+        del self._input[:size]
+        return data
+
     def unread(self, data: bytes) -> None:
         """Puts octets back that belong to what comes next."""
         self._input[:0] = data
@@ -579,7 +624,7 @@ class Connection:
     def flush(self) -> None:
         """Writes what is waiting to be written. Raises Disconnected."""
         while self._output:
-            if not self._writable.poll(self.timeout * 1000):
+            if not self._wait(self._writable, self.timeout):
                 raise Disconnected("the client does not read our replies")
             try:
                 written = os.write(self._sink, self._output[:WRITE_SIZE])
@@ -611,7 +656,7 @@ class Connection:
         self._input += self._read(deadline - time.monotonic())
 
     def _read(self, timeout: float) -> bytes:
-        if not self._readable.poll(max(timeout, 0) * 1000):
+        if not self._wait(self._readable, timeout):
             raise LmtpError(TIMED_OUT)
         try:
             data = os.read(self._source, READ_SIZE)
@@ -622,6 +667,16 @@ class Connection:
         if not data:
             raise Disconnected("end of file")
         return data
+
+    def _wait(self, poll: select.poll, timeout: float) -> bool:
+        """Whether the descriptor is ready within so many seconds."""
+        deadline = time.monotonic() + timeout
+        while ready := {fd for fd, _ in poll.poll(max(deadline - time.monotonic(), 0) * 1000)}:
+            if self._wakeup in ready:
+                self.on_wakeup()
+            if ready - {self._wakeup}:
+                return True
+        return False
 
 
 class Peer:
@@ -637,18 +692,61 @@ class Peer:
             return cls("standard input")
         with socket.socket(fileno=os.dup(fd)) as sock:
             if sock.family == socket.AF_UNIX:
-                import struct
-
-                layout = struct.Struct("3i")
-                credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size)
-                _pid, uid, _gid = layout.unpack(credentials)
-                return cls(f"unix socket, uid {uid}")
+                credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)  # ints: pid, uid, gid
+                return cls(f"unix socket, uid {int.from_bytes(credentials[4:8], sys.byteorder)}")
             try:
-                address = str(sock.getpeername()[0])
+                return cls.at(str(sock.getpeername()[0]))
             except OSError:
                 return cls("unknown", internet=True)
+
+    @classmethod
+    def at(cls, address: str) -> Peer:
+        """The peer at an internet address."""
         address = address.removeprefix("::ffff:")
         return cls(f"[IPv6:{address}]" if ":" in address else f"[{address}]", internet=True)
+
+
+def read_proxy_header(connection: Connection, proxy: Peer) -> Peer:
+    """Whom the proxy speaks for: the source address in the PROXY header, versions 1 and 2, that comes first.
+
+    That is the proxy itself when the header says so (a health check). Source: the PROXY protocol specification.
+    Raises LmtpError when no header comes in time, and Disconnected, also when it is no such header.
+    """
+    start = connection.read_octets(len(PROXY_V2_SIGNATURE))
+    if start == PROXY_V2_SIGNATURE:
+        version, family, high, low = connection.read_octets(4)
+        address = connection.read_octets(high << 8 | low)
+        return proxied_peer_v2(version, family, address, proxy)
+    connection.unread(start)
+    if not start.startswith(b"PROXY "):
+        raise Disconnected("no PROXY header")
+    return proxied_peer_v1(connection.read_line(), proxy)
+
+
+def proxied_peer_v1(line: bytes, proxy: Peer) -> Peer:
+    """The peer that "PROXY TCP4 source destination port port" names. Raises Disconnected."""
+    words = line.split(b" ")
+    if words[1] == b"UNKNOWN":
+        return proxy
+    family = {b"TCP4": socket.AF_INET, b"TCP6": socket.AF_INET6}.get(words[1])
+    try:
+        if family is None or len(words) != 6 or len(line) > PROXY_V1_LIMIT:
+            raise ValueError("wrong number of words")
+        return Peer.at(socket.inet_ntop(family, socket.inet_pton(family, words[2].decode("ascii"))))
+    except (ValueError, OSError):
+        raise Disconnected("malformed PROXY header") from None
+
+
+def proxied_peer_v2(version: int, family: int, address: bytes, proxy: Peer) -> Peer:
+    """The peer that a binary header names. Raises Disconnected."""
+    if version == PROXY_V2_LOCAL or (version == PROXY_V2_PROXY and family >> 4 == 0):
+        return proxy
+    kind, size = {1: (socket.AF_INET, 4), 2: (socket.AF_INET6, 16), 3: (socket.AF_UNIX, 108)}.get(family >> 4, (0, 0))
+    if version != PROXY_V2_PROXY or not size or len(address) < 2 * size:
+        raise Disconnected("malformed PROXY header")
+    if kind == socket.AF_UNIX:
+        return Peer("unix socket behind a proxy", proxy.internet)
+    return Peer.at(socket.inet_ntop(kind, address[:size]))
 
 
 # ======================================================================
@@ -1394,6 +1492,7 @@ DECIMAL = frozenset(DIGITS)
 SIZE_DIGITS = 20  # RFC 1870 section 6
 HOST_NAME = frozenset(LETTERS + DIGITS + ".-_:[]")
 BODY_TYPES = ("7BIT", "8BITMIME")
+USEFUL_WHILE_SHUT = ("LHLO", "NOOP", "QUIT")
 MALFORMED = (500, 501, 555)  # codes of replies to commands that count as bad
 
 OK = Reply(250, "2.0.0", "Ok")
@@ -1426,17 +1525,21 @@ class Transaction(Envelope):
 class Session:
     """An LMTP session on a connection (RFC 2033).
 
-    trusted: whether the peer may send mail without authentication.
+    trusted: whether the peer may send mail without authentication. stop: what may end the session early.
     """
 
-    def __init__(self, connection: Connection, peer: Peer, trusted: bool, store: MaildirStore, config: Config) -> None:
+    def __init__(
+        self, connection: Connection, peer: Peer, trusted: bool, store: MaildirStore, stop: Stop, config: Config
+    ) -> None:
         self.id = f"lmtpd-{os.getpid()}-{time.time_ns() // 1000}"
         self._connection, self._peer, self._trusted = connection, peer, trusted
-        self._store, self._config = store, config
+        self._store, self._stop, self._config = store, stop, config
         self._client = "unknown"
         self._transaction: Transaction | None = None
         self._bad_commands = 0
+        self._idle = False
         self._open = True
+        connection.on_wakeup = self._on_wakeup
 
     def serve(self) -> None:
         """Serves until the client leaves, or has to. Never raises."""
@@ -1466,7 +1569,11 @@ class Session:
 
     def _serve_command(self) -> None:
         try:
-            self._dispatch(self._connection.read_line())
+            self._idle = True
+            self._check_stop()
+            line = self._connection.read_line()
+            self._idle = False
+            self._dispatch(line)
         except LmtpError as error:
             self._reply(error.reply)
             self._bad_commands += error.reply.code in MALFORMED
@@ -1484,7 +1591,20 @@ class Session:
         method = self.VERBS.get(verb.upper())
         if not method or not command.isprintable():
             raise LmtpError(BAD_SYNTAX)
+        if (notice := self._stop.notice()) and verb.upper() not in USEFUL_WHILE_SHUT:
+            raise LmtpError(Reply(421, "4.3.2", notice))
         method(self, argument)
+
+    def _on_wakeup(self) -> None:
+        self._stop.wake()
+        if self._stop.at_once:
+            raise Disconnected("terminated")
+        if self._idle:
+            self._check_stop()
+
+    def _check_stop(self) -> None:
+        if self._stop.requested and not self._transaction:
+            raise LmtpError(SHUTTING_DOWN)
 
     def _reply(self, reply: Reply) -> None:
         log.debug("reply", text=f"{reply} {reply.text}")
@@ -1728,19 +1848,145 @@ def parse_chunk_size(argument: str) -> tuple[int, bool]:
 # ======================================================================
 # Service
 #
-# Owns where connections come from.
+# Owns where connections come from, and when a process ends.
 # Must not know LMTP.
 # ======================================================================
 
+GRACE = 30  # seconds that a transaction in progress gets after SIGTERM
+MASTER_STATUS_FD, MASTER_LISTEN_FD = 3, 4  # Cyrus master(8)
+AVAILABLE, UNAVAILABLE, CONNECTED = 1, 2, 3  # what a worker tells master(8), or our own parent
+EPOLLEXCLUSIVE = 1 << 28  # epoll_ctl(2): a connection wakes one worker, not all
+PR_SET_DUMPABLE, PR_SET_PTRACER, PR_SET_PTRACER_ANY = 4, 0x59616D61, -1  # prctl(2)
 
-def serve_standard_io(config: Config, trust_internet: bool) -> None:
-    """Serves the connection that standard input and output are: a socket, pipe, file or terminal."""
-    peer = Peer.of(0)
-    if peer.internet and config.tcp_keepalive:
-        keep_alive(0, config)
-    connection = Connection(0, 1, config.lmtp_command_timeout)
-    trusted = trust_internet or not peer.internet
-    Session(connection, peer, trusted, MaildirStore(config), config).serve()
+
+class Stop:
+    """What may end this process: signals, and the shutdown file of the administrator.
+
+    requested: finish the transaction, then leave (SIGTERM, SIGINT). leaving: finish the connection,
+    then leave (SIGHUP). at_once: leave as soon as the message in hand is stored or dropped (a second
+    SIGTERM, or 30 seconds after the first).
+    fd: a descriptor that a signal makes readable, until wake().
+    """
+
+    def __init__(self, shutdown_file: str) -> None:
+        self.requested = self.leaving = self.at_once = False
+        self._shutdown_file = shutdown_file
+        signal.signal(signal.SIGTERM, self._terminate)
+        signal.signal(signal.SIGINT, self._terminate)
+        signal.signal(signal.SIGALRM, self._terminate)
+        signal.signal(signal.SIGHUP, self._hang_up)
+        self.fd, self._signalled = -1, -1
+        self.open()
+
+    def open(self) -> None:
+        """Makes the descriptor; a forked process needs one of its own."""
+        old = self.fd, self._signalled
+        self.fd, self._signalled = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
+        for fd in old:
+            if fd >= 0:
+                os.close(fd)
+
+    def wake(self) -> None:
+        """Empties the descriptor."""
+        try:
+            os.read(self.fd, READ_SIZE)
+        except BlockingIOError:
+            return
+
+    def notice(self) -> str:
+        """The first line of the shutdown file, "" while there is none."""
+        try:
+            with open(self._shutdown_file, encoding="utf-8", errors="replace") as file:
+                return file.readline().strip() or SHUTTING_DOWN.text
+        except OSError:
+            return ""
+
+    def _terminate(self, _signal: int, _frame: object) -> None:
+        self.at_once = self.requested
+        self.requested = self.leaving = True
+        signal.alarm(GRACE)
+
+    def _hang_up(self, _signal: int, _frame: object) -> None:
+        self.leaving = True
+
+
+class UsageError(Exception):
+    """The command line cannot be understood; the text says why."""
+
+
+class Server:
+    """How this process serves a connection, and what it was told on its command line.
+
+    uses: connections that a process serves. timeout: seconds it waits for another, 0 for ever.
+    service: the name under which it was started.
+    """
+
+    def __init__(self, config: Config, options: dict[str, Any], service: str) -> None:
+        self.config, self.service = config, service
+        self.uses = as_count(options["-U"], "-U")
+        self.timeout: float = as_count(options["-T"], "-T")
+        self.stop = Stop(f"{config.configdirectory}/msg/shutdown")
+        self._trusts_internet, self._proxied, self._debug = options["-a"], options["-H"], options["-D"]
+        if self._debug and not config.debug_command:
+            raise ConfigError("-D needs the option debug_command")
+        self._store = MaildirStore(config)
+        self._files = (__file__, *config.files)
+        self._versions = versions(self._files)
+
+    def serve(self) -> None:
+        """Serves the connection that standard input and output are: a socket, pipe, file or terminal."""
+        peer = Peer.of(0)
+        connection = Connection(0, 1, self.config.lmtp_command_timeout, self.stop.fd)
+        if peer.internet and self.config.tcp_keepalive:
+            keep_alive(0, self.config)
+        if self._proxied:
+            try:
+                peer = read_proxy_header(connection, peer)
+            except (Disconnected, LmtpError) as error:
+                log.warning("connection refused", peer=peer.name, cause=error)
+                return
+        trusted = self._trusts_internet or not peer.internet
+        Session(connection, peer, trusted, self._store, self.stop, self.config).serve()
+
+    def is_outdated(self) -> bool:
+        """Whether the program or its configuration has been changed since it was read."""
+        return versions(self._files) != self._versions
+
+    def debug(self) -> None:
+        """With -D, runs debug_command on this process and waits for it."""
+        if not self._debug:
+            return
+        import ctypes
+        import subprocess
+
+        prctl = ctypes.CDLL(None).prctl
+        prctl(PR_SET_DUMPABLE, 1)  # a process that has changed its user can't be traced otherwise
+        prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY)
+        command = debug_command(self.config.debug_command, sys.executable, os.getpid(), self.service) or ""
+        null = subprocess.DEVNULL
+        result = subprocess.run(command, shell=True, check=False, stdin=null, stdout=null, stderr=null)
+        log.info("debugger", command=command, status=result.returncode)
+
+
+def as_count(value: str, name: str) -> int:
+    """The argument of an option; below zero is zero. Raises UsageError."""
+    try:
+        return max(int(value), 0)
+    except ValueError:
+        raise UsageError(f"{name} needs a number, not {value!r}") from None
+
+
+def versions(files: Sequence[str]) -> list[tuple[int, int, int] | None]:
+    """What changes when a file is changed, for each."""
+    found: list[tuple[int, int, int] | None] = []
+    for file in files:
+        try:
+            status = os.stat(file)
+            found.append((status.st_mtime_ns, status.st_size, status.st_ino))
+        except OSError:
+            found.append(None)
+    return found
 
 
 def keep_alive(fd: int, config: Config) -> None:
@@ -1756,6 +2002,372 @@ def keep_alive(fd: int, config: Config) -> None:
                 sock.setsockopt(socket.IPPROTO_TCP, name, value)
 
 
+def use_as_standard_io(fd: int) -> None:
+    """Makes standard input and output of a descriptor."""
+    os.dup2(fd, 0)
+    os.dup2(fd, 1)
+
+
+class Worker:
+    """Takes connections from listening sockets, one at a time, until it is time to leave.
+
+    reporter: told when the state changes. lock: a file whose holder alone waits for a
+    connection, as the processes of master(8) do; -1 where the kernel wakes only one.
+    """
+
+    def __init__(self, server: Server, listeners: Sequence[socket.socket], reporter: Reporter, lock: int = -1) -> None:
+        self._server, self._listeners, self._lock = server, listeners, lock
+        self._report = reporter.report
+        self._served = 0
+        self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        self._arrivals = select.epoll()
+        self._arrivals.register(server.stop.fd, select.EPOLLIN)
+        for listener in listeners:
+            self._arrivals.register(listener, select.EPOLLIN | EPOLLEXCLUSIVE)
+
+    def run(self) -> None:
+        """Serves until -U connections have been served, -T seconds pass without one, or it is told to stop."""
+        self._server.debug()
+        while connection := self._next():
+            self._report(UNAVAILABLE)
+            with connection:
+                use_as_standard_io(connection.fileno())
+            self._report(CONNECTED)
+            self._server.serve()
+            use_as_standard_io(self._null)
+            self._served += 1
+            if self._served >= self._server.uses or self._server.stop.leaving:
+                return
+            self._report(AVAILABLE)
+        self._report(UNAVAILABLE)
+
+    def _next(self) -> socket.socket | None:
+        if self._lock < 0:
+            return self._accept()
+        import fcntl
+
+        fcntl.lockf(self._lock, fcntl.LOCK_EX)
+        try:
+            return self._accept()
+        finally:
+            fcntl.lockf(self._lock, fcntl.LOCK_UN)
+
+    def _accept(self) -> socket.socket | None:
+        """The next connection; None when it is time to leave."""
+        stop = self._server.stop
+        patience = self._server.timeout if self._served and self._server.timeout else None
+        while not stop.leaving:
+            ready = [fd for fd, _ in self._arrivals.poll(patience)]
+            stop.wake()
+            if not ready or self._server.is_outdated():
+                return None
+            for listener in self._listeners:
+                if listener.fileno() in ready and (connection := accept(listener)):
+                    return connection
+        return None
+
+
+def accept(listener: socket.socket) -> socket.socket | None:
+    """A connection, None if another process was quicker or the client has gone."""
+    try:
+        return listener.accept()[0]
+    except (BlockingIOError, ConnectionError):
+        return None
+    except OSError as error:
+        log.error("accept failed", cause=error)
+        time.sleep(1)  # no descriptors or no memory: not a reason to leave, nor to spin
+        return None
+
+
+class Pool:
+    """A small parent of workers, which plays master(8)'s part on the listening sockets of systemd or inetd.
+
+    It forks a worker when a connection waits and no worker is ready, and accepts nothing itself. It
+    ends when it is told to, or when there has been nothing to do for -T seconds.
+    """
+
+    def __init__(self, server: Server, listeners: Sequence[socket.socket]) -> None:
+        self._server, self._listeners = server, listeners
+        self._notify = Notifier()
+        self._workers: dict[int, int] = {}  # process id to the last message; 0 before the first
+        self._served = 0
+        self._busy_at = time.monotonic()
+        self._not_before = 0.0  # when the next worker may be started
+        self._reports, self._reported = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        for listener in listeners:
+            listener.setblocking(False)
+
+    def run(self) -> None:
+        """Serves until it is time to leave; the workers have left then, too."""
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # only to wake up
+        self._notify.send("READY=1")
+        while not self._is_over():
+            self._keep_ready()
+            if self._wait(self._tell_status()):
+                self._start_worker()
+            self._read_reports()
+            self._reap()
+        self._finish()
+
+    def _is_over(self) -> bool:
+        if self._server.stop.leaving:
+            return True
+        if self._workers and self._ready():
+            return False
+        if self._server.is_outdated():
+            log.info("program or configuration changed, leaving")
+            return True
+        idle = time.monotonic() - self._busy_at
+        return not self._workers and 0 < self._server.timeout <= idle
+
+    def _ready(self) -> int:
+        return sum(message in (0, AVAILABLE) for message in self._workers.values())
+
+    def _may_start(self) -> bool:
+        return len(self._workers) < max(self._server.config.lmtp_maxchild, 1) and time.monotonic() >= self._not_before
+
+    def _keep_ready(self) -> None:
+        while self._ready() < self._server.config.lmtp_prefork and self._may_start():
+            self._start_worker()
+
+    def _wait(self, patience: float) -> bool:
+        """Waits so many seconds for something to happen; whether a connection waits that needs a worker."""
+        poll = select.poll()
+        poll.register(self._server.stop.fd, select.POLLIN)
+        poll.register(self._reports, select.POLLIN)
+        wanted = not self._ready() and self._may_start()
+        for listener in self._listeners if wanted else ():
+            poll.register(listener, select.POLLIN)
+        happened = {fd for fd, _ in poll.poll(self._patience(patience) * 1000)}
+        self._server.stop.wake()
+        return any(listener.fileno() in happened for listener in self._listeners)
+
+    def _patience(self, longest: float) -> float:
+        """Seconds until something has to be done though nothing happens."""
+        now = time.monotonic()
+        waits = [longest]
+        if not self._workers and self._server.timeout:
+            waits.append(self._busy_at + self._server.timeout - now)
+        if self._not_before > now:
+            waits.append(self._not_before - now)
+        return max(min(waits), 0.001)
+
+    def _start_worker(self) -> None:
+        self._busy_at = time.monotonic()
+        try:
+            process = os.fork()
+        except OSError as error:
+            log.error("worker not started", cause=error)
+            self._not_before = time.monotonic() + 1
+            return
+        if process:
+            self._workers[process] = 0
+            return
+        status = os.EX_SOFTWARE
+        try:
+            self._become_worker()
+            status = os.EX_OK
+        except Exception:
+            log.traceback("internal error")
+        finally:
+            os._exit(status)
+
+    def _become_worker(self) -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._server.stop.open()
+        os.close(self._reports)
+        os.set_blocking(self._reported, True)
+        Worker(self._server, self._listeners, Reporter(self._reported, self._server.stop)).run()
+
+    def _read_reports(self) -> None:
+        try:
+            reports = os.read(self._reports, READ_SIZE)
+        except BlockingIOError:
+            return
+        for start in range(0, len(reports), 8):
+            message, process = (int.from_bytes(reports[at : at + 4], sys.byteorder) for at in (start, start + 4))
+            self._served += message == CONNECTED
+            self._busy_at = self._busy_at if message == UNAVAILABLE else time.monotonic()
+            if process in self._workers:
+                self._workers[process] = message
+
+    def _reap(self) -> None:
+        while self._workers:
+            process, status = os.waitpid(-1, os.WNOHANG)
+            if not process:
+                return
+            message = self._workers.pop(process, 0)
+            if message == CONNECTED:  # it left straight from its work
+                self._busy_at = time.monotonic()
+            if status:
+                log.error("worker died", worker=process, status=os.waitstatus_to_exitcode(status))
+                if not message:  # before its first connection, and so will the next
+                    self._not_before = time.monotonic() + 1
+
+    def _tell_status(self) -> float:
+        """Tells systemd how many workers there are; the seconds after which to tell it again."""
+        ready = self._ready()
+        busy = len(self._workers) - ready
+        return self._notify.status(f"{ready} workers ready, {busy} busy, {self._served} connections served")
+
+    def _finish(self) -> None:
+        """Lets the workers finish what they are at; with less patience when the process is told again."""
+        stop = self._server.stop
+        self._notify.send("STOPPING=1")
+        deadline = time.monotonic() + GRACE
+        urgency = -1
+        while self._workers:
+            wanted = stop.requested + stop.at_once or int(time.monotonic() > deadline)
+            if wanted > urgency:
+                urgency = wanted
+                for process in self._workers:
+                    os.kill(process, signal.SIGTERM if urgency else signal.SIGHUP)
+            poll = select.poll()
+            poll.register(stop.fd, select.POLLIN)
+            poll.poll(1000)
+            stop.wake()
+            self._notify.alive()
+            self._reap()
+
+
+class Reporter:
+    """Tells a parent the state of this worker, as master(8) wants to be told: two native ints, message and process.
+
+    A parent that is gone is a reason to leave.
+    """
+
+    INT_SIZE = 4
+
+    def __init__(self, fd: int, stop: Stop) -> None:
+        self._fd, self._stop = fd, stop
+
+    def report(self, message: int) -> None:
+        """Tells it AVAILABLE, UNAVAILABLE or CONNECTED."""
+        try:
+            os.write(
+                self._fd, b"".join(number.to_bytes(self.INT_SIZE, sys.byteorder) for number in (message, os.getpid()))
+            )
+        except OSError as error:
+            log.warning("parent is gone", cause=error)
+            self._stop.leaving = True
+
+
+class Notifier:
+    """Tells systemd how the service is, if systemd asked for it, see sd_notify(3). interval: seconds between signs."""
+
+    STATUS_INTERVAL = 1.0
+
+    def __init__(self) -> None:
+        self.interval = 3600.0
+        self._send: Callable[[str], object] = lambda _state: None
+        self._status, self._told = "", ""
+        self._told_at = self._alive_at = 0.0
+        self._watched = False
+        if "NOTIFY_SOCKET" in os.environ:
+            from systemd import daemon
+
+            self._send = daemon.notify
+            if os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+                microseconds = int(os.environ.get("WATCHDOG_USEC", "0"))
+                self._watched = microseconds > 0
+                self.interval = microseconds / 2_000_000 if self._watched else self.interval
+
+    def send(self, state: str) -> None:
+        """Says something of sd_notify(3)."""
+        self._send(state)
+
+    def alive(self) -> None:
+        """Says that the service is alive, when it is time to."""
+        if self._watched and time.monotonic() >= self._alive_at + self.interval / 2:
+            self._alive_at = time.monotonic()
+            self._send("WATCHDOG=1")
+
+    def status(self, text: str) -> float:
+        """Says how the service is, not too often; the seconds after which to call again."""
+        self.alive()
+        if text == self._told:
+            return self.interval
+        wait = self._told_at + self.STATUS_INTERVAL - time.monotonic()
+        if wait > 0:
+            return wait
+        self._told, self._told_at = text, time.monotonic()
+        self._send(f"STATUS={text}")
+        return self.interval
+
+
+def run(server: Server) -> None:
+    """Serves what this process was started with, until it is time to leave. Raises ConfigError."""
+    if "CYRUS_ID" in os.environ and is_listening(MASTER_LISTEN_FD):
+        run_under_master(server, os.environ["CYRUS_ID"])
+        return
+    sockets = sockets_from_systemd() if "LISTEN_FDS" in os.environ else []
+    if not sockets and is_listening(0):
+        sockets = [socket_from_inetd()]
+    if any(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for sock in sockets):
+        Pool(server, sockets).run()
+        return
+    for connection in sockets:
+        use_as_standard_io(connection.fileno())
+        connection.close()
+    server.debug()
+    server.serve()
+
+
+def run_under_master(server: Server, identity: str) -> None:
+    """Serves as a child of Cyrus master(8), which hands over the descriptors 3 and 4 and counts its children."""
+    for fd in (MASTER_STATUS_FD, MASTER_LISTEN_FD):
+        os.set_inheritable(fd, False)
+    path = f"{server.config.configdirectory}/socket/{server.service}-{identity}.lock"
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; configdirectory must be that of master(8)") from None
+    import random
+
+    server.timeout *= 1 + random.random()  # so that its siblings do not leave all at once
+    reporter = Reporter(MASTER_STATUS_FD, server.stop)
+    Worker(server, [socket.socket(fileno=MASTER_LISTEN_FD)], reporter, lock).run()
+
+
+def is_listening(fd: int) -> bool:
+    """Whether the descriptor is a socket that takes connections."""
+    try:
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    except OSError:
+        return False
+
+
+def sockets_from_systemd() -> list[socket.socket]:
+    """The sockets that systemd passes: listening ones (Accept=no) or a connection (Accept=yes). Raises ConfigError."""
+    try:
+        from systemd import daemon
+    except ImportError:
+        raise ConfigError("systemd passes sockets, but the package systemd-python is not installed") from None
+    fds = daemon.listen_fds()
+    if not all(daemon.is_socket(fd, type=socket.SOCK_STREAM) for fd in fds):
+        raise ConfigError("systemd passes something that is no stream socket: see ListenStream= in systemd.socket(5)")
+    sockets = [socket.socket(fileno=fd) for fd in fds]
+    if len({sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for sock in sockets}) > 1 or (
+        len(sockets) > 1 and not is_listening(fds[0])
+    ):
+        raise ConfigError("systemd passes a connection together with other sockets")
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    return sockets
+
+
+def socket_from_inetd() -> socket.socket:
+    """The listening socket that inetd's "wait" passes as the standard descriptors, which are freed of it."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    listener = socket.socket(fileno=os.dup(0))
+    if not stderr_is_ours():
+        os.dup2(null, 2)
+    use_as_standard_io(null)
+    os.close(null)
+    return listener
+
+
 # ======================================================================
 # Main
 # ======================================================================
@@ -1766,16 +2378,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.open()
     try:
         options = docopt(__doc__, arguments, version=PRODUCT)
-    except DocoptExit as error:
-        return refuse_to_start(os.EX_USAGE, str(error))
-    try:
-        config = Config.load(options["-C"], os.environ.get("CYRUS_SERVICE", "lmtp"))
+        service = os.environ.get("CYRUS_SERVICE", "lmtp")
+        config = Config.load(options["-C"], service)
         log.open(config.syslog_prefix, config.syslog_facility, config.debug)
         for setting in config.unknown:
             log.debug("setting not of lmtpd", where=setting)
         drop_privileges(config.cyrus_user)
         os.umask(config.umask)
-        serve_standard_io(config, options["-a"])
+        run(Server(config, options, service))
+    except (DocoptExit, UsageError) as error:
+        return refuse_to_start(os.EX_USAGE, str(error))
     except ConfigError as error:
         log.fatal("configuration error", cause=error)
         return refuse_to_start(os.EX_CONFIG, "Configuration error, see the log")

@@ -41,7 +41,19 @@ def test_only_what_every_session_needs_is_imported_at_the_top() -> None:
             else []
         )
     }
-    assert imported == {"__future__", "docopt", "errno", "itertools", "os", "select", "socket", "stat", "sys", "time"}
+    assert imported == {
+        "__future__",
+        "docopt",
+        "errno",
+        "itertools",
+        "os",
+        "select",
+        "signal",
+        "socket",
+        "stat",
+        "sys",
+        "time",
+    }
 
 
 def test_delivering_a_message_imports_nothing_that_only_others_need() -> None:
