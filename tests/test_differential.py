@@ -1,0 +1,305 @@
+"""The same sessions to a real Cyrus lmtpd and to ours: the reply codes agree, but for differences with a name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple, Union
+
+import pytest
+from harness import Client, Site
+from peers import Cyrus
+
+MAXIMUM = 20000  # maxmessagesize of both
+OPTIONS = {"maxmessagesize": str(MAXIMUM), "unixhierarchysep": "yes", "altnamespace": "yes"}
+MESSAGE = b"From: sender@example.com\r\nSubject: a subject\r\n\r\nA line.\r\n"
+
+Code = str  # "250", or with the enhanced code of its last line "250 2.1.5"
+
+
+class Data(NamedTuple):
+    """The octets after DATA with their final dot; not sent when DATA was refused."""
+
+    octets: bytes
+
+
+Step = Union[str, bytes, Data]
+
+
+class Session(NamedTuple):
+    """What a client sends after LHLO. Pipelined: all at once; else each step waits for the replies to the last."""
+
+    name: str
+    steps: tuple[Step, ...]
+    pipelined: bool = False
+    lhlo: bool = True
+
+
+class Difference(NamedTuple):
+    """The codes of ours where they are meant to differ from Cyrus', and why."""
+
+    ours: tuple[Code, ...]
+    reason: str
+
+
+def message(body: bytes = MESSAGE) -> Data:
+    return Data(body + b".\r\n")
+
+
+def lockstep(name: str, *steps: Step) -> Session:
+    return Session(name, steps)
+
+
+def pipelined(name: str, *steps: Step) -> Session:
+    return Session(name, steps, pipelined=True)
+
+
+def mail(*parameters: str) -> str:
+    return " ".join(["MAIL FROM:<sender@example.com>", *parameters])
+
+
+MAIL = mail()
+JANE = "RCPT TO:<jane>"
+JOE = "RCPT TO:<joe>"
+NOBODY = "RCPT TO:<nobody>"
+TRANSACTION: tuple[Step, ...] = (MAIL, JANE, "DATA", message())
+
+
+def recipient(name: str, path: str) -> Session:
+    """A session that is about how one forward-path is taken."""
+    return lockstep(f"recipient: {name}", MAIL, f"RCPT TO:{path}", "DATA", message(), "NOOP")
+
+
+def sender(name: str, path: str) -> Session:
+    """A session that is about how one reverse-path is taken."""
+    return lockstep(f"sender: {name}", f"MAIL FROM:{path}", JANE, "RSET")
+
+
+SESSIONS = [
+    # The order of commands
+    lockstep("one message", *TRANSACTION),
+    lockstep("two messages", *TRANSACTION, *TRANSACTION),
+    Session("MAIL without LHLO", (MAIL, JANE, "DATA", message()), lhlo=False),
+    Session("RSET, NOOP and VRFY without LHLO", ("RSET", "NOOP", "VRFY jane"), lhlo=False),
+    lockstep("LHLO again", "LHLO other.example", MAIL),
+    lockstep("LHLO in a transaction", MAIL, JANE, "LHLO other.example", MAIL, JANE, "DATA", message()),
+    lockstep("LHLO without a name", "LHLO"),
+    lockstep("HELO and EHLO", "HELO client.example", "EHLO client.example"),
+    lockstep("nested MAIL", MAIL, MAIL, JANE, "DATA", message()),
+    lockstep("RCPT before MAIL", JANE, *TRANSACTION),
+    lockstep("DATA before MAIL", "DATA", message(), *TRANSACTION),
+    lockstep("DATA without recipients", MAIL, "DATA", message(), "NOOP"),
+    lockstep("DATA after refused recipients", MAIL, NOBODY, "DATA", message(), "NOOP"),
+    lockstep("RSET", MAIL, JANE, "RSET", JANE, MAIL, "RSET", "RSET"),
+    lockstep("NOOP", "NOOP", "noop"),
+    lockstep("NOOP with an argument", "NOOP something"),
+    lockstep("RSET with an argument", "RSET something"),
+    lockstep("DATA with an argument", MAIL, JANE, "DATA something", "RSET"),
+    lockstep("VRFY", "VRFY jane", "VRFY nobody", "VRFY"),
+    lockstep("EXPN", "EXPN jane"),
+    lockstep("HELP", "HELP", "HELP MAIL"),
+    lockstep("TRACE", "TRACE some-id.1", "TRACE", "TRACE a b", "TRACE " + "a" * 256),
+    lockstep("AUTH", "AUTH", "AUTH UNKNOWN", "AUTH PLAIN AGphbmUAc2VjcmV0"),
+    lockstep("STARTTLS", "STARTTLS", "NOOP"),
+    lockstep("unknown commands", "XYZZY", "SEND FROM:<a@example.com>", "MAILFROM:<a@example.com>", "250 ok"),
+    lockstep("an empty line", "", "NOOP"),
+    lockstep("8-bit octets in a command", b"X\xc3\xa9", b"NOOP\xff", "NOOP"),
+    lockstep("lower case", "mail from:<sender@example.com>", "rcpt to:<jane>", "data", message()),
+    lockstep("trailing spaces", "NOOP  ", "RSET ", MAIL + "  ", JANE + "  ", "DATA ", message()),
+    lockstep("spaces after the colon", "MAIL FROM: <sender@example.com>", "RCPT TO: <jane>", "RSET"),
+    lockstep("a long line", "NOOP " + "x" * 3000, "X" * 3000, "NOOP"),
+    lockstep("a very long line", "X" * 20000, "NOOP"),
+    lockstep("BDAT", MAIL, JANE, b"BDAT 9 LAST\r\nNOOP\r\nxyz", "NOOP"),
+    lockstep("QUIT with an argument", "QUIT now"),
+    lockstep("QUIT in a transaction", MAIL, JANE, "QUIT"),
+    # Pipelining
+    pipelined("pipelined", *TRANSACTION),
+    pipelined("pipelined, three messages", *TRANSACTION, *TRANSACTION, *TRANSACTION),
+    pipelined("pipelined, one of two unknown", MAIL, NOBODY, JANE, "DATA", message(), "NOOP"),
+    pipelined("pipelined, nested MAIL and RSET", MAIL, MAIL, "RSET", MAIL, JANE, "RSET", "NOOP"),
+    pipelined("pipelined, commands after QUIT", "NOOP", "QUIT", "NOOP"),
+    # Parameters
+    lockstep("SIZE", mail("SIZE=100"), JANE, "DATA", message()),
+    lockstep("SIZE at the limit", mail(f"SIZE={MAXIMUM}")),
+    lockstep("SIZE over the limit", mail(f"SIZE={MAXIMUM + 1}")),
+    lockstep("SIZE over the limit, then MAIL", mail(f"SIZE={MAXIMUM + 1}"), MAIL, JANE),
+    lockstep("SIZE beyond 32 bits", mail("SIZE=4294967297")),
+    lockstep("SIZE beyond 64 bits", mail("SIZE=99999999999999999999")),
+    lockstep("SIZE that is no number", mail("SIZE=many"), MAIL),
+    lockstep("SIZE without a value", mail("SIZE"), mail("SIZE=")),
+    lockstep("SIZE with a sign", mail("SIZE=-1"), mail("SIZE=+1")),
+    lockstep("BODY=8BITMIME", mail("BODY=8BITMIME"), JANE, "DATA", message(MESSAGE + b"\xc3\xa9\r\n")),
+    lockstep("BODY=7BIT", mail("BODY=7BIT"), JANE),
+    lockstep("BODY=8bitmime", mail("body=8bitmime"), JANE),
+    lockstep("BODY that is unknown", mail("BODY=9BIT"), MAIL, JANE),
+    lockstep("BODY=BINARYMIME", mail("BODY=BINARYMIME"), "RSET"),
+    lockstep("SIZE and BODY", mail("SIZE=10", "BODY=8BITMIME"), JANE),
+    lockstep("a parameter that is unknown", mail("XYZ=1"), MAIL, JANE),
+    lockstep("SMTPUTF8", mail("SMTPUTF8"), "RSET"),
+    lockstep("AUTH= on MAIL", mail("AUTH=<>"), JANE),
+    lockstep("IGNOREQUOTA", MAIL, JANE + " IGNOREQUOTA", "DATA", message()),
+    lockstep("IGNOREQUOTA in lower case", MAIL, JANE + " ignorequota"),
+    lockstep("IGNOREQUOTA on MAIL", mail("IGNOREQUOTA"), "RSET"),
+    lockstep("a parameter of RCPT that is unknown", MAIL, JANE + " XYZ=1", JANE),
+    lockstep("NOTIFY on RCPT", MAIL, JANE + " NOTIFY=NEVER", JANE),
+    # Senders
+    sender("null", "<>"),
+    sender("without a domain", "<sender>"),
+    sender("source route", "<@one.example,@two.example:sender@example.com>"),
+    sender("quoted", '<"a b"@example.com>'),
+    sender("quoted, with a bracket", '<"a>b"@example.com>'),
+    sender("address literal", "<sender@[127.0.0.1]>"),
+    sender("8 bit", "<sénder@example.com>"),
+    sender("two at signs", "<a@b@example.com>"),
+    sender("no angle brackets", "sender@example.com"),
+    sender("no closing bracket", "<sender@example.com"),
+    sender("no opening bracket", "sender@example.com>"),
+    sender("nothing", ""),
+    sender("a space within", "<sen der@example.com>"),
+    sender("text after the bracket", "<sender@example.com>x"),
+    # Recipients
+    recipient("with a domain", "<jane@example.com>"),
+    recipient("upper case", "<JANE@EXAMPLE.COM>"),
+    recipient("unknown", "<nobody@example.com>"),
+    recipient("address extension", "<jane+lists@example.com>"),
+    recipient("extension that is no folder", "<jane+nothing@example.com>"),
+    recipient("empty extension", "<jane+@example.com>"),
+    recipient("extension of an unknown user", "<nobody+lists@example.com>"),
+    recipient("source route", "<@one.example:jane@example.com>"),
+    recipient("quoted", '<"jane"@example.com>'),
+    recipient("quoted pair", '<"ja\\ne"@example.com>'),
+    recipient("quoted, with a space", '<"jane "@example.com>'),
+    recipient("empty", "<>"),
+    recipient("empty local part", "<@example.com>"),
+    recipient("empty domain", "<jane@>"),
+    recipient("no angle brackets", "jane@example.com"),
+    recipient("no closing bracket", "<jane@example.com"),
+    recipient("nothing", ""),
+    recipient("8 bit", "<jané@example.com>"),
+    recipient("address literal", "<jane@[127.0.0.1]>"),
+    recipient("slash", "<../jane@example.com>"),
+    recipient("dots", "<..@example.com>"),
+    recipient("shared folder that is not there", "<+shared.folder@example.com>"),
+    recipient("two at signs", "<jane@x@example.com>"),
+    recipient("very long", "<" + "j" * 400 + "@example.com>"),
+    recipient("postmaster", "<postmaster>"),
+    lockstep("two recipients, one unknown", MAIL, JANE, NOBODY, "DATA", message()),
+    lockstep("two recipients", MAIL, JANE, JOE, "DATA", message()),
+    lockstep("the same recipient twice", MAIL, JANE, JANE, "DATA", message()),
+    # Messages
+    lockstep("empty message", MAIL, JANE, "DATA", message(b"")),
+    lockstep("no headers", MAIL, JANE, "DATA", message(b"\r\nOnly a body.\r\n")),
+    lockstep("no body", MAIL, JANE, "DATA", message(b"Subject: only headers\r\n")),
+    lockstep("not a header", MAIL, JANE, "DATA", message(b"This is no header\r\n\r\nA body.\r\n")),
+    lockstep("8-bit header", MAIL, JANE, "DATA", message(b"Subject: caf\xc3\xa9\r\n\r\nA body.\r\n")),
+    lockstep("dot-stuffing", MAIL, JANE, "DATA", message(MESSAGE + b"..\r\n...\r\n.x\r\n"), "NOOP"),
+    lockstep("NUL in the body", MAIL, JANE, JOE, "DATA", message(MESSAGE + b"a\0b\r\n"), "NOOP"),
+    lockstep("NUL in a header", MAIL, JANE, "DATA", message(b"Subject: a\0b\r\n\r\n"), "NOOP"),
+    lockstep("long line in the message", MAIL, JANE, "DATA", message(MESSAGE + b"x" * 9000 + b"\r\n")),
+    lockstep("too large", MAIL, JANE, "DATA", message(MESSAGE + b"0123456789\r\n" * 3000), "NOOP"),
+    lockstep("too large for two", MAIL, JANE, JOE, "DATA", message(MESSAGE + b"0123456789\r\n" * 3000), "NOOP"),
+    lockstep("bare CR", MAIL, JANE, "DATA", message(MESSAGE + b"a\rb\r\n"), "NOOP"),
+    lockstep("bare LF", MAIL, JANE, "DATA", message(MESSAGE + b"a\nb\r\n"), "NOOP"),
+    lockstep("end: LF dot LF", MAIL, JANE, "DATA", message(MESSAGE + b"a\n.\nNOOP\r\n"), "NOOP"),
+    lockstep("end: LF dot CR LF", MAIL, JANE, "DATA", message(MESSAGE + b"a\n.\r\nNOOP\r\n"), "NOOP"),
+    lockstep("end: CR LF dot LF", MAIL, JANE, "DATA", message(MESSAGE + b"a\r\n.\nNOOP\r\n"), "NOOP"),
+    lockstep("end: CR dot CR", MAIL, JANE, "DATA", message(MESSAGE + b"a\r.\rNOOP\r\n"), "NOOP"),
+    lockstep("end: CR LF dot CR", MAIL, JANE, "DATA", message(MESSAGE + b"a\r\n.\rNOOP\r\n"), "NOOP"),
+]
+
+DIFFERENCES: dict[str, Difference] = {}
+
+
+def octets(step: Step) -> bytes:
+    if isinstance(step, Data):
+        return step.octets
+    return (step.encode() if isinstance(step, str) else step) + b"\r\n"
+
+
+def converse(client: Client, session: Session) -> list[list[str]]:
+    """Runs the session, QUIT at its end; every reply after LHLO's."""
+    if session.lhlo:
+        client.hello()
+    else:
+        client.reply()
+    if session.pipelined:
+        client.send(b"".join(map(octets, session.steps)))
+        replies = []
+    else:
+        replies = in_lockstep(client, session.steps)
+    return replies + the_rest(client)
+
+
+def in_lockstep(client: Client, steps: tuple[Step, ...]) -> list[list[str]]:
+    """Waits for the reply to each step; a message is only sent when it was asked for, and is answered at least once."""
+    replies: list[list[str]] = []
+    for step in steps:
+        if isinstance(step, Data) and not (replies and replies[-1][-1].startswith("354")):
+            continue
+        client.send(octets(step))
+        if reply := client.reply():
+            replies.append(reply)
+    return replies
+
+
+def the_rest(client: Client) -> list[list[str]]:
+    """Says QUIT and reads every reply that is still to come."""
+    replies = []
+    try:
+        client.send(b"QUIT\r\n")
+        while reply := client.reply():
+            replies.append(reply)
+    except OSError:
+        pass  # The server has left before.
+    client.close()
+    return replies
+
+
+def code(reply: list[str]) -> Code:
+    """The code of a reply and, if its last line has one, the enhanced code."""
+    found = re.match(r"(\d{3})[ -](\d\.\d{1,3}\.\d{1,3})?", reply[-1])
+    if found is None:
+        return f"not a reply: {reply}"
+    return " ".join(filter(None, found.groups()))
+
+
+def agree(one: Code, other: Code) -> bool:
+    """Whether two codes are the same, as far as both say something."""
+    return all(a == b for a, b in zip(one.split(), other.split()))
+
+
+def same(one: list[Code], other: list[Code]) -> bool:
+    return len(one) == len(other) and all(map(agree, one, other))
+
+
+@pytest.fixture(scope="module")
+def cyrus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cyrus]:
+    home = Site()
+    with Cyrus(home.root / "cyrus", users=("jane", "joe"), folders=("lists",), **OPTIONS) as server:
+        yield server
+    home.close()
+
+
+@pytest.fixture(scope="module")
+def ours() -> Iterator[Site]:
+    site = Site(**OPTIONS)
+    site.add_user("jane", "joe")
+    site.add_user("jane/.lists", "joe/.lists")
+    yield site
+    site.close()
+
+
+@pytest.mark.parametrize("session", SESSIONS, ids=lambda session: session.name)
+def test_reply_codes_are_those_of_cyrus_or_differ_for_a_reason(session: Session, cyrus: Cyrus, ours: Site) -> None:
+    theirs = [code(reply) for reply in converse(cyrus.connect(), session)]
+    replies = converse(ours.connect(), session)
+    codes = [code(reply) for reply in replies]
+    if difference := DIFFERENCES.get(session.name):
+        assert not same(theirs, list(difference.ours)), "Cyrus does the same: no difference any more"
+        assert codes == list(difference.ours), difference.reason
+    else:
+        assert same(theirs, codes), replies
+
+
+def test_every_difference_is_one_of_a_session() -> None:
+    assert set(DIFFERENCES) <= {session.name for session in SESSIONS}
