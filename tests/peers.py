@@ -122,7 +122,17 @@ def as_root(*command: str) -> list[str]:
 
 def reachable(path: Path) -> bool:
     """Whether the store's owner, too, gets to path: a tree below /root is closed to him."""
-    return not AS_ROOT or all(parent.stat().st_mode & 0o001 for parent in path.resolve().parents)
+    return not AS_ROOT or all(
+        parent.stat().st_mode & 0o001 for place in (path.absolute(), path.resolve()) for parent in place.parents
+    )
+
+
+def python_for_others() -> str:
+    """A Python that the store's owner can run: the tests' own, or else Debian's."""
+    for python in (Path(sys.executable), Path("/usr/bin/python3")):
+        if python.exists() and reachable(python):
+            return str(python)
+    raise PeerError(f"{STORE_USER} can run neither {sys.executable} nor /usr/bin/python3")
 
 
 def lmtpd_for_others(site: Site) -> str:
@@ -130,20 +140,19 @@ def lmtpd_for_others(site: Site) -> str:
     if reachable(Path(LMTPD)) and reachable(Path(sys.executable)):
         return LMTPD
     folder = site.root / "program"
-    folder.mkdir(exist_ok=True)
-    for library in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-        for name in ("lmtpd.py", "docopt.py", "systemd"):
-            source = Path(library) / name
-            if source.is_dir():
-                shutil.copytree(source, folder / name, dirs_exist_ok=True)
-            elif source.exists():
-                shutil.copy(source, folder)
-    script = folder / "lmtpd"
-    python = Path(sys.executable).resolve()
-    start = f"import sys\nsys.path.insert(0, {str(folder)!r})\nimport lmtpd\nsys.exit(lmtpd.main())\n"
-    script.write_text(f"#!{python}\n{start}")
-    script.chmod(0o755)
-    return str(script)
+    if not folder.exists():
+        folder.mkdir()
+        for library in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+            for name in ("lmtpd.py", "docopt.py", "systemd"):
+                source = Path(library) / name
+                if source.is_dir():
+                    shutil.copytree(source, folder / name)
+                elif source.exists():
+                    shutil.copy(source, folder)
+        start = f"import sys\nsys.path.insert(0, {str(folder)!r})\nimport lmtpd\nsys.exit(lmtpd.main())\n"
+        (folder / "lmtpd").write_text(f"#!{python_for_others()}\n{start}")
+        (folder / "lmtpd").chmod(0o755)
+    return str(folder / "lmtpd")
 
 
 def recipe(text: str, site: Site, **paths: str) -> str:
@@ -298,13 +307,18 @@ class SystemdSocketActivate(Peer):
 
 def answers_lmtp(address: Address) -> bool:
     """Whether an LMTP server greets there. It is left with QUIT, so nothing stays behind."""
-    if not answers(address):
+    try:
+        client = Client(connect(address))
+    except OSError:
         return False
-    client = Client(connect(address))
-    client.reply()
-    client.command("QUIT")
-    client.close()
-    return True
+    try:
+        greeting = client.reply()
+        client.command("QUIT")
+    except OSError:
+        return False
+    finally:
+        client.close()
+    return bool(greeting)
 
 
 class Postfix(Peer):
@@ -357,6 +371,7 @@ defer     unix  - - n - 0 bounce
 trace     unix  - - n - 0 bounce
 proxymap  unix  - - n - - proxymap
 anvil     unix  - - n - 1 anvil
+showq     unix  n - n - - showq
 scache    unix  - - n - 1 scache
 retry     unix  - - n - - error
 error     unix  - - n - - error

@@ -109,7 +109,7 @@ SESSIONS = [
     lockstep("spaces after the colon", "MAIL FROM: <sender@example.com>", "RCPT TO: <jane>", "RSET"),
     lockstep("a long line", "NOOP " + "x" * 3000, "X" * 3000, "NOOP"),
     lockstep("a very long line", "X" * 20000, "NOOP"),
-    lockstep("BDAT", MAIL, JANE, b"BDAT 9 LAST\r\nNOOP\r\nxyz", "NOOP"),
+    lockstep("BDAT", MAIL, JANE, b"BDAT 11 LAST\r\nNOOP\r\nxyz", "NOOP"),
     lockstep("QUIT with an argument", "QUIT now"),
     lockstep("QUIT in a transaction", MAIL, JANE, "QUIT"),
     # Pipelining
@@ -207,7 +207,61 @@ SESSIONS = [
     lockstep("end: CR LF dot CR", MAIL, JANE, "DATA", message(MESSAGE + b"a\r\n.\rNOOP\r\n"), "NOOP"),
 ]
 
-DIFFERENCES: dict[str, Difference] = {}
+PARAMETERS_FIRST = "The parameters are judged before a transaction is begun: a refused MAIL leaves none behind."
+ONE_END = "Only CR LF dot CR LF ends a message (RFC 5321, 4.1.1.4): anything else is SMTP smuggling."
+TOLERANT = "White space at the end of a command is no fault (RFC 5321, 4.1.1)."
+UNQUOTED = "The quotes belong to the syntax, not to the name (RFC 5321, 4.1.2)."
+
+DIFFERENCES: dict[str, Difference] = {
+    "LHLO in a transaction": Difference(
+        ("250 2.1.0", "250 2.1.5", "250", "250 2.1.0", "250 2.1.5", "354", "250 2.1.5", "221 2.0.0"),
+        "A new LHLO resets the transaction (RFC 5321, 4.1.4).",
+    ),
+    "NOOP with an argument": Difference(("250 2.0.0", "221 2.0.0"), "NOOP may have one (RFC 5321, 4.1.1.9)."),
+    "HELP": Difference(("214 2.0.0", "214 2.0.0", "221 2.0.0"), "We have HELP (RFC 5321, 4.1.1.8)."),
+    "TRACE": Difference(
+        ("250 2.0.0", "501 5.5.4", "501 5.5.4", "501 5.5.4", "221 2.0.0"), "Later versions of Cyrus have TRACE."
+    ),
+    "BDAT": Difference(
+        ("250 2.1.0", "250 2.1.5", "250 2.1.5", "250 2.0.0", "221 2.0.0"), "We have CHUNKING (RFC 3030)."
+    ),
+    "a long line": Difference(("250 2.0.0", "500 5.5.2", "250 2.0.0", "221 2.0.0"), "NOOP may have an argument."),
+    "a very long line": Difference(
+        ("500 5.5.2", "250 2.0.0", "221 2.0.0"),
+        "The rest of a line that is too long is skipped, not taken for commands.",
+    ),
+    "SIZE over the limit, then MAIL": Difference(
+        ("552 5.2.3", "250 2.1.0", "250 2.1.5", "221 2.0.0"), PARAMETERS_FIRST
+    ),
+    "SIZE beyond 32 bits": Difference(
+        ("552 5.2.3", "221 2.0.0"), "A size of 4 GiB and 1 octet is over the limit, too."
+    ),
+    "SIZE that is no number": Difference(("501 5.5.4", "250 2.1.0", "221 2.0.0"), PARAMETERS_FIRST),
+    "SIZE without a value": Difference(("501 5.5.4", "501 5.5.4", "221 2.0.0"), PARAMETERS_FIRST),
+    "SIZE with a sign": Difference(("501 5.5.4", "501 5.5.4", "221 2.0.0"), PARAMETERS_FIRST),
+    "BODY that is unknown": Difference(("501 5.5.4", "250 2.1.0", "250 2.1.5", "221 2.0.0"), PARAMETERS_FIRST),
+    "a parameter that is unknown": Difference(("501 5.5.4", "250 2.1.0", "250 2.1.5", "221 2.0.0"), PARAMETERS_FIRST),
+    "SMTPUTF8": Difference(("250 2.1.0", "250 2.0.0", "221 2.0.0"), "We have SMTPUTF8 (RFC 6531)."),
+    "recipient: quoted": Difference(("250 2.1.0", "250 2.1.5", "354", "250 2.1.5", "250 2.0.0", "221 2.0.0"), UNQUOTED),
+    "recipient: quoted pair": Difference(
+        ("250 2.1.0", "250 2.1.5", "354", "250 2.1.5", "250 2.0.0", "221 2.0.0"), UNQUOTED
+    ),
+    "not a header": Difference(
+        ("250 2.1.0", "250 2.1.5", "354", "250 2.1.5", "221 2.0.0"), "What arrived is stored; nothing is lost."
+    ),
+    "too large": Difference(
+        ("250 2.1.0", "250 2.1.5", "354", "552 5.3.4", "250 2.0.0", "221 2.0.0"),
+        "5.3.4 is the code for a message too large for the system (RFC 3463), 5.2.3 the one for a mailbox's limit.",
+    ),
+    "too large for two": Difference(
+        ("250 2.1.0", "250 2.1.5", "250 2.1.5", "354", "552 5.3.4", "552 5.3.4", "250 2.0.0", "221 2.0.0"),
+        "Each recipient gets a reply (RFC 2033, 4.2).",
+    ),
+    **{
+        f"end: {name}": Difference(("250 2.1.0", "250 2.1.5", "354", "250 2.1.5", "250 2.0.0", "221 2.0.0"), ONE_END)
+        for name in ("LF dot LF", "LF dot CR LF", "CR LF dot LF")
+    },
+}
 
 
 def octets(step: Step) -> bytes:
@@ -231,7 +285,11 @@ def converse(client: Client, session: Session) -> list[list[str]]:
 
 
 def in_lockstep(client: Client, steps: tuple[Step, ...]) -> list[list[str]]:
-    """Waits for the reply to each step; a message is only sent when it was asked for, and is answered at least once."""
+    """Waits for a reply to each step; a message is only sent when it was asked for.
+
+    One of several replies to a message is waited for, as there are servers that give only one; the others come first
+    when the reply to the next step is read, and all the replies still in their order.
+    """
     replies: list[list[str]] = []
     for step in steps:
         if isinstance(step, Data) and not (replies and replies[-1][-1].startswith("354")):
@@ -296,7 +354,7 @@ def test_reply_codes_are_those_of_cyrus_or_differ_for_a_reason(session: Session,
     codes = [code(reply) for reply in replies]
     if difference := DIFFERENCES.get(session.name):
         assert not same(theirs, list(difference.ours)), "Cyrus does the same: no difference any more"
-        assert codes == list(difference.ours), difference.reason
+        assert same(codes, list(difference.ours)), f"{difference.reason}\n{replies}"
     else:
         assert same(theirs, codes), replies
 
