@@ -25,7 +25,9 @@ def left_in_tmp(site: Site) -> list[Path]:
 
 def run(*command: str, input: bytes = b"") -> str:
     """Runs a client that must succeed; what it printed."""
-    done = subprocess.run(command, input=input, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
+    done = subprocess.run(
+        command, input=input, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE, check=False
+    )
     printed = done.stdout.decode(errors="replace")
     assert done.returncode == 0, printed
     return printed
@@ -275,6 +277,7 @@ class TestMsmtp:
                 capture_output=True,
                 encoding="utf-8",
                 timeout=PATIENCE,
+                check=False,
             )
 
     @pytest.mark.parametrize("names", [["jane"], ["jane", "joe"]], ids=["one recipient", "two recipients"])
