@@ -10,6 +10,7 @@ from __future__ import annotations
 import getpass
 import imaplib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -152,6 +153,7 @@ def lmtpd_for_others(site: Site) -> str:
         start = f"import sys\nsys.path.insert(0, {str(folder)!r})\nimport lmtpd\nsys.exit(lmtpd.main())\n"
         (folder / "lmtpd").write_text(f"#!{python_for_others()}\n{start}")
         (folder / "lmtpd").chmod(0o755)
+        subprocess.run([python_for_others(), "-m", "compileall", "-q", str(folder)], check=True, capture_output=True)
     return str(folder / "lmtpd")
 
 
@@ -423,7 +425,7 @@ class Dovecot(Peer):
     @staticmethod
     def _version() -> tuple[int, ...]:
         version = subprocess.run([program("dovecot"), "--version"], check=True, capture_output=True, text=True).stdout
-        return tuple(map(int, version.split()[0].split(".")[:3]))
+        return tuple(map(int, re.findall(r"\d+", version)[:3]))
 
     def _private_conf(self) -> str:
         """What keeps the instance to itself: folders, a port, a password for everyone."""

@@ -77,11 +77,11 @@ class TestSmtpSource:
         assert len(site.messages("jane")) == 32
 
     def test_several_recipients(self, site: Site, listener: Listener) -> None:
-        # It makes recipients by putting a number before the address, save the last one's.
-        numbered = [f"{number}jane" for number in range(2, 6)]
-        site.add_user(*numbered)
+        # It makes recipients by putting a number before the address; some versions leave one without a number.
+        names = ["jane", *(f"{number}jane" for number in range(1, 6))]
+        site.add_user(*names[1:])
         self.deliver(listener.address, "-r", "5", "-s", "2", "-m", "10", "-d")
-        assert [len(site.messages(name)) for name in ["jane", *numbered]] == [10] * 5
+        assert sorted(len(site.messages(name)) for name in names) == [0, 10, 10, 10, 10, 10]
 
     @pytest.mark.parametrize("size", [1, 1000, 65536, 5_000_000])
     def test_sizes(self, site: Site, listener: Listener, size: int) -> None:
