@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Optional, TypeVar, Union
+from typing import TypeVar, Union
 
 from harness import AS_ROOT, LMTPD, PATIENCE, STORE_USER, Client, Site
 
@@ -88,7 +88,7 @@ def connect(address: Address) -> socket.socket:
     return sock
 
 
-def wait_for(condition: Callable[[], T], what: str, log: Optional[Path] = None, patience: float = PATIENCE) -> T:
+def wait_for(condition: Callable[[], T], what: str, log: Path | None = None, patience: float = PATIENCE) -> T:
     """What condition() returns, as soon as that is true; looks at it again and again until then."""
     end = time.monotonic() + patience
     while not (result := condition()):

@@ -411,3 +411,35 @@ def test_pipelining_changes_no_reply(session: Session, ours: Site) -> None:
 
 def test_every_difference_is_one_of_a_session() -> None:
     assert set(DIFFERENCES) <= {session.name for session in SESSIONS}
+
+
+BODIES = {
+    "a plain message": MESSAGE,
+    "dots": MESSAGE + b"..\r\n...\r\n..x\r\n",
+    "eight bits": MESSAGE + b"caf\xc3\xa9 \xff\r\n",
+    "white space": MESSAGE + b" \t \r\n\r\n\r\n",
+    "only headers": b"Subject: only headers\r\n",
+    "only a body": b"\r\nA body.\r\n",
+    "nothing": b"",
+    "a folded header": b"Subject: a\r\n subject\r\nX-Empty:\r\n\r\nA line.\r\n",
+    "a Return-Path that came with it": b"Return-Path: <forged@example.com>\r\n" + MESSAGE,
+    "a bare LF": MESSAGE + b"a\nb\r\n",
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
+def test_what_is_stored_is_what_cyrus_stores(body: bytes, cyrus: Cyrus, ours: Site) -> None:
+    """But for the headers that each adds itself, and that ours ends lines in LF as a Maildir has it."""
+    for client in (cyrus.connect(), ours.connect()):
+        converse(client, lockstep("", MAIL, "RCPT TO:<joe>", "DATA", message(body)))
+    latest = (messages[-1].replace(b"\r\n", b"\n") for messages in (cyrus.messages("joe"), ours.messages("joe")))
+    theirs, mine = map(without_trace, latest)
+    assert theirs == mine
+
+
+def without_trace(text: bytes) -> tuple[bytes, bytes]:
+    """The headers, without those that a server adds, and the body."""
+    headers, _, body = text.partition(b"\n\n")
+    fields = re.split(rb"\n(?![ \t])", headers)
+    added = (b"received:", b"x-cyrus-session-id:", b"x-sieve:", b"message-id:", b"date:")
+    return b"\n".join(field for field in fields if not field.lower().startswith(added)), body

@@ -23,14 +23,19 @@ def left_in_tmp(site: Site) -> list[Path]:
     return list(site.spool.glob("**/tmp/*"))
 
 
-def run(*command: str, input: bytes = b"") -> str:
-    """Runs a client that must succeed; what it printed."""
+def run(*command: str) -> str:
+    """Runs a client that must succeed, with nothing to read; what it printed."""
     done = subprocess.run(
-        command, input=input, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE, check=False
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=PATIENCE,
+        encoding="utf-8",
+        errors="replace",
     )
-    printed = done.stdout.decode(errors="replace")
-    assert done.returncode == 0, printed
-    return printed
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def as_stored(text: bytes) -> bytes:
@@ -384,7 +389,7 @@ class TestStarters:
         assert site.messages("jane") == []
 
     def test_a_shell_with_a_pipe(self, site: Site) -> None:
-        command = f"printf 'LHLO x\\r\\nMAIL FROM:<>\\r\\nRCPT TO:<jane>\\r\\nDATA\\r\\n\\r\\nx\\r\\n.\\r\\nQUIT\\r\\n' | {LMTPD}"
-        printed = run("sh", "-c", f"{command} -C {site.conf} 2>/dev/null")
+        session = r"LHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<jane>\r\nDATA\r\n\r\nx\r\n.\r\nQUIT\r\n"
+        printed = run("sh", "-c", f"printf '{session}' | {LMTPD} -C {site.conf} 2>/dev/null")
         assert printed.splitlines()[-1].startswith("221 2.0.0")
         assert len(site.messages("jane")) == 1
