@@ -8,8 +8,10 @@ folders, a port on loopback, a log file.
 from __future__ import annotations
 
 import getpass
+import grp
 import imaplib
 import os
+import pwd
 import re
 import shutil
 import signal
@@ -26,6 +28,7 @@ from typing import TypeVar, Union
 from harness import AS_ROOT, LMTPD, PATIENCE, STORE_USER, Client, Site
 
 PEER_USER = STORE_USER if AS_ROOT else getpass.getuser()
+PEER_GROUP = grp.getgrgid(pwd.getpwnam(PEER_USER).pw_gid).gr_name
 PASSWORD = "secret"
 
 POSTFIX_MAIN_CF = """\
@@ -419,7 +422,7 @@ class Dovecot(Peer):
         private = self._private_conf() if old else self._private_24_conf()
         text = recipe(DOVECOT_CONF if old else DOVECOT_24_CONF, site)
         if not AS_ROOT:
-            text = text.replace("= mail\n", f"= {PEER_USER}\n")
+            text = text.replace("uid = mail", f"uid = {PEER_USER}").replace("gid = mail", f"gid = {PEER_GROUP}")
         self.conf.write_text(private + text + ("" if AS_ROOT else self._rootless_conf()))
 
     @staticmethod
@@ -443,7 +446,7 @@ passdb {{
 }}
 userdb {{
   driver = static
-  args = uid={PEER_USER} gid={PEER_USER} home={self.folder}/home/%n
+  args = uid={PEER_USER} gid={PEER_GROUP} home={self.folder}/home/%n
 }}
 service imap-login {{
   chroot =
@@ -477,7 +480,7 @@ passdb static {{
 userdb static {{
   fields {{
     uid = {PEER_USER}
-    gid = {PEER_USER}
+    gid = {PEER_GROUP}
     home = {self.folder}/home/%{{user | username}}
   }}
 }}
@@ -497,7 +500,7 @@ service imap-login {{
         """Without root every one of its processes is the same user."""
         return f"""\
 default_internal_user = {PEER_USER}
-default_internal_group = {PEER_USER}
+default_internal_group = {PEER_GROUP}
 default_login_user = {PEER_USER}
 service anvil {{
   chroot =
