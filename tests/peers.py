@@ -7,11 +7,8 @@ folders, a port on loopback, a log file.
 
 from __future__ import annotations
 
-import getpass
-import grp
 import imaplib
 import os
-import pwd
 import re
 import shutil
 import signal
@@ -25,10 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar, Union
 
-from harness import AS_ROOT, LMTPD, PATIENCE, STORE_USER, Client, Site
+from harness import LMTPD, PATIENCE, STORE_USER, Client, Site
 
-PEER_USER = STORE_USER if AS_ROOT else getpass.getuser()
-PEER_GROUP = grp.getgrgid(pwd.getpwnam(PEER_USER).pw_gid).gr_name
 PASSWORD = "secret"
 
 POSTFIX_MAIN_CF = """\
@@ -119,16 +114,9 @@ def program(name: str) -> str:
     return path
 
 
-def as_root(*command: str) -> list[str]:
-    """The command, by sudo where the tests don't run as root."""
-    return list(command) if AS_ROOT else ["sudo", "-n", *command]
-
-
 def reachable(path: Path) -> bool:
     """Whether the store's owner, too, gets to path: a tree below /root is closed to him."""
-    return not AS_ROOT or all(
-        parent.stat().st_mode & 0o001 for place in (path.absolute(), path.resolve()) for parent in place.parents
-    )
+    return all(parent.stat().st_mode & 0o001 for place in (path.absolute(), path.resolve()) for parent in place.parents)
 
 
 def python_for_others() -> str:
@@ -166,8 +154,6 @@ def recipe(text: str, site: Site, **paths: str) -> str:
         "/usr/local/bin/lmtpd": lmtpd_for_others(site),
         "/etc/imapd.conf": str(site.conf),
         "/var/spool/imap": str(site.spool),
-        "user=mail": f"user={PEER_USER}",
-        "nowait mail": f"nowait {PEER_USER}",
         **paths,
     }
     for old, new in replacements.items():
@@ -222,7 +208,7 @@ class Peer:
             try:
                 self.process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
-                subprocess.run(as_root("kill", "-KILL", "--", f"-{self.process.pid}"), check=False)
+                os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()
 
     def __enter__(self: P) -> P:
@@ -339,10 +325,9 @@ class Postfix(Peer):
         self.data = self.folder / "data"
         for folder in (self.conf, self.queue, self.data):
             folder.mkdir()
-        subprocess.run(as_root("chown", "postfix", str(self.data)), check=True)
+        shutil.chown(self.data, "postfix")
         (self.conf / "main.cf").write_text(self._private_main_cf() + recipe(POSTFIX_MAIN_CF, site))
         (self.conf / "master.cf").write_text(self._private_master_cf() + recipe(POSTFIX_MASTER_CF, site))
-        subprocess.run(as_root("chown", "-R", "root:", str(self.conf), str(self.queue)), check=True)
 
     def _private_main_cf(self) -> str:
         """What keeps the instance to itself."""
@@ -386,26 +371,21 @@ tlsmgr    unix  - - n 1000 1 tlsmgr
 """
 
     def start(self) -> None:
-        self.run(as_root(program("postfix"), "-c", str(self.conf), "start-fg"), lambda: answers(self.address))
+        self.run([program("postfix"), "-c", str(self.conf), "start-fg"], lambda: answers(self.address))
 
     def stop(self) -> None:
-        subprocess.run(as_root(program("postfix"), "-c", str(self.conf), "stop"), check=False, capture_output=True)
+        subprocess.run([program("postfix"), "-c", str(self.conf), "stop"], check=False, capture_output=True)
 
     def queued(self) -> str:
         """The queue's listing, one JSON object for each message; empty when everything has left."""
         listing = subprocess.run(
-            as_root(program("postqueue"), "-c", str(self.conf), "-j"), check=True, capture_output=True, text=True
+            [program("postqueue"), "-c", str(self.conf), "-j"], check=True, capture_output=True, text=True
         )
         return listing.stdout
 
     def wait_until_sent(self) -> None:
         """Returns when no message is left in the queue."""
         wait_for(lambda: not self.queued(), "Postfix's queue to become empty", self.log)
-
-    def close(self) -> None:
-        super().close()
-        if not AS_ROOT:
-            subprocess.run(as_root("chown", "-R", PEER_USER, str(self.folder)), check=True)
 
 
 class Dovecot(Peer):
@@ -421,9 +401,7 @@ class Dovecot(Peer):
         old = self.version < (2, 4)
         private = self._private_conf() if old else self._private_24_conf()
         text = recipe(DOVECOT_CONF if old else DOVECOT_24_CONF, site)
-        if not AS_ROOT:
-            text = text.replace("uid = mail", f"uid = {PEER_USER}").replace("gid = mail", f"gid = {PEER_GROUP}")
-        self.conf.write_text(private + text + ("" if AS_ROOT else self._rootless_conf()))
+        self.conf.write_text(private + text)
 
     @staticmethod
     def _version() -> tuple[int, ...]:
@@ -446,7 +424,7 @@ passdb {{
 }}
 userdb {{
   driver = static
-  args = uid={PEER_USER} gid={PEER_GROUP} home={self.folder}/home/%n
+  args = uid={STORE_USER} gid={STORE_USER} home={self.folder}/home/%n
 }}
 service imap-login {{
   chroot =
@@ -479,8 +457,8 @@ passdb static {{
 }}
 userdb static {{
   fields {{
-    uid = {PEER_USER}
-    gid = {PEER_GROUP}
+    uid = {STORE_USER}
+    gid = {STORE_USER}
     home = {self.folder}/home/%{{user | username}}
   }}
 }}
@@ -492,18 +470,6 @@ service imap-login {{
   inet_listener imaps {{
     port = 0
   }}
-}}
-"""
-
-    @staticmethod
-    def _rootless_conf() -> str:
-        """Without root every one of its processes is the same user."""
-        return f"""\
-default_internal_user = {PEER_USER}
-default_internal_group = {PEER_GROUP}
-default_login_user = {PEER_USER}
-service anvil {{
-  chroot =
 }}
 """
 
@@ -536,7 +502,7 @@ class Cyrus(Peer):
             "configdirectory": str(folder / "lib"),
             "partition-default": str(folder / "spool"),
             "defaultpartition": "default",
-            "cyrus_user": PEER_USER,
+            "cyrus_user": STORE_USER,
             "servername": "mx.example.com",
             "autocreate_post": "yes",
             "autocreate_quota": "0",
@@ -572,8 +538,7 @@ class Cyrus(Peer):
         )
         for path in (self.folder, *(self.folder / name for name in ("lib", "lib/socket", "lib/proc", "spool"))):
             path.mkdir(exist_ok=True)
-            if AS_ROOT:
-                shutil.chown(path, PEER_USER, PEER_USER)
+            shutil.chown(path, STORE_USER, STORE_USER)
 
     def start(self) -> None:
         """Starts master(8); returns when every user has his mailboxes."""
