@@ -1,0 +1,445 @@
+"""The same sessions to a real Cyrus lmtpd and to ours: the reply codes agree, but for differences with a name."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import NamedTuple, Union
+
+import pytest
+from harness import Client, Site
+from peers import Cyrus
+
+MAXIMUM = 20000  # maxmessagesize of both
+OPTIONS = {"maxmessagesize": str(MAXIMUM), "unixhierarchysep": "yes", "altnamespace": "yes"}
+MESSAGE = b"From: sender@example.com\r\nSubject: a subject\r\n\r\nA line.\r\n"
+
+Code = str  # "250", or with the enhanced code of its last line "250 2.1.5"
+
+
+class Data(NamedTuple):
+    """The octets after DATA with their final dot; not sent when DATA was refused."""
+
+    octets: bytes
+
+
+Step = Union[str, bytes, Data]
+
+
+class Session(NamedTuple):
+    """What a client sends after LHLO. Pipelined: all at once; else each step waits for the replies to the last."""
+
+    name: str
+    steps: tuple[Step, ...]
+    pipelined: bool = False
+    lhlo: bool = True
+
+
+class Difference(NamedTuple):
+    """The codes of ours where they are meant to differ from Cyrus', and why."""
+
+    ours: tuple[Code, ...]
+    reason: str
+    in_every_version: bool = True  # of Cyrus
+
+
+def message(body: bytes = MESSAGE) -> Data:
+    return Data(body + b".\r\n")
+
+
+def lockstep(name: str, *steps: Step) -> Session:
+    return Session(name, steps)
+
+
+def pipelined(name: str, *steps: Step) -> Session:
+    return Session(name, steps, pipelined=True)
+
+
+def mail(*parameters: str) -> str:
+    return " ".join(["MAIL FROM:<sender@example.com>", *parameters])
+
+
+MAIL = mail()
+JANE = "RCPT TO:<jane>"
+JOE = "RCPT TO:<joe>"
+NOBODY = "RCPT TO:<nobody>"
+TRANSACTION: tuple[Step, ...] = (MAIL, JANE, "DATA", message())
+
+
+def recipient(name: str, path: str) -> Session:
+    """A session that is about how one forward-path is taken."""
+    return lockstep(f"recipient: {name}", MAIL, f"RCPT TO:{path}", "DATA", message(), "NOOP")
+
+
+def sender(name: str, path: str) -> Session:
+    """A session that is about how one reverse-path is taken."""
+    return lockstep(f"sender: {name}", f"MAIL FROM:{path}", JANE, "RSET")
+
+
+SESSIONS = [
+    # The order of commands
+    lockstep("one message", *TRANSACTION),
+    lockstep("two messages", *TRANSACTION, *TRANSACTION),
+    Session("MAIL without LHLO", (MAIL, JANE, "DATA", message()), lhlo=False),
+    Session("RSET, NOOP and VRFY without LHLO", ("RSET", "NOOP", "VRFY jane"), lhlo=False),
+    lockstep("LHLO again", "LHLO other.example", MAIL),
+    lockstep("LHLO in a transaction", MAIL, JANE, "LHLO other.example", MAIL, JANE, "DATA", message()),
+    lockstep("LHLO without a name", "LHLO"),
+    lockstep("HELO and EHLO", "HELO client.example", "EHLO client.example"),
+    lockstep("nested MAIL", MAIL, MAIL, JANE, "DATA", message()),
+    lockstep("RCPT before MAIL", JANE, *TRANSACTION),
+    lockstep("DATA before MAIL", "DATA", message(), *TRANSACTION),
+    lockstep("DATA without recipients", MAIL, "DATA", message(), "NOOP"),
+    lockstep("DATA after refused recipients", MAIL, NOBODY, "DATA", message(), "NOOP"),
+    lockstep("RSET", MAIL, JANE, "RSET", JANE, MAIL, "RSET", "RSET"),
+    lockstep("NOOP", "NOOP", "noop"),
+    lockstep("NOOP with an argument", "NOOP something"),
+    lockstep("RSET with an argument", "RSET something"),
+    lockstep("DATA with an argument", MAIL, JANE, "DATA something", "RSET"),
+    lockstep("VRFY", "VRFY jane", "VRFY nobody", "VRFY"),
+    lockstep("EXPN", "EXPN jane"),
+    lockstep("HELP", "HELP", "HELP MAIL"),
+    lockstep("TRACE", "TRACE some-id.1", "TRACE", "TRACE a b", "TRACE " + "a" * 256),
+    lockstep("AUTH", "AUTH", "AUTH UNKNOWN", "AUTH PLAIN AGphbmUAc2VjcmV0"),
+    lockstep("STARTTLS", "STARTTLS", "NOOP"),
+    lockstep("unknown commands", "XYZZY", "SEND FROM:<a@example.com>", "MAILFROM:<a@example.com>", "250 ok"),
+    lockstep("an empty line", "", "NOOP"),
+    lockstep("8-bit octets in a command", b"X\xc3\xa9", b"NOOP\xff", "NOOP"),
+    lockstep("lower case", "mail from:<sender@example.com>", "rcpt to:<jane>", "data", message()),
+    lockstep("trailing spaces", "NOOP  ", "RSET ", MAIL + "  ", JANE + "  ", "DATA ", message()),
+    lockstep("spaces after the colon", "MAIL FROM: <sender@example.com>", "RCPT TO: <jane>", "RSET"),
+    lockstep("a long line", "NOOP " + "x" * 3000, "X" * 3000, "NOOP"),
+    lockstep("a very long line", "X" * 20000, "NOOP"),
+    lockstep("BDAT", MAIL, JANE, b"BDAT 11 LAST\r\nNOOP\r\nxyz", "NOOP"),
+    lockstep("QUIT with an argument", "QUIT now"),
+    lockstep("QUIT in a transaction", MAIL, JANE, "QUIT"),
+    # Pipelining
+    pipelined("pipelined", *TRANSACTION),
+    pipelined("pipelined, three messages", *TRANSACTION, *TRANSACTION, *TRANSACTION),
+    pipelined("pipelined, one of two unknown", MAIL, NOBODY, JANE, "DATA", message(), "NOOP"),
+    pipelined("pipelined, nested MAIL and RSET", MAIL, MAIL, "RSET", MAIL, JANE, "RSET", "NOOP"),
+    pipelined("pipelined, commands after QUIT", "NOOP", "QUIT", "NOOP"),
+    # Parameters
+    lockstep("SIZE", mail("SIZE=100"), JANE, "DATA", message()),
+    lockstep("SIZE at the limit", mail(f"SIZE={MAXIMUM}")),
+    lockstep("SIZE over the limit", mail(f"SIZE={MAXIMUM + 1}")),
+    lockstep("SIZE over the limit, then MAIL", mail(f"SIZE={MAXIMUM + 1}"), MAIL, JANE),
+    lockstep("SIZE beyond 32 bits", mail("SIZE=4294967297")),
+    lockstep("SIZE beyond 64 bits", mail("SIZE=99999999999999999999")),
+    lockstep("SIZE that is no number", mail("SIZE=many"), MAIL),
+    lockstep("SIZE without a value", mail("SIZE"), mail("SIZE=")),
+    lockstep("SIZE with a sign", mail("SIZE=-1"), mail("SIZE=+1")),
+    lockstep("BODY=8BITMIME", mail("BODY=8BITMIME"), JANE, "DATA", message(MESSAGE + b"\xc3\xa9\r\n")),
+    lockstep("BODY=7BIT", mail("BODY=7BIT"), JANE),
+    lockstep("BODY=8bitmime", mail("body=8bitmime"), JANE),
+    lockstep("BODY that is unknown", mail("BODY=9BIT"), MAIL, JANE),
+    lockstep("BODY=BINARYMIME", mail("BODY=BINARYMIME"), "RSET"),
+    lockstep("SIZE and BODY", mail("SIZE=10", "BODY=8BITMIME"), JANE),
+    lockstep("a parameter that is unknown", mail("XYZ=1"), MAIL, JANE),
+    lockstep("SMTPUTF8", mail("SMTPUTF8"), "RSET"),
+    lockstep("AUTH= on MAIL", mail("AUTH=<>"), JANE),
+    lockstep("IGNOREQUOTA", MAIL, JANE + " IGNOREQUOTA", "DATA", message()),
+    lockstep("IGNOREQUOTA in lower case", MAIL, JANE + " ignorequota"),
+    lockstep("IGNOREQUOTA on MAIL", mail("IGNOREQUOTA"), "RSET"),
+    lockstep("a parameter of RCPT that is unknown", MAIL, JANE + " XYZ=1", JANE),
+    lockstep("NOTIFY on RCPT", MAIL, JANE + " NOTIFY=NEVER", JANE),
+    # Senders
+    sender("null", "<>"),
+    sender("without a domain", "<sender>"),
+    sender("source route", "<@one.example,@two.example:sender@example.com>"),
+    sender("quoted", '<"a b"@example.com>'),
+    sender("quoted, with a bracket", '<"a>b"@example.com>'),
+    sender("address literal", "<sender@[127.0.0.1]>"),
+    sender("8 bit", "<sénder@example.com>"),
+    sender("two at signs", "<a@b@example.com>"),
+    sender("no angle brackets", "sender@example.com"),
+    sender("no closing bracket", "<sender@example.com"),
+    sender("no opening bracket", "sender@example.com>"),
+    sender("nothing", ""),
+    sender("a space within", "<sen der@example.com>"),
+    sender("text after the bracket", "<sender@example.com>x"),
+    # Recipients
+    recipient("with a domain", "<jane@example.com>"),
+    recipient("upper case", "<JANE@EXAMPLE.COM>"),
+    recipient("unknown", "<nobody@example.com>"),
+    recipient("address extension", "<jane+lists@example.com>"),
+    recipient("extension that is no folder", "<jane+nothing@example.com>"),
+    recipient("empty extension", "<jane+@example.com>"),
+    recipient("extension of an unknown user", "<nobody+lists@example.com>"),
+    recipient("source route", "<@one.example:jane@example.com>"),
+    recipient("quoted", '<"jane"@example.com>'),
+    recipient("quoted pair", '<"ja\\ne"@example.com>'),
+    recipient("quoted, with a space", '<"jane "@example.com>'),
+    recipient("empty", "<>"),
+    recipient("empty local part", "<@example.com>"),
+    recipient("empty domain", "<jane@>"),
+    recipient("no angle brackets", "jane@example.com"),
+    recipient("no closing bracket", "<jane@example.com"),
+    recipient("nothing", ""),
+    recipient("8 bit", "<jané@example.com>"),
+    recipient("address literal", "<jane@[127.0.0.1]>"),
+    recipient("slash", "<../jane@example.com>"),
+    recipient("dots", "<..@example.com>"),
+    recipient("shared folder that is not there", "<+shared.folder@example.com>"),
+    recipient("two at signs", "<jane@x@example.com>"),
+    recipient("very long", "<" + "j" * 400 + "@example.com>"),
+    recipient("postmaster", "<postmaster>"),
+    lockstep("two recipients, one unknown", MAIL, JANE, NOBODY, "DATA", message()),
+    lockstep("two recipients", MAIL, JANE, JOE, "DATA", message()),
+    lockstep("the same recipient twice", MAIL, JANE, JANE, "DATA", message()),
+    # Messages
+    lockstep("empty message", MAIL, JANE, "DATA", message(b"")),
+    lockstep("no headers", MAIL, JANE, "DATA", message(b"\r\nOnly a body.\r\n")),
+    lockstep("no body", MAIL, JANE, "DATA", message(b"Subject: only headers\r\n")),
+    lockstep("not a header", MAIL, JANE, "DATA", message(b"This is no header\r\n\r\nA body.\r\n")),
+    lockstep("8-bit header", MAIL, JANE, "DATA", message(b"Subject: caf\xc3\xa9\r\n\r\nA body.\r\n")),
+    lockstep("dot-stuffing", MAIL, JANE, "DATA", message(MESSAGE + b"..\r\n...\r\n.x\r\n"), "NOOP"),
+    lockstep("NUL in the body", MAIL, JANE, JOE, "DATA", message(MESSAGE + b"a\0b\r\n"), "NOOP"),
+    lockstep("NUL in a header", MAIL, JANE, "DATA", message(b"Subject: a\0b\r\n\r\n"), "NOOP"),
+    lockstep("long line in the message", MAIL, JANE, "DATA", message(MESSAGE + b"x" * 9000 + b"\r\n")),
+    lockstep("too large", MAIL, JANE, "DATA", message(MESSAGE + b"0123456789\r\n" * 3000), "NOOP"),
+    lockstep("too large for two", MAIL, JANE, JOE, "DATA", message(MESSAGE + b"0123456789\r\n" * 3000), "NOOP"),
+    lockstep("bare CR", MAIL, JANE, "DATA", message(MESSAGE + b"a\rb\r\n"), "NOOP"),
+    lockstep("bare LF", MAIL, JANE, "DATA", message(MESSAGE + b"a\nb\r\n"), "NOOP"),
+    lockstep("end: LF dot LF", MAIL, JANE, "DATA", message(MESSAGE + b"a\n.\nNOOP\r\n"), "NOOP"),
+    lockstep("end: LF dot CR LF", MAIL, JANE, "DATA", message(MESSAGE + b"a\n.\r\nNOOP\r\n"), "NOOP"),
+    lockstep("end: CR LF dot LF", MAIL, JANE, "DATA", message(MESSAGE + b"a\r\n.\nNOOP\r\n"), "NOOP"),
+    lockstep("end: CR dot CR", MAIL, JANE, "DATA", message(MESSAGE + b"a\r.\rNOOP\r\n"), "NOOP"),
+    lockstep("end: CR LF dot CR", MAIL, JANE, "DATA", message(MESSAGE + b"a\r\n.\rNOOP\r\n"), "NOOP"),
+]
+
+PARAMETERS_FIRST = "The parameters are judged before a transaction is begun: a refused MAIL leaves none behind."
+ONE_END = "Only CR LF dot CR LF ends a message (RFC 5321, 4.1.1.4): anything else is SMTP smuggling."
+TOLERANT = "White space at the end of a command is no fault (RFC 5321, 4.1.1)."
+UNQUOTED = "The quotes belong to the syntax, not to the name (RFC 5321, 4.1.2)."
+ARGUMENT = "The command is known, its argument is wrong: 501, not 500 (RFC 5321, 4.2.2)."
+UNKNOWN_PARAMETER = "555 says that a parameter is not known (RFC 5321, 4.1.1.11); 501, that its syntax is wrong."
+NOT_ASCII = "An address beyond ASCII without SMTPUTF8 has a code of its own (RFC 6531, 3.5)."
+
+DIFFERENCES: dict[str, Difference] = {
+    "LHLO without a name": Difference(("501 5.5.4", "221 2.0.0"), ARGUMENT),
+    "RSET with an argument": Difference(("501 5.5.4", "221 2.0.0"), ARGUMENT),
+    "DATA with an argument": Difference(("250 2.1.0", "250 2.1.5", "501 5.5.4", "250 2.0.0", "221 2.0.0"), ARGUMENT),
+    "VRFY": Difference(("252 2.3.3", "252 2.3.3", "501 5.5.4", "221 2.0.0"), ARGUMENT),
+    "QUIT with an argument": Difference(("501 5.5.4", "221 2.0.0"), ARGUMENT),
+    "AUTH": Difference(("500 5.5.2", "500 5.5.2", "500 5.5.2", "221 2.0.0"), "There is no AUTH yet."),
+    "AUTH= on MAIL": Difference(
+        ("555 5.5.4", "503 5.5.1", "221 2.0.0"), "The parameter belongs to AUTH (RFC 4954, 3), which is not offered."
+    ),
+    "trailing spaces": Difference(
+        ("250 2.0.0", "250 2.0.0", "250 2.1.0", "250 2.1.5", "354", "250 2.1.5", "221 2.0.0"), TOLERANT
+    ),
+    "IGNOREQUOTA on MAIL": Difference(("555 5.5.4", "250 2.0.0", "221 2.0.0"), UNKNOWN_PARAMETER),
+    "a parameter of RCPT that is unknown": Difference(
+        ("250 2.1.0", "555 5.5.4", "250 2.1.5", "221 2.0.0"), UNKNOWN_PARAMETER
+    ),
+    "NOTIFY on RCPT": Difference(("250 2.1.0", "555 5.5.4", "250 2.1.5", "221 2.0.0"), UNKNOWN_PARAMETER),
+    "sender: 8 bit": Difference(("553 5.6.7", "503 5.5.1", "250 2.0.0", "221 2.0.0"), NOT_ASCII),
+    "recipient: 8 bit": Difference(("250 2.1.0", "553 5.6.7", "503 5.5.1", "250 2.0.0", "221 2.0.0"), NOT_ASCII),
+    "recipient: empty domain": Difference(
+        ("250 2.1.0", "501 5.5.4", "503 5.5.1", "250 2.0.0", "221 2.0.0"),
+        "A path without its domain is malformed (RFC 5321, 4.1.2).",
+    ),
+    "LHLO in a transaction": Difference(
+        ("250 2.1.0", "250 2.1.5", "250", "250 2.1.0", "250 2.1.5", "354", "250 2.1.5", "221 2.0.0"),
+        "A new LHLO resets the transaction (RFC 5321, 4.1.4).",
+    ),
+    "NOOP with an argument": Difference(("250 2.0.0", "221 2.0.0"), "NOOP may have one (RFC 5321, 4.1.1.9)."),
+    "HELP": Difference(("214 2.0.0", "214 2.0.0", "221 2.0.0"), "We have HELP (RFC 5321, 4.1.1.8)."),
+    "TRACE": Difference(
+        ("250 2.0.0", "501 5.5.4", "501 5.5.4", "501 5.5.4", "221 2.0.0"),
+        "Later versions of Cyrus have TRACE.",
+        in_every_version=False,
+    ),
+    "BDAT": Difference(
+        ("250 2.1.0", "250 2.1.5", "250 2.1.5", "250 2.0.0", "221 2.0.0"), "We have CHUNKING (RFC 3030)."
+    ),
+    "a long line": Difference(("250 2.0.0", "500 5.5.2", "250 2.0.0", "221 2.0.0"), "NOOP may have an argument."),
+    "a very long line": Difference(
+        ("500 5.5.2", "250 2.0.0", "221 2.0.0"),
+        "The rest of a line that is too long is skipped, not taken for commands.",
+    ),
+    "SIZE over the limit, then MAIL": Difference(
+        ("552 5.2.3", "250 2.1.0", "250 2.1.5", "221 2.0.0"), PARAMETERS_FIRST
+    ),
+    "SIZE beyond 32 bits": Difference(
+        ("552 5.2.3", "221 2.0.0"), "A size of 4 GiB and 1 octet is over the limit, too."
+    ),
+    "SIZE that is no number": Difference(("501 5.5.4", "250 2.1.0", "221 2.0.0"), PARAMETERS_FIRST),
+    "SIZE without a value": Difference(("501 5.5.4", "501 5.5.4", "221 2.0.0"), PARAMETERS_FIRST),
+    "SIZE with a sign": Difference(("501 5.5.4", "501 5.5.4", "221 2.0.0"), PARAMETERS_FIRST),
+    "BODY that is unknown": Difference(("501 5.5.4", "250 2.1.0", "250 2.1.5", "221 2.0.0"), PARAMETERS_FIRST),
+    "a parameter that is unknown": Difference(("555 5.5.4", "250 2.1.0", "250 2.1.5", "221 2.0.0"), PARAMETERS_FIRST),
+    "SMTPUTF8": Difference(("250 2.1.0", "250 2.0.0", "221 2.0.0"), "We have SMTPUTF8 (RFC 6531)."),
+    "recipient: quoted": Difference(("250 2.1.0", "250 2.1.5", "354", "250 2.1.5", "250 2.0.0", "221 2.0.0"), UNQUOTED),
+    "recipient: quoted pair": Difference(
+        ("250 2.1.0", "250 2.1.5", "354", "250 2.1.5", "250 2.0.0", "221 2.0.0"), UNQUOTED
+    ),
+    "not a header": Difference(
+        ("250 2.1.0", "250 2.1.5", "354", "250 2.1.5", "221 2.0.0"), "What arrived is stored; nothing is lost."
+    ),
+    "too large": Difference(
+        ("250 2.1.0", "250 2.1.5", "354", "552 5.3.4", "250 2.0.0", "221 2.0.0"),
+        "5.3.4 is the code for a message too large for the system (RFC 3463), 5.2.3 the one for a mailbox's limit.",
+    ),
+    "too large for two": Difference(
+        ("250 2.1.0", "250 2.1.5", "250 2.1.5", "354", "552 5.3.4", "552 5.3.4", "250 2.0.0", "221 2.0.0"),
+        "Each recipient gets a reply (RFC 2033, 4.2).",
+    ),
+    **{
+        f"end: {name}": Difference(("250 2.1.0", "250 2.1.5", "354", "250 2.1.5", "250 2.0.0", "221 2.0.0"), ONE_END)
+        for name in ("LF dot LF", "LF dot CR LF", "CR LF dot LF")
+    },
+}
+
+
+def octets(step: Step) -> bytes:
+    if isinstance(step, Data):
+        return step.octets
+    return (step.encode() if isinstance(step, str) else step) + b"\r\n"
+
+
+class Conversation(NamedTuple):
+    """What was sent in a session, and every reply after LHLO's."""
+
+    sent: bytes
+    replies: list[list[str]]
+
+    @property
+    def codes(self) -> list[Code]:
+        return [code(reply) for reply in self.replies]
+
+
+def greet(client: Client, session: Session) -> None:
+    if session.lhlo:
+        client.hello()
+    else:
+        client.reply()
+
+
+def converse(client: Client, session: Session) -> Conversation:
+    """Runs the session, QUIT at its end.
+
+    In lockstep a message is only sent when it was asked for. One of several replies to it is waited for, as there are
+    servers that give only one; the others are read as the replies to the next steps, so all are in their order.
+    """
+    greet(client, session)
+    if session.pipelined:
+        sent = b"".join(map(octets, session.steps))
+        client.send(sent)
+        return Conversation(sent, the_rest(client))
+    sent = b""
+    replies: list[list[str]] = []
+    for step in session.steps:
+        if isinstance(step, Data) and not (replies and replies[-1][-1].startswith("354")):
+            continue
+        sent += octets(step)
+        client.send(octets(step))
+        if reply := client.reply():
+            replies.append(reply)
+    return Conversation(sent, replies + the_rest(client))
+
+
+def the_rest(client: Client) -> list[list[str]]:
+    """Says QUIT and reads every reply that is still to come."""
+    replies = []
+    # A server that has left before takes no more, but what it said before is still to be read.
+    with contextlib.suppress(OSError):
+        client.send(b"QUIT\r\n")
+    with contextlib.suppress(OSError):
+        while reply := client.reply():
+            replies.append(reply)
+    client.close()
+    return replies
+
+
+def code(reply: list[str]) -> Code:
+    """The code of a reply and, if its last line has one, the enhanced code."""
+    found = re.match(r"(\d{3})[ -](\d\.\d{1,3}\.\d{1,3})?", reply[-1])
+    if found is None:
+        return f"not a reply: {reply}"
+    return " ".join(filter(None, found.groups()))
+
+
+def agree(one: Code, other: Code) -> bool:
+    """Whether two codes are the same, as far as both say something."""
+    return all(a == b for a, b in zip(one.split(), other.split()))
+
+
+def same(one: list[Code], other: list[Code]) -> bool:
+    return len(one) == len(other) and all(map(agree, one, other))
+
+
+@pytest.fixture(scope="module")
+def cyrus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cyrus]:
+    home = Site()
+    with Cyrus(home.root / "cyrus", users=("jane", "joe"), folders=("lists",), **OPTIONS) as server:
+        yield server
+    home.close()
+
+
+@pytest.fixture(scope="module")
+def ours() -> Iterator[Site]:
+    site = Site(**OPTIONS)
+    site.add_user("jane", "joe")
+    site.add_user("jane/.lists", "joe/.lists")
+    yield site
+    site.close()
+
+
+@pytest.mark.parametrize("session", SESSIONS, ids=lambda session: session.name)
+def test_reply_codes_are_those_of_cyrus_or_differ_for_a_reason(session: Session, cyrus: Cyrus, ours: Site) -> None:
+    theirs = converse(cyrus.connect(), session).codes
+    conversation = converse(ours.connect(), session)
+    if difference := DIFFERENCES.get(session.name):
+        if difference.in_every_version:
+            assert not same(theirs, list(difference.ours)), "Cyrus does the same: no difference any more"
+        assert same(conversation.codes, list(difference.ours)), f"{difference.reason}\n{conversation.replies}"
+    else:
+        assert same(theirs, conversation.codes), conversation.replies
+
+
+@pytest.mark.parametrize("session", SESSIONS, ids=lambda session: session.name)
+def test_pipelining_changes_no_reply(session: Session, ours: Site) -> None:
+    in_turn = converse(ours.connect(), session)
+    client = ours.connect()
+    greet(client, session)
+    client.send(in_turn.sent)
+    assert [code(reply) for reply in the_rest(client)] == in_turn.codes
+
+
+def test_every_difference_is_one_of_a_session() -> None:
+    assert set(DIFFERENCES) <= {session.name for session in SESSIONS}
+
+
+BODIES = {
+    "a plain message": MESSAGE,
+    "dots": MESSAGE + b"..\r\n...\r\n..x\r\n",
+    "eight bits": MESSAGE + b"caf\xc3\xa9 \xff\r\n",
+    "white space": MESSAGE + b" \t \r\n\r\n\r\n",
+    "only headers": b"Subject: only headers\r\n",
+    "only a body": b"\r\nA body.\r\n",
+    "nothing": b"",
+    "a folded header": b"Subject: a\r\n subject\r\nX-Empty:\r\n\r\nA line.\r\n",
+    "a Return-Path that came with it": b"Return-Path: <forged@example.com>\r\n" + MESSAGE,
+    "a bare LF": MESSAGE + b"a\nb\r\n",
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
+def test_what_is_stored_is_what_cyrus_stores(body: bytes, cyrus: Cyrus, ours: Site) -> None:
+    """But for the headers that each adds itself, and that ours ends lines in LF as a Maildir has it."""
+    for client in (cyrus.connect(), ours.connect()):
+        converse(client, lockstep("", MAIL, "RCPT TO:<joe>", "DATA", message(body)))
+    latest = (messages[-1].replace(b"\r\n", b"\n") for messages in (cyrus.messages("joe"), ours.messages("joe")))
+    theirs, mine = map(without_trace, latest)
+    assert theirs == mine
+
+
+def without_trace(text: bytes) -> tuple[bytes, bytes]:
+    """The headers, without those that a server adds, and the body."""
+    headers, _, body = text.partition(b"\n\n")
+    fields = re.split(rb"\n(?![ \t])", headers)
+    added = (b"received:", b"x-cyrus-session-id:", b"x-sieve:", b"message-id:", b"date:")
+    return b"\n".join(field for field in fields if not field.lower().startswith(added)), body
