@@ -37,3 +37,51 @@ need_venv() {
     # Not in place: what is tested is what an administrator gets.
     "$venv/bin/pip" install --quiet --disable-pip-version-check "$@" "$top"
 }
+
+# The Debian root that tests/container.py boots copies of. LMTPD_TEST_ROOT is its path.
+LMTPD_TEST_ROOT=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests/root
+export LMTPD_TEST_ROOT
+
+# need_container: have that root, made with the machine's own apt sources and settings, and the wheels that pip
+# needs in there, where no network is. Made again when the list of packages changes, or after a month.
+need_container() {
+    need_packages mmdebstrap systemd-container
+    local packages=systemd,systemd-sysv,dbus,python3,python3-venv,python3-docopt,python3-systemd,postfix,libseccomp2
+    local cache=${LMTPD_TEST_ROOT%/*} stamp=$LMTPD_TEST_ROOT/.lmtpd-tests
+    mkdir -p "$cache"
+    (
+        # Other test runs may boot from it, or be making it, at this moment.
+        flock 9
+        [[ $(cat "$stamp" 2>/dev/null) == "$packages" && -n $(find "$stamp" -mtime -30) ]] && exit
+        echo "Making a Debian root in $cache"
+        rm -rf "$LMTPD_TEST_ROOT"
+        make_root "$packages"
+        "$venv/bin/pip" wheel --quiet --disable-pip-version-check --wheel-dir "$LMTPD_TEST_ROOT/opt/wheels" setuptools wheel
+        echo "$packages" >"$stamp"
+    ) 9>"$cache/lock"
+}
+
+# make_root PACKAGES: the root, with nothing in it that only a person would read.
+make_root() {
+    local sources settings
+    mapfile -t sources < <(distribution_sources)
+    if [[ ${#sources[@]} -eq 0 ]]; then
+        apt-get update -qq
+        mapfile -t sources < <(distribution_sources)
+    fi
+    # Proxies, certificates, time-outs and the like.
+    settings=$(mktemp)
+    apt-config dump Acquire >"$settings"
+    mmdebstrap --quiet --mode=root --variant=minbase --include="$1" --aptopt="$settings" \
+        --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+        --customize-hook='rm -f "$1/etc/apt/apt.conf.d/99mmdebstrap"' \
+        "$(. /etc/os-release && echo "$VERSION_CODENAME")" "$LMTPD_TEST_ROOT" "${sources[@]}"
+    rm -f "$settings"
+}
+
+# distribution_sources: the files that say where this machine gets the distribution's own packages from.
+# Those of other vendors have no place in the root. Empty before the first apt-get update.
+distribution_sources() {
+    apt-get indextargets --format '$(ORIGIN) $(SOURCESENTRY)' 'Created-By: Packages' |
+        sed -n -E 's/^(Debian|Ubuntu) (.*):[0-9]+$/\2/p' | sort -u
+}
