@@ -80,12 +80,14 @@ class Machine:
     def __init__(self) -> None:
         if not ROOT.is_dir():
             raise RuntimeError(f"{ROOT} is missing: run tests/run, or need_container of tests/setup.sh")
-        self._top = Path(tempfile.mkdtemp(prefix="lmtpd-machine-"))
+        # Its name is the machine's too, and must be fit for a host name.
+        self._top = Path(tempfile.gettempdir(), f"lmtpd-machine-{os.urandom(6).hex()}")
+        self._top.mkdir(0o700)
         self.console = self._top.with_suffix(".console")
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as status:
             name = f"\0{self._top.name}"
             status.bind(name)
-            self._nspawn = self._start(name.replace("\0", "@"))
+            self._around = self._start(name.replace("\0", "@"))
             try:
                 self._leader = self._boot(status)
             except BaseException:
@@ -110,10 +112,10 @@ class Machine:
         leader: Optional[int] = None
         status.settimeout(1)
         deadline = time.monotonic() + BOOT_PATIENCE
-        while time.monotonic() < deadline and self._nspawn.poll() is None:
+        while time.monotonic() < deadline and self._around.poll() is None:
             try:
                 fields = dict(line.split("=", 1) for line in status.recv(4096).decode().splitlines())
-            except TimeoutError:
+            except socket.timeout:
                 continue
             leader = int(fields.get("X_NSPAWN_LEADER_PID", leader or 0)) or None
             if fields.get("READY") == "1" and leader:
@@ -154,13 +156,13 @@ class Machine:
 
     def close(self) -> None:
         """Shuts the machine down; nothing of it is left."""
-        self._nspawn.terminate()
+        self._around.terminate()
         try:
-            self._nspawn.wait(STOP_PATIENCE)
+            self._around.wait(STOP_PATIENCE)
         except subprocess.TimeoutExpired:
             # Ending its init ends the machine at once.
             if hasattr(self, "_leader"):
                 os.kill(self._leader, 9)
-            self._nspawn.wait(STOP_PATIENCE)
+            self._around.wait(STOP_PATIENCE)
         shutil.rmtree(self._top)
         self.console.unlink()

@@ -46,7 +46,7 @@ export LMTPD_TEST_ROOT
 # needs in there, where no network is. Made again when the list of packages changes, or after a month.
 need_container() {
     need_packages mmdebstrap systemd-container
-    local packages=systemd,systemd-sysv,dbus,python3,python3-venv,python3-docopt,python3-systemd,postfix,libseccomp2
+    local packages=systemd,systemd-sysv,dbus,python3,python3-venv,python3-docopt,python3-systemd,postfix,man-db
     local cache=${LMTPD_TEST_ROOT%/*} stamp=$LMTPD_TEST_ROOT/.lmtpd-tests
     mkdir -p "$cache"
     (
@@ -61,7 +61,7 @@ need_container() {
     ) 9>"$cache/lock"
 }
 
-# make_root PACKAGES: the root, with nothing in it that only a person would read.
+# make_root PACKAGES: the root, with nothing in it that only a person would read, nor this machine's name.
 make_root() {
     local sources settings
     mapfile -t sources < <(distribution_sources)
@@ -74,7 +74,8 @@ make_root() {
     apt-config dump Acquire >"$settings"
     mmdebstrap --quiet --mode=root --variant=minbase --include="$1" --aptopt="$settings" \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
-        --customize-hook='rm -f "$1/etc/apt/apt.conf.d/99mmdebstrap"' \
+        --customize-hook='rm -f "$1/etc/apt/apt.conf.d/99mmdebstrap" "$1/etc/hostname"' \
+        --customize-hook='chroot "$1" postconf -X myhostname' \
         "$(. /etc/os-release && echo "$VERSION_CODENAME")" "$LMTPD_TEST_ROOT" "${sources[@]}"
     rm -f "$settings"
 }
