@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 ROOT = Path(
     os.environ.get("LMTPD_TEST_ROOT")
@@ -20,7 +20,11 @@ ROOT = Path(
 )
 BOOT_PATIENCE = 90.0
 STOP_PATIENCE = 60.0
-ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "HOME": "/root"}
+ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "LANG": "C.UTF-8",
+    "HOME": "/root",
+}
 
 # What goes on around systemd-nspawn, in a mount namespace of its own, so that no mount is ever left behind:
 #
@@ -122,10 +126,11 @@ class Machine:
                 return leader
         raise RuntimeError("The machine does not boot:\n" + self.console.read_text(errors="replace"))
 
-    def start(self, *command: str, **popen: object) -> subprocess.Popen[str]:
+    def start(self, *command: str, **popen: Any) -> subprocess.Popen[str]:
         """A command in the machine, as root, not waited for."""
         inside = ["nsenter", "--target", str(self._leader), "--all", "--wd=/"]
-        return subprocess.Popen([*inside, *command], env=ENVIRONMENT, text=True, **popen)  # type: ignore[call-overload,no-any-return]
+        child: subprocess.Popen[str] = subprocess.Popen([*inside, *command], env=ENVIRONMENT, text=True, **popen)
+        return child
 
     def run(
         self, *command: str, stdin: str = "", check: bool = True, timeout: float = 60

@@ -46,7 +46,7 @@ export LMTPD_TEST_ROOT
 # needs in there, where no network is. Made again when the list of packages changes, or after a month.
 need_container() {
     need_packages mmdebstrap systemd-container
-    local packages=systemd,systemd-sysv,dbus,python3,python3-venv,python3-docopt,python3-systemd,postfix,man-db
+    local packages=systemd,systemd-sysv,dbus,python3,python3-venv,python3-docopt,python3-systemd,postfix,procps,man-db
     local cache=${LMTPD_TEST_ROOT%/*} stamp=$LMTPD_TEST_ROOT/.lmtpd-tests
     mkdir -p "$cache"
     (
@@ -85,4 +85,20 @@ make_root() {
 distribution_sources() {
     apt-get indextargets --format '$(ORIGIN) $(SOURCESENTRY)' 'Created-By: Packages' |
         sed -n -E 's/^(Debian|Ubuntu) (.*):[0-9]+$/\2/p' | sort -u
+}
+
+# need_inetds: have openbsd-inetd and xinetd, which Debian doesn't install side by side: xinetd is unpacked only, to
+# LMTPD_TEST_XINETD. It needs no library that openbsd-inetd doesn't.
+LMTPD_TEST_XINETD=${LMTPD_TEST_ROOT%/*}/xinetd/usr/sbin/xinetd
+export LMTPD_TEST_XINETD
+need_inetds() {
+    need_packages openbsd-inetd
+    [[ -x $LMTPD_TEST_XINETD ]] && return
+    local folder=${LMTPD_TEST_ROOT%/*}/xinetd
+    mkdir -p "$folder"
+    (
+        cd "$folder"
+        apt-get download -qq xinetd || { apt-get update -qq && apt-get download -qq xinetd; }
+        dpkg-deb --extract xinetd_*.deb .
+    )
 }
