@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 ROOT = Path(
     os.environ.get("LMTPD_TEST_ROOT")
@@ -113,7 +113,7 @@ class Machine:
 
     def _boot(self, status: socket.socket) -> int:
         """Waits until the machine says that it is up; the process id of its init."""
-        leader: Optional[int] = None
+        leader: int | None = None
         status.settimeout(1)
         deadline = time.monotonic() + BOOT_PATIENCE
         while time.monotonic() < deadline and self._around.poll() is None:

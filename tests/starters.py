@@ -19,9 +19,12 @@ import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Optional, Union
+from typing import TYPE_CHECKING, Union
 
 from harness import PATIENCE, Client
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 XINETD = os.environ.get("LMTPD_TEST_XINETD") or str(
     Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lmtpd-tests/xinetd/usr/sbin/xinetd")
@@ -56,7 +59,7 @@ def listening(address: Address) -> bool:
 class Starter:
     """What the three have in common. `process` is the starter; its messages are in `log`."""
 
-    def __init__(self, address: Optional[Address] = None) -> None:
+    def __init__(self, address: Address | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="lmtpd-starter-"))
         self.folder.chmod(0o755)
         self.address = address if address is not None else free_port()
@@ -112,11 +115,11 @@ class Starter:
             Path(self.address).unlink(missing_ok=True)
         return said
 
-    def __enter__(self) -> Starter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         said = self.close()
         if error is not None:
@@ -163,7 +166,7 @@ class SocketActivate(Starter):
         *,
         accept: bool = False,
         inetd: bool = False,
-        address: Optional[Address] = None,
+        address: Address | None = None,
         more_addresses: tuple[str, ...] = (),
         environment: tuple[str, ...] = (),
     ) -> None:
@@ -182,7 +185,7 @@ class SocketActivate(Starter):
 class Inetd(Starter):
     """openbsd-inetd. With `wait`, the command gets the listening socket; else, each connection."""
 
-    def __init__(self, command: list[str], *, wait: bool = False, address: Optional[Address] = None) -> None:
+    def __init__(self, command: list[str], *, wait: bool = False, address: Address | None = None) -> None:
         self._command = command
         self._wait = wait
         super().__init__(address)
