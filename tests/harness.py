@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Optional, Union
 
 LMTPD = str(Path(sys.executable).parent / "lmtpd")
 AS_ROOT = os.geteuid() == 0
@@ -51,7 +50,7 @@ class Client:
             if line[3:4] != "-":
                 return lines
 
-    def command(self, line: Union[str, bytes]) -> str:
+    def command(self, line: str | bytes) -> str:
         """Sends one command line; the last line of its reply."""
         self.send((line.encode() if isinstance(line, str) else line) + b"\r\n")
         reply = self.reply()
@@ -106,7 +105,10 @@ class Site:
             account = pwd.getpwnam(STORE_USER)
             os.chown(path, account.pw_uid, account.pw_gid)
 
-    def configure(self, **options: Optional[str]) -> None:
+    def log_text(self) -> str:
+        return self.log.read_text()
+
+    def configure(self, **options: str | None) -> None:
         """Writes imapd.conf with these options changed (None: left out)."""
         for name, value in options.items():
             if value is None:
@@ -128,21 +130,41 @@ class Site:
         return [LMTPD, "-C", str(self.conf), *arguments]
 
     def pipe(self, session: bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
-        """Runs a whole session through pipes, as a shell would."""
-        return subprocess.run(
-            self.command(*arguments), input=session, capture_output=True, timeout=PATIENCE, check=False
-        )
+        """Runs a whole session through pipes, as a shell would; log lines go to the file log."""
+        with self.log.open("ab") as log:
+            return subprocess.run(
+                self.command(*arguments),
+                input=session,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=self.journal(),
+                timeout=PATIENCE,
+                check=False,
+            )
 
-    def connect(self, *arguments: str, **popen: Any) -> Client:
-        """Starts lmtpd with a socket as its standard input and output, as inetd would."""
+    def connect(self, *arguments: str) -> Client:
+        """Starts lmtpd with a socket as its standard input and output, and a log as systemd has it."""
         ours, theirs = socket.socketpair()
-        with theirs, self.log.open("ab") as log:
+        with theirs:
+            self.start(theirs, *arguments)
+        return Client(ours)
+
+    def start(self, connection: socket.socket, *arguments: str) -> None:
+        """Starts lmtpd on a connection; its log lines go to the file log as they would go to the journal."""
+        with self.log.open("ab") as log:
             child = subprocess.Popen(
-                self.command(*arguments), stdin=theirs, stdout=theirs, stderr=popen.pop("stderr", log), **popen
+                self.command(*arguments),
+                stdin=connection.fileno(),
+                stdout=connection.fileno(),
+                stderr=log,
+                env=self.journal(),
             )
         self._children.append(child)
-        client = Client(ours)
-        return client
+
+    def journal(self) -> dict[str, str]:
+        """The environment in which a standard error that goes to the file log is the journal's."""
+        status = self.log.stat()
+        return {**os.environ, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
 
     @property
     def child(self) -> subprocess.Popen[bytes]:

@@ -29,13 +29,12 @@ need_packages() {
 # need_venv NAME...: lmtpd as it is in this tree, and these Python packages, in .venv.
 need_venv() {
     need_packages gcc libc6-dev pkg-config libsystemd-dev
-    local python=${PYTHON:-python3}
-    if ! command -v "$python" >/dev/null || [[ $(readlink -f "$(command -v "$python")") == /usr/bin/* ]]; then
-        need_packages python3 python3-venv python3-dev
-    fi
-    [[ -x $venv/bin/pip ]] || "$python" -m venv --clear "$venv"
+    # The system's own, for any account can run it; another one may be named by PYTHON.
+    local python=${PYTHON:-/usr/bin/python3}
+    [[ $python != /usr/bin/python3 ]] || need_packages python3 python3-venv python3-dev
+    [[ $(readlink -f "$venv/bin/python") == $(readlink -f "$python") ]] || "$python" -m venv --clear "$venv"
     # Not in place: what is tested is what an administrator gets.
-    "$venv/bin/pip" install --quiet --disable-pip-version-check "$@" "$top"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check --use-pep517 "$@" "$top"
 }
 
 # The Debian root that tests/container.py boots copies of. LMTPD_TEST_ROOT is its path.

@@ -1,0 +1,1819 @@
+"""Receive mail by LMTP on standard input and output, and deliver it into Maildirs.
+
+Usage:
+  lmtpd [-C config-file] [-U uses] [-T timeout] [-D] [-H] [-a]
+  lmtpd --help
+  lmtpd --version
+
+Options:
+  -C config-file  Read options from this file [default: /etc/imapd.conf].
+  -U uses         Connections a process serves before it exits [default: 250].
+  -T timeout      Seconds to wait for a new connection, 0 for ever [default: 60].
+  -D              Run the debugger of the debug_command option.
+  -H              Expect a HAProxy PROXY header before the greeting.
+  -a              Trust internet connections instead of requiring LMTP AUTH.
+  --help          Show this text.
+  --version       Show the version.
+"""
+
+# One message's way through the program is the order of this file: small things
+# first, main() last. A section may use those above it and none below.
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import select
+import socket
+import stat
+import sys
+import time
+
+from docopt import DocoptExit, docopt
+
+TYPE_CHECKING = False  # A type checker takes any constant of this name for True.
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import TypeVar
+
+    T = TypeVar("T")
+
+__version__ = "0.1.0"
+
+PRODUCT = f"lmtpd {__version__}"
+
+
+# ======================================================================
+# Configuration
+#
+# Owns the table of options and the syntax of imapd.conf(5).
+# Must not know what the options do.
+# ======================================================================
+
+SWITCHES = {
+    **dict.fromkeys(("yes", "on", "true", "t", "1"), True),
+    **dict.fromkeys(("no", "off", "false", "f", "0"), False),
+}
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+OCTETS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+OPTION_PUNCTUATION = str.maketrans("", "", "-_")
+FACILITIES = (
+    *("auth", "authpriv", "cron", "daemon", "ftp", "kern", "lpr", "mail", "news", "syslog", "user", "uucp"),
+    *(f"local{number}" for number in range(8)),
+)
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the text says where and what to do."""
+
+
+# The types of options. Each takes the text of a value and returns the value, or
+# raises ValueError with a text that continues "'value' …".
+
+
+def as_text(value: str) -> str:
+    """A string, as it stands."""
+    return value
+
+
+def as_path(value: str) -> str:
+    """An absolute path."""
+    if not value.startswith("/"):
+        raise ValueError("must be an absolute path")
+    return value
+
+
+def as_switch(value: str) -> bool:
+    """yes, on, true, t, 1 or no, off, false, f, 0, in any case."""
+    if (result := SWITCHES.get(value.lower())) is None:
+        raise ValueError("must be yes or no")
+    return result
+
+
+def as_number(value: str) -> int:
+    """A whole number, 0 or more."""
+    if not (value.isascii() and value.isdigit()):
+        raise ValueError("must be a whole number")
+    return int(value)
+
+
+def as_octal(value: str) -> int:
+    """An octal number, such as a file creation mask."""
+    if value.strip("01234567"):
+        raise ValueError("must be an octal number")
+    return int(value, 8)
+
+
+def as_duration(value: str) -> int:
+    """Seconds: 90, 90s, 5m, 1h30m, 3d."""
+    total, digits = 0, ""
+    for character in value.lower():
+        if character.isascii() and character.isdigit():
+            digits += character
+        elif character in SECONDS and digits:
+            total, digits = total + int(digits) * SECONDS[character], ""
+        else:
+            raise ValueError("must be a duration such as 90s, 5m or 1h30m")
+    return total + int(digits or "0")
+
+
+def as_octets(value: str) -> int:
+    """Octets: 1000, 64K, 20M, 1G; the units are powers of 1024, a B after them is allowed."""
+    digits = value.lower().rstrip("kmgb")
+    unit = value.lower()[len(digits) :]
+    factor = OCTETS.get(unit.removesuffix("b"))
+    if factor is None or not (digits.isascii() and digits.isdigit()):
+        raise ValueError("must be a size such as 1000, 64K or 20M")
+    return int(digits) * factor
+
+
+def as_choice(*allowed: str) -> Callable[[str], str]:
+    """One of the words given, in any case."""
+
+    def parse(value: str) -> str:
+        if value.lower() not in allowed:
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+        return value.lower()
+
+    return parse
+
+
+def as_template(letters: str) -> Callable[[str], str]:
+    """An absolute path in which %X stands for something, for each X of letters, and %% for a %."""
+
+    def parse(value: str) -> str:
+        expand(value, dict.fromkeys(letters, ""))
+        if not value.startswith("%p"):
+            as_path(value)
+        return value
+
+    return parse
+
+
+def expand(template: str, values: dict[str, str]) -> str:
+    """The template with every %X replaced by values["X"] and %% by %; ValueError for any other %."""
+    literal, *places = template.replace("%%", "\0").split("%")
+    parts = [literal]
+    for place in places:
+        if place[:1] not in values or not place:
+            raise ValueError(f"may contain only %{', %'.join(values)} and %%")
+        parts += values[place[0]], place[1:]
+    return "".join(parts).replace("\0", "%")
+
+
+class Option:
+    """One row of the table: the type, the default as text (None: must be set), the meaning."""
+
+    def __init__(self, parse: Callable[[str], object], default: str | None, meaning: str) -> None:
+        self.parse, self.default, self.meaning = parse, default, meaning
+
+
+def option(parse: Callable[[str], T], default: str | None, meaning: str) -> T:
+    """An Option, for a type checker the value that a Config holds in its place."""
+    return Option(parse, default, meaning)  # type: ignore[return-value]
+
+
+class Config:
+    """The options of imapd.conf(5) as typed attributes; the class body is the table of them."""
+
+    autocreate_post = option(as_switch, "no", "make the Maildir of an unknown user when mail for him arrives")
+    chatty = option(as_switch, "no", "log every command")
+    configdirectory = option(as_path, None, "the folder for what lmtpd itself keeps")
+    cyrus_user = option(as_text, "", "the account to run as when started by root")
+    debug = option(as_switch, "no", "log what helps to find a fault")
+    defaultdomain = option(as_text, "", "the domain whose users are known without a domain")
+    defaultpartition = option(as_text, "", "the partition of the Maildirs; needed only when there are several")
+    lmtp_command_timeout = option(as_duration, "360s", "how long a client may take to send a line or read a reply")
+    lmtp_downcase_rcpt = option(as_switch, "yes", "lower the user part of recipients")
+    lmtp_max_bad_commands = option(as_number, "50", "malformed commands that a client may send; 0: no limit")
+    lmtp_max_recipients = option(as_number, "1000", "recipients that a transaction may have")
+    lmtp_strict_rfc2821 = option(as_switch, "yes", "refuse 8-bit addresses where SMTPUTF8 was not asked for")
+    maildir_path = option(as_template("pund"), "%p/%u", "where a user's Maildir is")
+    maxmessagesize = option(as_octets, "0", "the largest message taken; 0: no limit")
+    munge8bit = option(as_switch, "no", "write X over 8-bit octets in message headers")
+    reject8bit = option(as_switch, "no", "refuse messages with 8-bit octets in the header")
+    serverinfo = option(as_choice("on", "min", "off"), "on", "what greeting and trace header say of the product")
+    servername = option(as_text, "", "the name of this host in replies and headers; by default the system's")
+    singleinstancestore = option(as_switch, "yes", "store a message as one file with hard links for its recipients")
+    soft_noauth = option(as_switch, "yes", "refuse unauthenticated clients for now (430), not for good (530)")
+    syslog_facility = option(as_choice(*FACILITIES), "mail", "the facility of lines sent to syslog")
+    syslog_prefix = option(as_text, "", "put before the name lmtpd in syslog, with a slash")
+    tcp_keepalive = option(as_switch, "no", "probe silent internet connections")
+    tcp_keepalive_cnt = option(as_number, "0", "unanswered probes that end a connection; 0: the system's default")
+    tcp_keepalive_idle = option(as_duration, "0", "silence before the first probe; 0: the system's default")
+    tcp_keepalive_intvl = option(as_duration, "0", "time between probes; 0: the system's default")
+    umask = option(as_octal, "077", "the file creation mask")
+    virtdomains = option(as_choice("off", "userid", "on"), "off", "whether the domain belongs to the userid")
+
+    partition: str  # the path of the default partition
+    unknown: list[str]  # settings that are not of lmtpd, each "file:line: name"
+
+    @classmethod
+    def table(cls) -> dict[str, Option]:
+        """The options by name."""
+        return {name: row for name, row in vars(cls).items() if isinstance(row, Option)}
+
+    @classmethod
+    def load(cls, file: str, service: str = "lmtp") -> Config:
+        """Reads file for the service of that name, whose prefixed options override the others.
+
+        Raises ConfigError. Source: imapd.conf(5).
+        """
+        settings = read_settings(file)
+        config = cls()
+        for name, row in cls.table().items():
+            override = settings.pop(f"{service.lower()}_{name}", None)
+            setting = settings.pop(name, None)
+            value, where = override or setting or (row.default, file)
+            if value is None:
+                raise ConfigError(f"{file}: {name} must be set; add a line '{name}: ...'")
+            try:
+                setattr(config, name, row.parse(value))
+            except ValueError as error:
+                raise ConfigError(f"{where}: {name}: {value!r} {error}") from None
+        config.servername = config.servername or socket.gethostname()
+        config.partition = default_partition(config, settings, file)
+        config.unknown = [
+            f"{where}: {name}" for name, (_, where) in settings.items() if not name.startswith("partition-")
+        ]
+        return config
+
+
+def default_partition(config: Config, settings: dict[str, tuple[str, str]], file: str) -> str:
+    """The path of the partition where mailboxes are, "" if maildir_path does not need one. Raises ConfigError."""
+    if "%p" not in config.maildir_path.replace("%%", ""):
+        return ""
+    names = [name for name in settings if name.startswith("partition-")]
+    name = f"partition-{config.defaultpartition}" if config.defaultpartition else "partition-default"
+    if len(names) == 1 and not config.defaultpartition:
+        name = names[0]
+    if name not in settings:
+        raise ConfigError(f"{file}: {name} must be set; add a line '{name}: /path/to/the/maildirs'")
+    value, where = settings[name]
+    try:
+        return as_path(value)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {name}: {value!r} {error}") from None
+
+
+def read_settings(file: str) -> dict[str, tuple[str, str]]:
+    """What file and the files it includes set: name to (value, "file:line"). Raises ConfigError."""
+    settings: dict[str, tuple[str, str]] = {}
+    seen: set[str] = set()
+
+    def read(name: str, wanted_by: str) -> None:
+        if os.path.realpath(name) in seen:
+            raise ConfigError(f"{wanted_by}: {name} is included twice")
+        seen.add(os.path.realpath(name))
+        for where, key, value in read_lines(name):
+            if key == "@include":
+                read(os.path.join(os.path.dirname(name), value), where)
+            elif key in settings:
+                raise ConfigError(f"{where}: {key} is set already at {settings[key][1]}; remove one of the two")
+            else:
+                settings[key] = value, where
+
+    read(file, file)
+    return settings
+
+
+def read_lines(file: str) -> Iterator[tuple[str, str, str]]:
+    """Each line of file that sets something, as ("file:line", key, value). Raises ConfigError."""
+    try:
+        with open(file, encoding="utf-8") as stream:
+            lines = enumerate(stream.read().split("\n"), 1)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: is not UTF-8 text") from None
+    for number, physical_line in lines:
+        line = physical_line
+        while line.endswith("\\"):
+            line = line[:-1] + next(lines, (0, ""))[1]
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        where = f"{file}:{number}"
+        key, colon, value = line.partition(":")
+        key, value = key.lower(), value.strip()
+        is_key = key.isascii() and key.translate(OPTION_PUNCTUATION).isalnum()
+        if not colon or not (is_key or key == "@include"):
+            raise ConfigError(f"{where}: {line!r} is not of the form 'option: value'")
+        if not value:
+            raise ConfigError(f"{where}: {key} has no value; remove the line to get the default")
+        yield where, key, value
+
+
+# ======================================================================
+# Logging
+#
+# Owns where a line goes and what it looks like: "event key=value ...".
+# Must not know what happened.
+# ======================================================================
+
+LOG_ERR, LOG_WARNING, LOG_INFO, LOG_DEBUG = 3, 4, 6, 7  # syslog(3)
+SYSLOG_SOCKET = "/dev/log"
+BARE_PUNCTUATION = str.maketrans("", "", "!#$%&'()*+,-./:;<>?@[]^_`{|}~")
+
+
+class Log:
+    """One line per event, to the journal, else to syslog(3), else to a standard error that is not the client's.
+
+    session: the id of the session, which every line carries.
+    """
+
+    def __init__(self) -> None:
+        self.session = ""
+        self.debugging = False
+        self._emit: Callable[[int, str], object] = to_nowhere
+
+    def open(self, prefix: str = "", facility: str = "mail", debugging: bool = False) -> None:
+        """Chooses where lines go, see sd-daemon(3) and syslog(3); may be called again."""
+        self.debugging = debugging
+        if stderr_is_journal():
+            self._emit = to_journal
+        elif os.path.exists(SYSLOG_SOCKET):
+            import syslog
+
+            number = getattr(syslog, f"LOG_{facility.upper()}", syslog.LOG_MAIL)
+            syslog.openlog(f"{prefix}/lmtpd" if prefix else "lmtpd", syslog.LOG_PID, number)
+            self._emit = syslog.syslog
+        elif stderr_is_ours():
+            self._emit = to_stderr
+
+    def error(self, event: str, **fields: object) -> None:
+        """Something that needs a person's attention."""
+        self._line(LOG_ERR, event, fields)
+
+    def warning(self, event: str, **fields: object) -> None:
+        """Something that may need it."""
+        self._line(LOG_WARNING, event, fields)
+
+    def info(self, event: str, **fields: object) -> None:
+        """Something that happened."""
+        self._line(LOG_INFO, event, fields)
+
+    def debug(self, event: str, **fields: object) -> None:
+        """Something that helps to find a fault; only with the debug option."""
+        if self.debugging:
+            self._line(LOG_DEBUG, event, fields)
+
+    def traceback(self, event: str, **fields: object) -> None:
+        """The exception being handled, which is a fault of this program."""
+        import traceback
+
+        self._line(LOG_ERR, event, fields)
+        for line in traceback.format_exc().splitlines():
+            self._line(LOG_ERR, "traceback", {"line": line})
+
+    def fatal(self, event: str, **fields: object) -> None:
+        """Why the program does not start; also said to the person at the terminal or shell, if there is one."""
+        self._line(LOG_ERR, event, fields)
+        if self._emit not in (to_stderr, to_journal) and stderr_is_ours():
+            to_stderr(LOG_ERR, self._format(event, fields))
+
+    def _line(self, level: int, event: str, fields: dict[str, object]) -> None:
+        self._emit(level, self._format(event, fields))
+
+    def _format(self, event: str, fields: dict[str, object]) -> str:
+        if self.session:
+            fields = {"session": self.session, **fields}
+        return " ".join([event, *(f"{key}={quoted(str(value))}" for key, value in fields.items())])
+
+
+def quoted(value: str) -> str:
+    """The value of a log field: printable ASCII that cannot be taken for anything but one value."""
+    if value.isascii() and value.translate(BARE_PUNCTUATION).isalnum():
+        return value
+    escaped = ascii(f'{value}"')[1:-2]  # the added quote makes ascii() take the other kind around it
+    return '"' + escaped.replace('"', '\\"') + '"'
+
+
+def to_nowhere(_level: int, _line: str) -> None:
+    """Drops a line: there is no place that a client would not see."""
+
+
+def to_stderr(_level: int, line: str) -> None:
+    """Writes a line for a person."""
+    write_to_stderr(f"lmtpd[{os.getpid()}]: {line}\n")
+
+
+def to_journal(level: int, line: str) -> None:
+    """Writes a line for the journal, see sd-daemon(3)."""
+    write_to_stderr(f"<{level}>{line}\n")
+
+
+def write_to_stderr(line: str) -> None:
+    """A log that cannot be written must not stop the mail."""
+    try:
+        os.write(2, line.encode("ascii"))
+    except OSError:
+        return
+
+
+def stderr_is_journal() -> bool:
+    """Whether standard error is the journal's stream. Source: systemd.exec(5), JOURNAL_STREAM."""
+    try:
+        status = os.fstat(2)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def stderr_is_ours() -> bool:
+    """Whether standard error is open, and a person's rather than the client's connection."""
+    try:
+        return os.isatty(2) or not any(os.path.sameopenfile(2, fd) for fd in (0, 1))
+    except OSError:
+        return False
+
+
+log = Log()
+
+
+# ======================================================================
+# Errors
+#
+# Owns replies and how they are written on the wire.
+# Must not know when they are given.
+# ======================================================================
+
+REPLY_LINE_LIMIT = 512  # octets with CR LF, RFC 5321 section 4.5.3.1.5
+
+
+class Reply:
+    """A reply of the server.
+
+    code: three digits. enhanced: the enhanced status code (RFC 2034), "" for a reply that has none.
+    text: one or more lines, divided by LF. closes: whether the connection ends with it.
+    """
+
+    __slots__ = ("closes", "code", "enhanced", "text")
+
+    def __init__(self, code: int, enhanced: str, text: str, closes: bool = False) -> None:
+        self.code, self.enhanced, self.text = code, enhanced, text
+        self.closes = closes or code == 421
+
+    def render(self, eol: bytes = b"\r\n") -> bytes:
+        """The reply as it goes over the wire: ASCII, every line within the limit of RFC 5321."""
+        *lines, last = self.text.split("\n")
+        enhanced = f"{self.enhanced} " if self.enhanced else ""
+        return b"".join(
+            [
+                *(reply_line(f"{self.code}-{enhanced}{line}") + eol for line in lines),
+                reply_line(f"{self.code} {enhanced}{last}") + eol,
+            ]
+        )
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.enhanced}".rstrip()
+
+
+def reply_line(line: str) -> bytes:
+    """The line in printable ASCII, cut to what a reply line may have."""
+    if not (line.isascii() and line.isprintable()):
+        line = ascii(line)[1:-1]
+    return line.encode("ascii")[: REPLY_LINE_LIMIT - 2]
+
+
+class LmtpError(Exception):
+    """A command is refused, or a recipient's delivery failed, with this reply."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(f"{reply} {reply.text}")
+        self.reply = reply
+
+
+TIMED_OUT = Reply(421, "4.4.2", "Nothing heard for too long, closing the connection")
+INTERNAL_ERROR = Reply(421, "4.3.0", "Internal error, try again later")
+LINE_TOO_LONG = Reply(500, "5.5.2", "Line too long")
+STORAGE_FULL = Reply(452, "4.3.1", "Mail storage is full, try again later")
+STORAGE_FAILED = Reply(451, "4.3.0", "Mail storage failed, try again later")
+
+
+def storage_reply(error: OSError) -> Reply:
+    """What to tell a client whose message could not be stored."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return STORAGE_FULL if full else STORAGE_FAILED
+
+
+# ======================================================================
+# Connection
+#
+# Owns octets in and out on two file descriptors, their deadlines, and who the
+# peer is. Must not know LMTP.
+# ======================================================================
+
+CRLF, LF = b"\r\n", b"\n"
+READ_SIZE = 65536
+WRITE_SIZE = 4096  # what a descriptor that polls writable takes without blocking, pipe(7)
+OUTPUT_LIMIT = 65536
+LINE_LIMIT = 8192  # octets of a command line with its end
+
+
+class Disconnected(Exception):
+    """The client is gone, or does not read what we write."""
+
+
+class Connection:
+    """Buffered octets on two descriptors: a socket, a pipe, a file or a terminal.
+
+    timeout: seconds that a line may take to arrive, and any octets to arrive or to leave.
+    eol: what ends a line. Always CR LF on a socket; elsewhere the first line decides
+    between that and LF, for the person at a shell.
+    """
+
+    def __init__(self, source: int, sink: int, timeout: float) -> None:
+        self.eol = CRLF
+        self.timeout = timeout
+        self._source, self._sink = source, sink
+        self._readable, self._writable = select.poll(), select.poll()
+        self._readable.register(source, select.POLLIN)
+        self._writable.register(sink, select.POLLOUT)
+        self._eol_decided = stat.S_ISSOCK(os.fstat(source).st_mode)
+        self._input, self._output = bytearray(), bytearray()
+
+    def peek(self) -> None:
+        """Decides on the end of lines at once if the client has spoken first, as a file or a pipe may have."""
+        if not self._eol_decided and self._readable.poll(0):
+            self._input += self._read(self.timeout)
+            self._find_eol(0)
+
+    def read_line(self) -> bytes:
+        """The next line without its end.
+
+        Raises LmtpError for a line that is too long (it is skipped) or does not come in time, and Disconnected.
+        """
+        deadline = time.monotonic() + self.timeout
+        searched = 0
+        while (end := self._find_eol(searched)) < 0 and len(self._input) < LINE_LIMIT:
+            searched = max(len(self._input) - 1, 0)
+            self._fill(deadline)
+        if not 0 <= end <= LINE_LIMIT - len(self.eol):
+            self._skip_line(deadline)
+            raise LmtpError(LINE_TOO_LONG)
+        line = bytes(self._input[:end])
+        del self._input[: end + len(self.eol)]
+        return line
+
+    def read_some(self) -> bytes:
+        """Whatever octets come next, at least one. Raises LmtpError when none come in time, and Disconnected."""
+        if not self._input:
+            self.flush()
+            return self._read(self.timeout)
+        data = bytes(self._input)
+        self._input.clear()
+        return data
+
+    def unread(self, data: bytes) -> None:
+        """Puts octets back that belong to what comes next."""
+        self._input[:0] = data
+
+    def write(self, data: bytes) -> None:
+        """Writes, at the latest when there is nothing left to read (RFC 2920 section 3.2)."""
+        self._output += data
+        if len(self._output) > OUTPUT_LIMIT:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is waiting to be written. Raises Disconnected."""
+        while self._output:
+            if not self._writable.poll(self.timeout * 1000):
+                raise Disconnected("the client does not read our replies")
+            try:
+                written = os.write(self._sink, self._output[:WRITE_SIZE])
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                self._output.clear()
+                raise Disconnected(error.strerror) from None
+            del self._output[:written]
+
+    def _find_eol(self, start: int) -> int:
+        if not self._eol_decided:
+            newline = self._input.find(LF)
+            if newline < 0:
+                return -1
+            self.eol = CRLF if self._input[:newline].endswith(b"\r") else LF
+            self._eol_decided = True
+            start = 0
+        return self._input.find(self.eol, start)
+
+    def _skip_line(self, deadline: float) -> None:
+        while (end := self._find_eol(0)) < 0:
+            del self._input[:-1]  # it may be the CR of the line's end
+            self._fill(deadline)
+        del self._input[: end + len(self.eol)]
+
+    def _fill(self, deadline: float) -> None:
+        self.flush()
+        self._input += self._read(deadline - time.monotonic())
+
+    def _read(self, timeout: float) -> bytes:
+        if not self._readable.poll(max(timeout, 0) * 1000):
+            raise LmtpError(TIMED_OUT)
+        try:
+            data = os.read(self._source, READ_SIZE)
+        except BlockingIOError:
+            return b""
+        except OSError as error:
+            raise Disconnected(error.strerror) from None
+        if not data:
+            raise Disconnected("end of file")
+        return data
+
+
+class Peer:
+    """Who is at the other end. name: for the trace header and the log. internet: whether it came over a network."""
+
+    def __init__(self, name: str, internet: bool = False) -> None:
+        self.name, self.internet = name, internet
+
+    @classmethod
+    def of(cls, fd: int) -> Peer:
+        """The peer of the descriptor: its address, or for a unix socket its credentials (unix(7), SO_PEERCRED)."""
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            return cls("standard input")
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            if sock.family == socket.AF_UNIX:
+                import struct
+
+                layout = struct.Struct("3i")
+                credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size)
+                _pid, uid, _gid = layout.unpack(credentials)
+                return cls(f"unix socket, uid {uid}")
+            try:
+                address = str(sock.getpeername()[0])
+            except OSError:
+                return cls("unknown", internet=True)
+        address = address.removeprefix("::ffff:")
+        return cls(f"[IPv6:{address}]" if ":" in address else f"[{address}]", internet=True)
+
+
+# ======================================================================
+# Addresses
+#
+# Owns the syntax of paths and parameters, and what of a recipient is user, detail
+# and domain. Must not know folders on disk.
+# ======================================================================
+
+PATH_LIMIT = 900  # octets; RFC 5321 section 4.5.3.1.3 asks for 256, a header line has room for 998
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+DIGITS = "0123456789"
+DOT_STRING = frozenset(LETTERS + DIGITS + "!#$%&'*+-/=?^_`{|}~.")  # RFC 5322 atext, and the dot
+DOMAIN = frozenset(LETTERS + DIGITS + "-._")  # the underscore is no host's, but is in use
+KEYWORD = frozenset(LETTERS + DIGITS + "-")
+
+
+class Address:
+    """A mailbox of RFC 5321 section 4.1.2; local: the local-part without quotes, domain: "" if there is none."""
+
+    __slots__ = ("domain", "local")
+
+    def __init__(self, local: str, domain: str) -> None:
+        self.local, self.domain = local, domain
+
+    def __str__(self) -> str:
+        local = self.local
+        if not is_made_of(local, DOT_STRING):
+            local = '"' + local.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return f"{local}@{self.domain}" if self.domain else local
+
+
+def is_made_of(word: str, alphabet: frozenset[str]) -> bool:
+    """Whether word is not empty and has only these characters and printable ones beyond ASCII (RFC 6531)."""
+    if not word.isascii():
+        if not word.isprintable():
+            return False
+        word = word.encode("ascii", "ignore").decode("ascii") or "x"
+    return bool(word) and alphabet.issuperset(word)
+
+
+def parse_path(argument: str) -> tuple[Address | None, str]:
+    """Takes "<path> parameters" apart: the address (None for <>), and the parameters.
+
+    A source route is dropped. The domain may be missing, as local delivery often has it. Dots may
+    stand anywhere in a local-part, as they do in the world.
+    Raises ValueError, with a text for the client. Source: RFC 5321 section 4.1.2, RFC 6531 section 3.3.
+    """
+    if not argument.startswith("<"):
+        raise ValueError("the address must be in angle brackets")
+    start = end_of_source_route(argument)
+    local, end = scan_local_part(argument, start)
+    domain = ""
+    if argument.startswith("@", end):
+        domain, end = scan_domain(argument, end + 1)
+    if not argument.startswith(">", end):
+        raise ValueError("the address ends in the wrong place")
+    if end - 1 > PATH_LIMIT:
+        raise ValueError("the address is too long")
+    rest = argument[end + 1 :]
+    if rest and not rest.startswith(" "):
+        raise ValueError("a space must follow the address")
+    if not local and not domain and end == 1:
+        return None, rest
+    if not local:
+        raise ValueError("the address has no local part")
+    return Address(local, domain), rest
+
+
+def end_of_source_route(argument: str) -> int:
+    """Where the mailbox begins in "<path>". Raises ValueError."""
+    if not argument.startswith("<@"):
+        return 1
+    route, colon, _ = argument[1:].partition(":")
+    for hop in route.split(","):
+        if not colon or not hop.startswith("@") or scan_domain(f"{hop}>", 1)[1] != len(hop):
+            raise ValueError("the source route is malformed")
+    return len(route) + 2
+
+
+def scan_local_part(argument: str, start: int) -> tuple[str, int]:
+    """The local-part that begins there, without quotes, and where it ends. Raises ValueError."""
+    if argument.startswith('"', start):
+        return scan_quoted_string(argument, start + 1)
+    end = start
+    for end in range(start, len(argument) + 1):
+        if argument[end : end + 1] in ("@", ">", ""):
+            break
+    local = argument[start:end]
+    if local and not is_made_of(local, DOT_STRING):
+        raise ValueError("the local part has characters that must be quoted")
+    return local, end
+
+
+def scan_quoted_string(argument: str, start: int) -> tuple[str, int]:
+    """What the quotes hold, from behind the first, and where the second ends. Raises ValueError."""
+    characters: list[str] = []
+    rest = iter(argument[start:])
+    for character in rest:
+        start += 1
+        if character == '"':
+            return "".join(characters), start
+        if character == "\\":
+            character = next(rest, "")
+            start += 1
+        characters.append(character)
+    raise ValueError("the quoted string does not end")
+
+
+def scan_domain(argument: str, start: int) -> tuple[str, int]:
+    """The domain or address literal that begins there, and where it ends. Raises ValueError."""
+    if argument.startswith("[", start):
+        end = argument.find("]", start) + 1
+        literal = argument[start + 1 : end - 1]
+        if not literal or not literal.isascii() or not set(literal).isdisjoint(" \\[<>"):
+            raise ValueError("the address literal is malformed")
+        return argument[start:end], end
+    end = argument.find(">", start)
+    domain = argument[start:end]
+    if end < 0 or not is_made_of(domain, DOMAIN) or "" in domain.split("."):
+        raise ValueError("the domain is malformed")
+    return domain.lower(), end
+
+
+def parse_parameters(text: str) -> dict[str, str | None]:
+    """ESMTP parameters " KEYWORD KEYWORD=value ..." as a dictionary, with keywords in upper case.
+
+    Raises ValueError, with a text for the client. Source: RFC 5321 section 4.1.2.
+    """
+    parameters: dict[str, str | None] = {}
+    for word in text.split():
+        keyword, equals, value = word.partition("=")
+        keyword = keyword.upper()
+        if not KEYWORD.issuperset(keyword) or not keyword or "=" in value or bool(equals) != bool(value):
+            raise ValueError("malformed parameter")
+        if keyword in parameters:
+            raise ValueError(f"{keyword} is given twice")
+        parameters[keyword] = value or None
+    return parameters
+
+
+class Recipient:
+    """Whom a forward-path means here.
+
+    user, detail: the local-part before and after its first "+". domain: "" where it does not belong to the
+    userid. address: as the client gave it.
+    """
+
+    __slots__ = ("address", "detail", "domain", "user")
+
+    def __init__(self, address: Address, config: Config) -> None:
+        self.address = address
+        self.user, _, self.detail = address.local.partition("+")
+        is_postmaster = self.user.lower() == "postmaster"  # in any case, RFC 5321 section 4.5.1
+        if config.lmtp_downcase_rcpt or is_postmaster:
+            self.user = self.user.lower()
+        keeps_domain = config.virtdomains != "off" and address.domain != config.defaultdomain.lower()
+        self.domain = address.domain if keeps_domain else ""
+
+    @property
+    def userid(self) -> str:
+        """The name by which the mailstore knows the user."""
+        return f"{self.user}@{self.domain}" if self.domain else self.user
+
+
+# ======================================================================
+# Message
+#
+# Owns what comes after DATA or BDAT and the header fields that are added to it.
+# Must not know who gets it.
+# ======================================================================
+
+MEMORY_LIMIT = 256 * 1024  # octets of a message kept in memory, and of a header looked at
+OBSOLETE_SPACE = 64  # octets of white space before a field's colon, RFC 5322 section 4.5.8
+FIRST_LINE_LIMIT = 1024  # octets of the first line looked at, for whether it is a field
+FIELD_NAME = frozenset(set(range(33, 127)) - {ord(":")})  # RFC 5322 section 2.2
+EIGHT_BIT_TO_X = bytes(range(128)) + b"X" * 128
+
+NUL_IN_MESSAGE = Reply(554, "5.6.0", "The message contains a NUL octet")
+EIGHT_BIT_HEADER = Reply(554, "5.6.0", "The message has 8-bit octets in its header")
+TOO_LARGE = Reply(552, "5.3.4", "The message is larger than this server takes")
+
+
+class DotDecoder:
+    """Undoes what DATA does to a message, however the octets are cut into reads.
+
+    The message ends with the line "." and with nothing else: lines end as the whole session's do, so
+    a bare LF, a bare CR and any mixture of them with a dot is a part of the message.
+    ended: whether the last line was seen; rest: what came after it.
+    Source: RFC 5321 sections 2.3.8, 4.1.1.4, 4.5.2.
+    """
+
+    def __init__(self, eol: bytes = CRLF) -> None:
+        self.ended = False
+        self.rest = b""
+        self._eol = eol
+        self._end = eol + b"." + eol
+        self._held = eol  # as if the message stood on lines of its own
+        self._skip = 1
+
+    def decode(self, data: bytes) -> bytes:
+        """The octets of the message in data, with LF at the end of lines."""
+        data = self._held + data
+        end = data.find(self._end)
+        if end >= 0:
+            self.ended = True
+            self.rest = data[end + len(self._end) :]
+            data = data[: end + len(self._eol)]
+        else:
+            end = len(data) - overlap(data, self._end)
+            self._held = data[end:]
+            data = data[:end]
+        decoded = data.replace(self._eol + b".", self._eol).replace(self._eol, LF)
+        if self._skip and decoded:
+            self._skip, decoded = 0, decoded[1:]
+        return decoded
+
+
+def overlap(data: bytes, pattern: bytes) -> int:
+    """How many octets at the end of data may be the beginning of pattern."""
+    for size in range(len(pattern) - 1, 0, -1):
+        if data.endswith(pattern[:size]):
+            return size
+    return 0
+
+
+class ChunkDecoder:
+    """Gives the octets of BDAT chunks LF at the end of lines, however they are cut. Source: RFC 3030."""
+
+    def __init__(self, eol: bytes = CRLF) -> None:
+        self._eol = eol
+        self._held = b""
+
+    def decode(self, data: bytes) -> bytes:
+        """The octets of the message in data, save those at its end that may be half of a line end."""
+        data = self._held + data
+        end = len(data) - overlap(data, self._eol)
+        self._held = data[end:]
+        return data[:end].replace(self._eol, LF)
+
+    def rest(self) -> bytes:
+        """What is left when the last chunk has been decoded."""
+        return self._held
+
+
+class Message:
+    """A message with its trace headers, in memory while it is small, in a draft of the mailstore once it is not.
+
+    refusal: the reply to give instead of delivering it; None while all is well.
+    draft: the file that holds it; None while it is in memory, and then content is the whole of it.
+    wire_size: octets received, line ends counted as CR LF. size, lines: octets and line ends as stored.
+    message_id: its Message-ID as text for the log, known once it is complete.
+    """
+
+    def __init__(self, trace: bytes, config: Config, open_draft: Callable[[], Draft]) -> None:
+        self.refusal: Reply | None = None
+        self.draft: Draft | None = None
+        self.content = b""
+        self.wire_size = self.size = self.lines = 0
+        self.message_id = ""
+        self._trace, self._config, self._open_draft = trace, config, open_draft
+        self._received = bytearray()
+
+    def write(self, data: bytes) -> None:
+        """Takes the next octets, with LF at the end of lines. Never raises: what is wrong becomes the refusal."""
+        if self.refusal:
+            return
+        self.wire_size += len(data) + data.count(LF)
+        if 0 < self._config.maxmessagesize < self.wire_size:
+            self.refuse(TOO_LARGE)
+        elif b"\0" in data:
+            self.refuse(NUL_IN_MESSAGE)
+        elif self.draft:
+            self._append(data)
+        else:
+            self._received += data
+            if len(self._received) > MEMORY_LIMIT:
+                self._spool()
+
+    def complete(self) -> None:
+        """Says that all octets are there. Never raises: what is wrong becomes the refusal."""
+        if self.refusal:
+            return
+        if not self.draft:
+            self._add_head()
+            return
+        try:
+            self.draft.sync()
+        except OSError as error:
+            self._storage_failed(error)
+
+    def refuse(self, reply: Reply) -> None:
+        """Gives the message up."""
+        self.refusal = reply
+        self.discard()
+
+    def discard(self) -> None:
+        """Forgets the octets, and removes the draft if it has not become a delivered message."""
+        self.content = b""
+        self._received.clear()
+        if self.draft:
+            self.draft.discard()
+            self.draft = None
+
+    def _spool(self) -> None:
+        self._add_head()
+        content, self.content = self.content, b""
+        self.size = self.lines = 0
+        if not self.refusal:
+            self._append(content)
+
+    def _append(self, data: bytes) -> None:
+        self.size += len(data)
+        self.lines += data.count(LF)
+        try:
+            if not self.draft:
+                self.draft = self._open_draft()
+            self.draft.write(data)
+        except OSError as error:
+            self._storage_failed(error)
+
+    def _storage_failed(self, error: OSError) -> None:
+        log.error("spooling failed", cause=error)
+        self.refuse(storage_reply(error))
+
+    def _add_head(self) -> None:
+        """Makes the content: what was received, with trace headers and missing fields before it."""
+        received = bytes(self._received)
+        self._received.clear()
+        header = header_of(received)
+        body = received[len(header) :]
+        if not header.isascii():
+            if self._config.reject8bit:
+                self.refuse(EIGHT_BIT_HEADER)
+                return
+            if self._config.munge8bit:
+                header = header.translate(EIGHT_BIT_TO_X)
+        head = [self._trace]
+        if span := next(field_spans(header, b"message-id"), None):
+            self.message_id = field_body(header[slice(*span)])
+        else:
+            self.message_id = f"<lmtpd.{time.time_ns()}.{os.getpid()}@{self._config.servername}>"
+            head.append(f"Message-ID: {self.message_id}\n".encode())
+        if not any(field_spans(header, b"date")):
+            head.append(f"Date: {date_time()}\n".encode())
+        if body and not header and not body.startswith(LF):
+            head.append(LF)
+        self.content = b"".join([*head, without_field(header, b"return-path"), body])
+        self.size, self.lines = len(self.content), self.content.count(LF)
+
+
+def header_of(content: bytes) -> bytes:
+    """The header section with the end of its last line; b"" if the content does not begin with a field."""
+    first_line, _, _ = content[:FIRST_LINE_LIMIT].partition(LF)
+    if not is_field(first_line):
+        return b""
+    end = content.find(b"\n\n") + 1
+    return content[:end] if end else content
+
+
+def is_field(line: bytes) -> bool:
+    """Whether a header section may begin with this line: a field (RFC 5322 section 2.2), or mbox's From line."""
+    name, colon, _ = line.partition(b":")
+    name = name.rstrip(b" \t")
+    return bool(colon and name and FIELD_NAME.issuperset(name)) or line.startswith((b"From ", b">From "))
+
+
+def field_spans(header: bytes, name: bytes) -> Iterator[tuple[int, int]]:
+    """Where the fields of that name, given in lower case, begin and end."""
+    folded = LF + header.lower()  # the LF before header[n:] is folded[n]
+    wanted = LF + name
+    start = folded.find(wanted)
+    while start >= 0:
+        end = start + len(wanted)
+        if folded[end : end + OBSOLETE_SPACE].lstrip(b" \t").startswith(b":"):
+            end = end_of_field(header, start)
+            yield start, end
+        start = folded.find(wanted, end)
+
+
+def end_of_field(header: bytes, start: int) -> int:
+    """Where the field that begins there ends, with its folded lines."""
+    end = header.find(LF, start) + 1
+    while end and header[end : end + 1] in (b" ", b"\t"):
+        end = header.find(LF, end) + 1
+    return end or len(header)
+
+
+def field_body(field: bytes) -> str:
+    """The body of a field, unfolded."""
+    return b" ".join(field.partition(b":")[2].split()).decode("utf-8", "replace")
+
+
+def without_field(header: bytes, name: bytes) -> bytes:
+    """The header without the fields of that name, given in lower case."""
+    kept, after = [], 0
+    for start, end in field_spans(header, name):
+        kept.append(header[after:start])
+        after = end
+    return b"".join([*kept, header[after:]])
+
+
+def date_time() -> str:
+    """Now, as RFC 5322 section 3.3 writes it."""
+    return time.strftime("%a, %d %b %Y %H:%M:%S %z")  # in English: this program never sets a locale
+
+
+def return_path(reverse_path: Address | None, config: Config) -> bytes:
+    """The Return-Path field (RFC 5321 section 4.4); a sender without a domain gets this host's name."""
+    sender = "" if reverse_path is None else str(reverse_path)
+    if reverse_path and not reverse_path.domain:
+        sender += f"@{config.servername}"
+    return f"Return-Path: <{sender}>\n".encode()
+
+
+def received(client: str, peer: Peer, protocol: str, session: str, recipient: Address | None, config: Config) -> bytes:
+    """The Received field (RFC 5321 section 4.4).
+
+    client: the name given with LHLO. protocol: of RFC 3848 and RFC 6531 section 4.3.
+    session: its id. recipient: for whom, None when there are several.
+    """
+    product = f" ({PRODUCT})" if config.serverinfo == "on" else ""
+    for_whom = f"\n\tfor <{recipient}>" if recipient else ""
+    return (
+        f"Received: from {client} ({peer.name})\n"
+        f"\tby {config.servername}{product} with {protocol} id {session}{for_whom};\n"
+        f"\t{date_time()}\n"
+    ).encode()
+
+
+# ======================================================================
+# Mailstore
+#
+# Owns who has a mailbox, where it is, and how a message gets into it for good.
+# Must not know LMTP, nor who asked.
+# ======================================================================
+
+NAME_LIMIT = 255  # octets of a name in a file system
+USER_UNKNOWN = Reply(550, "5.1.1", "User unknown")
+NAMES_MADE = itertools.count(1)
+NO_HARD_LINK = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP)
+
+
+class Draft:
+    """A message file in the tmp/ of a Maildir, where nobody looks yet.
+
+    Raises OSError, save for discard(). Source: maildir(5).
+    """
+
+    def __init__(self, maildir: str) -> None:
+        self.path = f"{maildir}/tmp/{unique_name()}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            self._fd = os.open(self.path, flags, 0o666)
+        except FileNotFoundError:
+            os.mkdir(f"{maildir}/tmp")  # lost to a tool that drops empty folders
+            self._fd = os.open(self.path, flags, 0o666)
+
+    def write(self, data: bytes) -> None:
+        """Appends data."""
+        while written := os.write(self._fd, data):
+            if written == len(data):
+                break
+            data = data[written:]
+
+    def copy(self, other: Draft) -> None:
+        """Appends the whole of another draft."""
+        with open(other.path, "rb", buffering=0) as source:
+            while data := source.read(READ_SIZE):
+                self.write(data)
+
+    def sync(self) -> None:
+        """Ends the writing: when this returns, all octets are on the disk."""
+        os.fsync(self._fd)
+        self._close()
+
+    def link(self, target: str) -> bool:
+        """Gives the file the second name target; False if the file systems can't."""
+        try:
+            os.link(self.path, target)
+        except OSError as error:
+            if error.errno in NO_HARD_LINK:
+                return False
+            raise
+        return True
+
+    def move(self, target: str) -> bool:
+        """Gives the file the name target instead of its own; False if the file systems can't."""
+        try:
+            os.rename(self.path, target)
+        except OSError as error:
+            if error.errno in NO_HARD_LINK:
+                return False
+            raise
+        self.path = ""
+        return True
+
+    def discard(self) -> None:
+        """Removes the file, unless it has been moved."""
+        try:
+            self._close()
+            if self.path:
+                os.unlink(self.path)
+        except OSError as error:
+            log.warning("draft left behind", file=self.path, cause=error)
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class Delivery:
+    """A message in a mailbox, where it can be seen; after sync() it is there for good. path: its file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def sync(self) -> None:
+        """Makes it durable, or else takes it back and raises OSError."""
+        try:
+            sync_folder(os.path.dirname(self.path))
+        except OSError:
+            os.unlink(self.path)
+            raise
+
+
+class Maildir:
+    """A user's Maildir. missing: whether it has yet to be made."""
+
+    def __init__(self, path: str, config: Config, missing: bool) -> None:
+        self.path = path
+        self._config, self._missing = config, missing
+
+    def open_draft(self) -> Draft:
+        """A new draft in this Maildir, which is made if it is missing. Raises OSError."""
+        if self._missing:
+            make_maildir(self.path, self._config.partition)
+            self._missing = False
+        return Draft(self.path)
+
+    def deliver(self, message: Message, last: bool) -> Delivery:
+        """Puts the message into new/; the caller has yet to sync() the result.
+
+        One file, with hard links, serves all mailboxes where that is possible. last: nobody asks after
+        this one, so the draft may be moved.
+        Raises OSError, and then nothing is left in new/.
+        """
+        if not message.draft:
+            message.draft = self._finished_draft(lambda draft: draft.write(message.content))
+        elif self._missing:
+            self.open_draft().discard()
+        draft = message.draft
+        target = f"{self.path}/new/{unique_name()},S={message.size},W={message.size + message.lines}"
+        linked = draft.move(target) if last else self._config.singleinstancestore and draft.link(target)
+        if not linked:
+            copy = self._finished_draft(lambda copy: copy.copy(draft))
+            copy.move(target)
+        return Delivery(target)
+
+    def _finished_draft(self, fill: Callable[[Draft], None]) -> Draft:
+        draft = self.open_draft()
+        try:
+            fill(draft)
+            draft.sync()
+        except OSError:
+            draft.discard()
+            raise
+        return draft
+
+
+class MaildirStore:
+    """Maildirs, one for each user, at the place that the option maildir_path names."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def find(self, recipient: Recipient) -> Maildir:
+        """The recipient's mailbox. Raises LmtpError: he is unknown, or it can't be found out."""
+        names = {"u": recipient.userid, "n": recipient.user, "d": recipient.domain}
+        template = self._config.maildir_path
+        if not all(is_safe_name(name) for letter, name in names.items() if f"%{letter}" in template):
+            raise LmtpError(USER_UNKNOWN)
+        path = expand(template, {**names, "p": self._config.partition})
+        try:
+            os.stat(f"{path}/new")
+        except OSError as error:
+            self._check_absence(path, error)
+            return Maildir(path, self._config, missing=True)
+        return Maildir(path, self._config, missing=False)
+
+    def _check_absence(self, path: str, error: OSError) -> None:
+        """Raises LmtpError unless the Maildir is really absent, and may be made."""
+        spool = self._config.partition
+        absent = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+        if not absent or (spool and not os.path.isdir(spool)):  # a spool that is not mounted has no unknown users
+            log.error("mailbox not accessible", mailbox=path, cause=error)
+            raise LmtpError(STORAGE_FAILED)
+        if not self._config.autocreate_post or error.errno != errno.ENOENT:
+            raise LmtpError(USER_UNKNOWN)
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether the name, which a client chose, may be that of a folder in the store."""
+    return (
+        bool(name)
+        and not name.startswith(".")
+        and "/" not in name
+        and name.isprintable()
+        and len(name.encode()) <= NAME_LIMIT
+    )
+
+
+def make_maildir(path: str, spool: str) -> None:
+    """Makes a Maildir for good, with the folders above it but not the spool itself. Raises OSError."""
+    make_folder(path, spool)
+    for part in ("tmp", "cur", "new"):  # new/ last: with it the Maildir exists
+        make_folder(f"{path}/{part}", spool)
+
+
+def make_folder(path: str, spool: str) -> None:
+    """Makes a folder for good, and those between it and the spool. Raises OSError."""
+    parent = os.path.dirname(path)
+    if parent not in (spool, "/") and not os.path.isdir(parent):
+        make_folder(parent, spool)
+    try:
+        os.mkdir(path, 0o777)
+    except FileExistsError:
+        return  # by another process, for another message
+    sync_folder(parent)
+
+
+def sync_folder(path: str) -> None:
+    """Makes the names in a folder durable. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def unique_name() -> str:
+    """A name that no other message on this host has or will have: time, process, count, host. Source: maildir(5)."""
+    seconds, microseconds = divmod(time.time_ns() // 1000, 1_000_000)
+    host = socket.gethostname().replace("/", "\\057").replace(":", "\\072")
+    return f"{seconds}.M{microseconds:06d}P{os.getpid()}Q{next(NAMES_MADE)}.{host}"
+
+
+# ======================================================================
+# Delivery
+#
+# Owns what happens to one message and all its recipients.
+# Must not know the wire.
+# ======================================================================
+
+
+class Envelope:
+    """A transaction's sender and recipients. reverse_path: None for <>. recipients: each with his mailbox."""
+
+    def __init__(self, reverse_path: Address | None) -> None:
+        self.reverse_path = reverse_path
+        self.recipients: list[tuple[Recipient, Maildir]] = []
+
+    def open_draft(self) -> Draft:
+        """A draft in the first mailbox that can have one. Raises OSError."""
+        for index, (_, mailbox) in enumerate(self.recipients, 1):
+            try:
+                return mailbox.open_draft()
+            except OSError as error:
+                if index == len(self.recipients):
+                    raise
+                log.warning("spooling elsewhere", mailbox=mailbox.path, cause=error)
+        raise AssertionError("an envelope without recipients")
+
+
+def deliver(message: Message, envelope: Envelope, delivered: Reply) -> list[Reply]:
+    """Delivers to every recipient; for each, in order, the reply: delivered, or what went wrong with his.
+
+    The message is placed in all mailboxes before the first is synced, so that the file system can
+    commit its journal once for all of them.
+    """
+    started = time.monotonic()
+    last = len(envelope.recipients) - 1
+    placed = [place(message, mailbox, index == last) for index, (_, mailbox) in enumerate(envelope.recipients)]
+    replies = []
+    for (recipient, mailbox), result in zip(envelope.recipients, placed):
+        reply = settle(result, mailbox, delivered)
+        replies.append(reply)
+        log.info(
+            "delivered" if reply is delivered else "not delivered",
+            msgid=message.message_id,
+            size=message.size,
+            sender=f"<{envelope.reverse_path or ''}>",
+            recipient=f"<{recipient.address}>",
+            mailbox=mailbox.path,
+            file=os.path.basename(result.path) if isinstance(result, Delivery) else "",
+            reply=reply,
+            ms=round((time.monotonic() - started) * 1000),
+        )
+    return replies
+
+
+def place(message: Message, mailbox: Maildir, last: bool) -> Delivery | Reply:
+    """Puts the message into the mailbox, or says why not."""
+    if message.refusal:
+        return message.refusal
+    try:
+        return mailbox.deliver(message, last)
+    except Exception as error:
+        return failure(error, mailbox)
+
+
+def settle(result: Delivery | Reply, mailbox: Maildir, delivered: Reply) -> Reply:
+    """Makes what place() did durable, or says why not."""
+    if isinstance(result, Reply):
+        return result
+    try:
+        result.sync()
+    except Exception as error:
+        return failure(error, mailbox)
+    return delivered
+
+
+def failure(error: Exception, mailbox: Maildir) -> Reply:
+    """Logs why a delivery failed; what to tell the client."""
+    if isinstance(error, OSError):
+        log.error("delivery failed", mailbox=mailbox.path, cause=error)
+        return storage_reply(error)
+    log.traceback("delivery failed", mailbox=mailbox.path)
+    return STORAGE_FAILED
+
+
+# ======================================================================
+# Session
+#
+# Owns the verbs and the state of the transaction.
+# Must not know files.
+# ======================================================================
+
+TRACE_ID_LIMIT = 255
+TRACE_ID = frozenset(LETTERS + DIGITS + "._-")
+DECIMAL = frozenset(DIGITS)
+SIZE_DIGITS = 20  # RFC 1870 section 6
+HOST_NAME = frozenset(LETTERS + DIGITS + ".-_:[]")
+BODY_TYPES = ("7BIT", "8BITMIME")
+MALFORMED = (500, 501, 555)  # codes of replies to commands that count as bad
+
+OK = Reply(250, "2.0.0", "Ok")
+SENDER_OK = Reply(250, "2.1.0", "Ok")
+RECIPIENT_OK = Reply(250, "2.1.5", "Ok")
+CANNOT_VERIFY = Reply(252, "2.3.3", "Try RCPT to attempt delivery")
+GO_AHEAD = Reply(354, "", "Go ahead, end with a line of one dot")
+BAD_SYNTAX = Reply(500, "5.5.2", "Syntax error, HELP lists the commands")
+NO_TRANSACTION = Reply(503, "5.5.1", "Need MAIL command")
+NO_RECIPIENTS = Reply(503, "5.5.1", "No recipients")
+NESTED_MAIL = Reply(503, "5.5.1", "Nested MAIL command")
+CHUNKING_BEGUN = Reply(503, "5.5.1", "BDAT has begun this message, only BDAT can go on")
+TOO_MANY_RECIPIENTS = Reply(452, "4.5.3", "Too many recipients, send the message to the others separately")
+TOO_MANY_ERRORS = Reply(421, "4.7.0", "Too many bad commands, closing the connection")
+NOT_ASCII = Reply(553, "5.6.7", "Addresses beyond ASCII need the SMTPUTF8 parameter of MAIL")
+AUTHENTICATE_LATER = Reply(430, "4.7.0", "Authentication required")
+AUTHENTICATE_FIRST = Reply(530, "5.7.0", "Authentication required")
+
+
+class Transaction(Envelope):
+    """A mail transaction (RFC 5321 section 3.3): the envelope, and while BDAT is sending it, the message."""
+
+    def __init__(self, reverse_path: Address | None, utf8: bool, decoder: ChunkDecoder) -> None:
+        super().__init__(reverse_path)
+        self.utf8 = utf8
+        self.message: Message | None = None
+        self.decoder = decoder
+
+
+class Session:
+    """An LMTP session on a connection (RFC 2033).
+
+    trusted: whether the peer may send mail without authentication.
+    """
+
+    def __init__(self, connection: Connection, peer: Peer, trusted: bool, store: MaildirStore, config: Config) -> None:
+        self.id = f"lmtpd-{os.getpid()}-{time.time_ns() // 1000}"
+        self._connection, self._peer, self._trusted = connection, peer, trusted
+        self._store, self._config = store, config
+        self._client = "unknown"
+        self._transaction: Transaction | None = None
+        self._bad_commands = 0
+        self._open = True
+
+    def serve(self) -> None:
+        """Serves until the client leaves, or has to. Never raises."""
+        log.session = self.id
+        log.info("connected", peer=self._peer.name)
+        reason = "quit"
+        try:
+            self._greet()
+            while self._open:
+                self._serve_command()
+            self._connection.flush()
+        except Disconnected as error:
+            reason = str(error)
+        except Exception:
+            log.traceback("internal error")
+            reason = "internal error"
+            self._say_goodbye(INTERNAL_ERROR)
+        finally:
+            self._reset()
+        log.info("disconnected", reason=reason)
+        log.session = ""
+
+    def _greet(self) -> None:
+        self._connection.peek()
+        product = {"on": f" {PRODUCT}", "min": " LMTP", "off": ""}[self._config.serverinfo]
+        self._reply(Reply(220, "", f"{self._config.servername}{product} ready"))
+
+    def _serve_command(self) -> None:
+        try:
+            self._dispatch(self._connection.read_line())
+        except LmtpError as error:
+            self._reply(error.reply)
+            self._bad_commands += error.reply.code in MALFORMED
+            if 0 < self._config.lmtp_max_bad_commands < self._bad_commands:
+                self._reply(TOO_MANY_ERRORS)
+
+    def _dispatch(self, line: bytes) -> None:
+        try:
+            command = line.decode("utf-8").rstrip(" ")
+        except UnicodeDecodeError:
+            raise LmtpError(BAD_SYNTAX) from None
+        if self._config.chatty:
+            log.info("command", line=command)
+        verb, _, argument = command.partition(" ")
+        method = self.VERBS.get(verb.upper())
+        if not method or not command.isprintable():
+            raise LmtpError(BAD_SYNTAX)
+        method(self, argument)
+
+    def _reply(self, reply: Reply) -> None:
+        log.debug("reply", text=f"{reply} {reply.text}")
+        self._connection.write(reply.render(self._connection.eol))
+        if reply.closes:
+            self._open = False
+
+    def _say_goodbye(self, reply: Reply) -> None:
+        try:
+            self._reply(reply)
+            self._connection.flush()
+        except Disconnected:
+            pass
+
+    def _reset(self) -> None:
+        if self._transaction and self._transaction.message:
+            self._transaction.message.discard()
+        self._transaction = None
+
+    # The verbs. Each takes the rest of its line, and replies or raises LmtpError;
+    # in the latter case it has left the transaction as it was.
+
+    def _lhlo(self, argument: str) -> None:
+        """RFC 2033 section 4.1"""
+        if not argument:
+            raise malformed("LHLO needs the client's name")
+        self._reset()
+        self._client = "".join(c if c in HOST_NAME else "?" for c in argument)[:NAME_LIMIT]
+        size = f" {self._config.maxmessagesize}" if self._config.maxmessagesize else ""
+        extensions = [
+            self._config.servername,
+            "8BITMIME",
+            "ENHANCEDSTATUSCODES",
+            "PIPELINING",
+            f"SIZE{size}",
+            "SMTPUTF8",
+            "CHUNKING",
+            f"LIMITS RCPTMAX={self._config.lmtp_max_recipients}",
+            "IGNOREQUOTA",
+            "TRACE",
+            f"Ok SESSIONID=<{self.id}>",
+        ]
+        self._reply(Reply(250, "", "\n".join(extensions)))
+
+    def _mail(self, argument: str) -> None:
+        """RFC 5321 section 4.1.1.2; the parameters: RFC 1870 section 6, RFC 6152, RFC 6531"""
+        if not self._trusted:
+            raise LmtpError(AUTHENTICATE_LATER if self._config.soft_noauth else AUTHENTICATE_FIRST)
+        if self._transaction:
+            raise LmtpError(NESTED_MAIL)
+        address, parameters = parse_argument(argument, "FROM:")
+        utf8 = False
+        for keyword, value in parameters.items():
+            if keyword == "SMTPUTF8" and value is None:
+                utf8 = True
+            elif keyword == "SIZE":
+                self._check_size(value)
+            elif keyword == "BODY":
+                if (value or "").upper() not in BODY_TYPES:
+                    raise malformed(f"BODY must be one of {', '.join(BODY_TYPES)}")
+            else:
+                raise unsupported(keyword)
+        self._check_characters(address, utf8)
+        self._transaction = Transaction(address, utf8, ChunkDecoder(self._connection.eol))
+        self._reply(SENDER_OK)
+
+    def _rcpt(self, argument: str) -> None:
+        """RFC 5321 section 4.1.1.3"""
+        transaction = self._transaction
+        if not transaction:
+            raise LmtpError(NO_TRANSACTION)
+        if transaction.message:
+            raise LmtpError(CHUNKING_BEGUN)
+        address, parameters = parse_argument(argument, "TO:")
+        for keyword, value in parameters.items():
+            if keyword != "IGNOREQUOTA" or value is not None:
+                raise unsupported(keyword)
+        self._check_characters(address, transaction.utf8)
+        if len(transaction.recipients) >= self._config.lmtp_max_recipients:
+            raise LmtpError(TOO_MANY_RECIPIENTS)
+        if address is None:
+            raise LmtpError(USER_UNKNOWN)
+        recipient = Recipient(address, self._config)
+        transaction.recipients.append((recipient, self._store.find(recipient)))
+        self._reply(RECIPIENT_OK)
+
+    def _data(self, argument: str) -> None:
+        """RFC 5321 section 4.1.1.4, RFC 2033 section 4.2"""
+        if argument:
+            raise malformed("DATA takes none")
+        transaction = self._transaction
+        if not transaction or not transaction.recipients:
+            raise LmtpError(NO_RECIPIENTS)
+        if transaction.message:
+            raise LmtpError(CHUNKING_BEGUN)
+        self._reply(GO_AHEAD)
+        message = transaction.message = self._new_message(transaction)
+        decoder = DotDecoder(self._connection.eol)
+        while not decoder.ended:
+            message.write(decoder.decode(self._connection.read_some()))
+        self._connection.unread(decoder.rest)
+        self._deliver(transaction, message)
+
+    def _bdat(self, argument: str) -> None:
+        """RFC 3030 section 2; for LMTP, every recipient gets a reply to the last chunk"""
+        size, last = parse_chunk_size(argument)
+        transaction = self._transaction
+        if not transaction or not transaction.recipients:
+            for _ in self._chunk(size):
+                pass
+            raise LmtpError(NO_RECIPIENTS)
+        if not transaction.message:
+            transaction.message = self._new_message(transaction)
+        message = transaction.message
+        for data in self._chunk(size):
+            message.write(transaction.decoder.decode(data))
+        if last:
+            message.write(transaction.decoder.rest())
+            self._deliver(transaction, message)
+        else:
+            self._reply(message.refusal or Reply(250, "2.0.0", f"{size} octets received"))
+
+    def _rset(self, argument: str) -> None:
+        """RFC 5321 section 4.1.1.5"""
+        if argument:
+            raise malformed("RSET takes none")
+        self._reset()
+        self._reply(Reply(250, "2.0.0", f"Ok SESSIONID=<{self.id}>"))
+
+    def _noop(self, _argument: str) -> None:
+        """RFC 5321 section 4.1.1.9"""
+        self._reply(OK)
+
+    def _vrfy(self, argument: str) -> None:
+        """RFC 5321 section 4.1.1.6"""
+        if not argument:
+            raise malformed("VRFY needs a user")
+        self._reply(CANNOT_VERIFY)
+
+    def _help(self, _argument: str) -> None:
+        """RFC 5321 section 4.1.1.8"""
+        self._reply(Reply(214, "2.0.0", f"Commands: {' '.join(self.VERBS)}\nSee lmtpd(8)"))
+
+    def _trace(self, argument: str) -> None:
+        """The client's own id of what follows, for the log, as Cyrus lmtpd takes it"""
+        if not TRACE_ID.issuperset(argument) or not 0 < len(argument) <= TRACE_ID_LIMIT:
+            raise malformed(
+                f"TRACE needs an id of 1 to {TRACE_ID_LIMIT} letters, digits, dots, hyphens and underscores"
+            )
+        log.info("trace", traceid=argument)
+        self._reply(Reply(250, "2.0.0", f"Ok SESSIONID=<{self.id}> TRACEID=<{argument}>"))
+
+    def _quit(self, argument: str) -> None:
+        """RFC 5321 section 4.1.1.10"""
+        if argument:
+            raise malformed("QUIT takes none")
+        self._reply(Reply(221, "2.0.0", "Bye", closes=True))
+
+    VERBS = {
+        "LHLO": _lhlo,
+        "MAIL": _mail,
+        "RCPT": _rcpt,
+        "DATA": _data,
+        "BDAT": _bdat,
+        "RSET": _rset,
+        "NOOP": _noop,
+        "VRFY": _vrfy,
+        "HELP": _help,
+        "TRACE": _trace,
+        "QUIT": _quit,
+    }
+
+    def _check_size(self, value: str | None) -> None:
+        if not value or not DECIMAL.issuperset(value):
+            raise malformed("SIZE must be a number")
+        limit = self._config.maxmessagesize
+        if 0 < limit < int(value[:SIZE_DIGITS]):
+            raise LmtpError(Reply(552, "5.2.3", f"Messages may have at most {limit} octets"))
+
+    def _check_characters(self, address: Address | None, utf8: bool) -> None:
+        if self._config.lmtp_strict_rfc2821 and not utf8 and not str(address).isascii():
+            raise LmtpError(NOT_ASCII)
+
+    def _new_message(self, transaction: Transaction) -> Message:
+        protocol = f"{'UTF8' if transaction.utf8 else ''}LMTP{'A' if self._trusted else ''}"
+        only_one = transaction.recipients[0][0].address if len(transaction.recipients) == 1 else None
+        trace = return_path(transaction.reverse_path, self._config) + received(
+            self._client, self._peer, protocol, self.id, only_one, self._config
+        )
+        return Message(trace, self._config, transaction.open_draft)
+
+    def _chunk(self, size: int) -> Iterator[bytes]:
+        while size:
+            data = self._connection.read_some()
+            if len(data) > size:
+                self._connection.unread(data[size:])
+                data = data[:size]
+            size -= len(data)
+            yield data
+
+    def _deliver(self, transaction: Transaction, message: Message) -> None:
+        message.complete()
+        for reply in deliver(message, transaction, Reply(250, "2.1.5", f"Ok SESSIONID=<{self.id}>")):
+            self._reply(reply)
+        self._bad_commands = 0
+        self._reset()
+
+
+def malformed(text: str) -> LmtpError:
+    """The error for parameters that cannot be understood."""
+    return LmtpError(Reply(501, "5.5.4", f"Syntax error in parameters: {text}"))
+
+
+def unsupported(keyword: str) -> LmtpError:
+    """The error for a parameter that no extension of ours has (RFC 5321 section 4.1.1.11)."""
+    return LmtpError(Reply(555, "5.5.4", f"Parameter {keyword} not supported here"))
+
+
+def parse_argument(argument: str, prefix: str) -> tuple[Address | None, dict[str, str | None]]:
+    """The address and parameters of MAIL or RCPT. Raises LmtpError."""
+    if argument[: len(prefix)].upper() != prefix:
+        raise malformed(f"{prefix}<address> expected")
+    try:
+        address, rest = parse_path(argument[len(prefix) :])
+        return address, parse_parameters(rest)
+    except ValueError as error:
+        raise malformed(str(error)) from None
+
+
+def parse_chunk_size(argument: str) -> tuple[int, bool]:
+    """The size of a BDAT chunk and whether it is the last. Raises LmtpError, which ends the session."""
+    size, _, keyword = argument.partition(" ")
+    if not 0 < len(size) <= SIZE_DIGITS or not DECIMAL.issuperset(size) or keyword.upper() not in ("", "LAST"):
+        # Nobody knows where the next command begins, and octets of a message must never be taken for one.
+        raise LmtpError(
+            Reply(501, "5.5.4", "BDAT needs a size, then LAST or nothing; closing the connection", closes=True)
+        )
+    return int(size), bool(keyword)
+
+
+# ======================================================================
+# Service
+#
+# Owns where connections come from.
+# Must not know LMTP.
+# ======================================================================
+
+
+def serve_standard_io(config: Config, trust_internet: bool) -> None:
+    """Serves the connection that standard input and output are: a socket, pipe, file or terminal."""
+    peer = Peer.of(0)
+    if peer.internet and config.tcp_keepalive:
+        keep_alive(0, config)
+    connection = Connection(0, 1, config.lmtp_command_timeout)
+    trusted = trust_internet or not peer.internet
+    Session(connection, peer, trusted, MaildirStore(config), config).serve()
+
+
+def keep_alive(fd: int, config: Config) -> None:
+    """Lets the system probe a silent connection, see tcp(7)."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (
+            (socket.TCP_KEEPCNT, config.tcp_keepalive_cnt),
+            (socket.TCP_KEEPIDLE, config.tcp_keepalive_idle),
+            (socket.TCP_KEEPINTVL, config.tcp_keepalive_intvl),
+        ):
+            if value:
+                sock.setsockopt(socket.IPPROTO_TCP, name, value)
+
+
+# ======================================================================
+# Main
+# ======================================================================
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs lmtpd with these arguments, by default the command line's; the exit status of sysexits(3)."""
+    log.open()
+    try:
+        options = docopt(__doc__, arguments, version=PRODUCT)
+    except DocoptExit as error:
+        return refuse_to_start(os.EX_USAGE, str(error))
+    try:
+        config = Config.load(options["-C"], os.environ.get("CYRUS_SERVICE", "lmtp"))
+        log.open(config.syslog_prefix, config.syslog_facility, config.debug)
+        for setting in config.unknown:
+            log.debug("setting not of lmtpd", where=setting)
+        drop_privileges(config.cyrus_user)
+        os.umask(config.umask)
+        serve_standard_io(config, options["-a"])
+    except ConfigError as error:
+        log.fatal("configuration error", cause=error)
+        return refuse_to_start(os.EX_CONFIG, "Configuration error, see the log")
+    except Exception:
+        log.traceback("internal error")
+        return refuse_to_start(os.EX_SOFTWARE, "Internal error, see the log")
+    return os.EX_OK
+
+
+def refuse_to_start(status: int, text: str) -> int:
+    """Tells the client, who keeps the mail and tries again; the exit status."""
+    try:
+        os.write(1, Reply(421, "4.3.0", text).render())
+    except OSError:
+        return status  # nobody is there to be told
+    return status
+
+
+def drop_privileges(user: str) -> None:
+    """Becomes user for good if started by root. Raises ConfigError."""
+    if os.geteuid() != 0:
+        return
+    if not user:
+        raise ConfigError(
+            "started by root, which cyrus_user must prevent: set it to the account that owns the Maildirs"
+        )
+    import pwd
+
+    try:
+        account = pwd.getpwnam(user)
+    except KeyError:
+        raise ConfigError(f"cyrus_user: there is no account {user!r}; create it or name another") from None
+    if account.pw_uid == 0:
+        raise ConfigError("cyrus_user must not be root: set it to the account that owns the Maildirs")
+    os.initgroups(user, account.pw_gid)
+    os.setgid(account.pw_gid)
+    os.setuid(account.pw_uid)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
