@@ -5,6 +5,7 @@ Needs root, and nothing else of the host: not that it runs systemd itself, nor a
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
@@ -84,6 +85,9 @@ class Machine:
     def __init__(self) -> None:
         if not ROOT.is_dir():
             raise RuntimeError(f"{ROOT} is missing: run tests/run, or need_container of tests/setup.sh")
+        # Keeps need_container of another test run from making the root anew meanwhile.
+        self._lock = (ROOT.parent / "lock").open("a")
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
         # Its name is the machine's too, and must be fit for a host name.
         self._top = Path(tempfile.gettempdir(), f"lmtpd-machine-{os.urandom(6).hex()}")
         self._top.mkdir(0o700)
@@ -171,3 +175,4 @@ class Machine:
             self._around.wait(STOP_PATIENCE)
         shutil.rmtree(self._top)
         self.console.unlink()
+        self._lock.close()

@@ -50,18 +50,26 @@ need_container() {
     fi
     need_packages mmdebstrap systemd-container
     local packages=systemd,systemd-sysv,dbus,python3,python3-venv,python3-docopt,python3-systemd,postfix,procps,man-db
-    local cache=${LMTPD_TEST_ROOT%/*} stamp=$LMTPD_TEST_ROOT/.lmtpd-tests
+    local cache=${LMTPD_TEST_ROOT%/*}
     mkdir -p "$cache"
     (
-        # Other test runs may boot from it, or be making it, at this moment.
+        # Another test run may have machines booted from it, or be making it, at this moment.
+        flock --shared 9
+        is_made "$packages" && exit
         flock 9
-        [[ $(cat "$stamp" 2>/dev/null) == "$packages" && -n $(find "$stamp" -mtime -30) ]] && exit
+        is_made "$packages" && exit
         echo "Making a Debian root in $cache"
         rm -rf "$LMTPD_TEST_ROOT"
         make_root "$packages"
         "$venv/bin/pip" wheel --quiet --disable-pip-version-check --wheel-dir "$LMTPD_TEST_ROOT/opt/wheels" setuptools wheel
-        echo "$packages" >"$stamp"
+        echo "$packages" >"$LMTPD_TEST_ROOT/.made-of"
     ) 9>"$cache/lock"
+}
+
+# is_made PACKAGES: whether the root is there, of these packages and not stale.
+is_made() {
+    local stamp=$LMTPD_TEST_ROOT/.made-of
+    [[ $(cat "$stamp" 2>/dev/null) == "$1" && -n $(find "$stamp" -mtime -30) ]]
 }
 
 # make_root PACKAGES: the root, with nothing in it that only a person would read, nor this machine's name.

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import grp
+import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from harness import PATIENCE, Site
-from starters import Inetd, SocketActivate, Starter, Xinetd
+from starters import USER, Inetd, SocketActivate, Starter, Xinetd
+
+UNITS = Path(__file__).parent.parent / "units"
 
 Start = Callable[[list[str], Path], Starter]
 
@@ -21,7 +26,9 @@ PER_CONNECTION: dict[str, Start] = {
     ),
     "inetd nowait": lambda command, _: Inetd(command),
     "inetd nowait, unix": lambda command, folder: Inetd(command, address=str(folder / "lmtp")),
+    "inetd nowait, as shipped": lambda command, _: ShippedInetd(command),
     "xinetd nowait": lambda command, _: Xinetd(command),
+    "xinetd nowait, as shipped": lambda command, _: ShippedXinetd(command),
 }
 # The listening socket is.
 LISTENING: dict[str, Start] = {
@@ -33,8 +40,44 @@ LISTENING: dict[str, Start] = {
     ),
     "inetd wait": lambda command, _: Inetd(command, wait=True),
     "inetd wait, unix": lambda command, folder: Inetd(command, wait=True, address=str(folder / "lmtp")),
+    "inetd wait, as shipped": lambda command, _: ShippedInetd(command, wait=True),
     "xinetd wait": lambda command, _: Xinetd(command, wait=True),
+    "xinetd wait, as shipped": lambda command, _: ShippedXinetd(command, wait=True),
 }
+
+
+class ShippedInetd(Inetd):
+    """inetd with the line for `wait` or `nowait` from units/, at another port, user and path."""
+
+    def command_line(self) -> list[str]:
+        program, *arguments = self._command
+        style = "wait." if self._wait else "nowait."
+        (line,) = [line.lstrip("#").split("\t") for line in (UNITS / "inetd.conf").open() if f"\t{style}" in line]
+        line[0], line[4], line[5] = f"127.0.0.1:{self.address}", USER, program
+        line[6] = " ".join([line[6].strip(), *arguments])
+        conf = self.folder / "inetd.conf"
+        conf.write_text("\t".join(line) + "\n")
+        return ["inetd", "-i", str(conf)]
+
+
+class ShippedXinetd(Xinetd):
+    """xinetd with the entry from units/, at another port, user and path."""
+
+    def command_line(self) -> list[str]:
+        command = super().command_line()
+        program, *arguments = self._command
+        changes = {
+            "port": str(self.address),
+            "user": USER,
+            "group": grp.getgrgid(os.getegid()).gr_name,
+            "server": f"{program}\n\tserver_args = {' '.join(arguments)}",
+            "wait": "yes" if self._wait else "no",
+        }
+        entry = (UNITS / "xinetd").read_text()
+        for name, value in changes.items():
+            entry = re.sub(rf"^\t{name}\t+= .*$", f"\t{name} = {value}", entry, count=1, flags=re.MULTILINE)
+        (self.folder / "xinetd.conf").write_text(entry)
+        return command
 
 
 def smtp_source(starter: Starter, *options: str) -> None:
