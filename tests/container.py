@@ -96,6 +96,7 @@ class Machine:
             name = f"\0{self._top.name}"
             status.bind(name)
             self._around = self._start(name.replace("\0", "@"))
+            self.cgroup = f"lmtpd-tests-{self._around.pid}"
             try:
                 self._leader = self._boot(status)
             except BaseException:
