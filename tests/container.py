@@ -49,7 +49,7 @@ mount -t tmpfs -o mode=755 none "$top"
 mkdir "$top/upper" "$top/work" "$top/root"
 mount -t overlay -o "lowerdir=$lower,upperdir=$top/upper,workdir=$top/work" none "$top/root"
 status=0
-systemd-nspawn --directory="$top/root" "$@" </dev/null &
+setpriv --pdeathsig TERM systemd-nspawn --directory="$top/root" "$@" </dev/null &
 nspawn=$!
 trap 'kill "$nspawn"' TERM
 while kill -0 "$nspawn" 2>/dev/null; do
