@@ -77,7 +77,7 @@ download() {
 }
 
 update_package_lists() {
-    if [[ $(id -u) -eq 0 ]]; then apt-get update -qq; else sudo -n apt-get update -qq; fi
+    apt-get update -qq
 }
 
 cyrus_ldd() {
@@ -88,4 +88,81 @@ cyrus_ldd() {
 # cyrus_runs: whether it is unpacked with every library it needs.
 cyrus_runs() {
     [[ -x $cyrus/usr/lib/cyrus/bin/lmtpd && -x $cyrus/usr/lib/cyrus/bin/master ]] && ! cyrus_ldd | grep -q 'not found'
+}
+
+# The Debian root that tests/container.py boots copies of. LMTPD_TEST_ROOT is its path.
+LMTPD_TEST_ROOT=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests/root
+export LMTPD_TEST_ROOT
+
+# need_container: have that root, made with the machine's own apt sources and settings, and the wheels that pip
+# needs in there, where no network is. Made again when the list of packages changes, or after a month.
+need_container() {
+    if [[ $(id -u) -ne 0 ]]; then
+        echo "Only root can make and boot a container: the tests that need one will fail" >&2
+        return
+    fi
+    need_packages mmdebstrap systemd-container
+    local packages=systemd,systemd-sysv,dbus,python3,python3-venv,python3-docopt,python3-systemd,postfix,procps,man-db
+    local cache=${LMTPD_TEST_ROOT%/*}
+    mkdir -p "$cache"
+    (
+        # Another test run may have machines booted from it, or be making it, at this moment.
+        flock --shared 9
+        is_made "$packages" && exit
+        flock 9
+        is_made "$packages" && exit
+        echo "Making a Debian root in $cache"
+        rm -rf "$LMTPD_TEST_ROOT"
+        make_root "$packages"
+        "$venv/bin/pip" wheel --quiet --disable-pip-version-check --wheel-dir "$LMTPD_TEST_ROOT/opt/wheels" setuptools wheel
+        echo "$packages" >"$LMTPD_TEST_ROOT/.made-of"
+    ) 9>"$cache/lock"
+}
+
+# is_made PACKAGES: whether the root is there, of these packages and not stale.
+is_made() {
+    local stamp=$LMTPD_TEST_ROOT/.made-of
+    [[ $(cat "$stamp" 2>/dev/null) == "$1" && -n $(find "$stamp" -mtime -30) ]]
+}
+
+# make_root PACKAGES: the root, with nothing in it that only a person would read, nor this machine's name.
+make_root() {
+    local sources settings
+    mapfile -t sources < <(distribution_sources)
+    if [[ ${#sources[@]} -eq 0 ]]; then
+        apt-get update -qq
+        mapfile -t sources < <(distribution_sources)
+    fi
+    # Proxies, certificates, time-outs and the like.
+    settings=$(mktemp)
+    apt-config dump Acquire >"$settings"
+    mmdebstrap --quiet --mode=root --variant=minbase --include="$1" --aptopt="$settings" \
+        --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+        --customize-hook='rm -f "$1/etc/apt/apt.conf.d/99mmdebstrap" "$1/etc/hostname"' \
+        --customize-hook='chroot "$1" postconf -X myhostname' \
+        "$(. /etc/os-release && echo "$VERSION_CODENAME")" "$LMTPD_TEST_ROOT" "${sources[@]}"
+    rm -f "$settings"
+}
+
+# distribution_sources: the files that say where this machine gets the distribution's own packages from.
+# Those of other vendors have no place in the root. Empty before the first apt-get update.
+distribution_sources() {
+    apt-get indextargets --format '$(ORIGIN) $(SOURCESENTRY)' 'Created-By: Packages' |
+        sed -n -E 's/^(Debian|Ubuntu) (.*):[0-9]+$/\2/p' | sort -u
+}
+
+# need_inetds: have openbsd-inetd and xinetd, which Debian doesn't install side by side: xinetd is unpacked only, to
+# LMTPD_TEST_XINETD. It needs no library that openbsd-inetd doesn't.
+LMTPD_TEST_XINETD=${LMTPD_TEST_ROOT%/*}/xinetd/usr/sbin/xinetd
+export LMTPD_TEST_XINETD
+need_inetds() {
+    need_packages openbsd-inetd
+    [[ -x $LMTPD_TEST_XINETD ]] && return
+    local folder=${LMTPD_TEST_ROOT%/*}/xinetd
+    mkdir -p "$folder"
+    (
+        cd "$folder"
+        apt-get download -qq xinetd || { apt-get update -qq && apt-get download -qq xinetd; }
+        dpkg-deb --extract xinetd_*.deb .
+    )
 }

@@ -1,0 +1,179 @@
+"""A booted systemd: a throw-away copy of the Debian root that need_container in setup.sh makes.
+
+Needs root, and nothing else of the host: not that it runs systemd itself, nor any one layout of its cgroups.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(
+    os.environ.get("LMTPD_TEST_ROOT")
+    or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lmtpd-tests/root")
+)
+BOOT_PATIENCE = 90.0
+STOP_PATIENCE = 60.0
+ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "LANG": "C.UTF-8",
+    "HOME": "/root",
+}
+
+# What goes on around systemd-nspawn, in a mount namespace of its own, so that no mount is ever left behind:
+#
+# - A writable layer in memory over the cached root. (--volatile=overlay does the same, but locks the root, and
+#   then two test runs could not have a machine each.)
+# - Where the host has no pure cgroup v2 at /sys/fs/cgroup (no systemd, or v1, or both as on "hybrid" hosts), one is
+#   mounted there for systemd-nspawn to see. The host's own mounts and its v1 hierarchies are not touched. A
+#   controller that the host has in v1 is then missing in the machine: its systemd works without, but limits such as
+#   MemoryMax= are not enforced.
+# - A cgroup of its own below the topmost one, since only that may hold processes and have controllers at once.
+#   systemd-nspawn --keep-unit puts the machine into it.
+# - SIGTERM (also when the test run dies) shuts the machine down in order; what remains is removed after it.
+AROUND_NSPAWN = r"""
+set -eu
+lower=$1 top=$2; shift 2
+[ "$(stat -f -c %T /sys/fs/cgroup)" = cgroup2fs ] || mount -t cgroup2 none /sys/fs/cgroup
+group=/sys/fs/cgroup/lmtpd-tests-$$
+mkdir "$group"
+echo $$ >"$group/cgroup.procs"
+mount -t tmpfs -o mode=755 none "$top"
+mkdir "$top/upper" "$top/work" "$top/root"
+mount -t overlay -o "lowerdir=$lower,upperdir=$top/upper,workdir=$top/work" none "$top/root"
+status=0
+setpriv --pdeathsig TERM systemd-nspawn --directory="$top/root" "$@" </dev/null &
+nspawn=$!
+trap 'kill "$nspawn"' TERM
+while kill -0 "$nspawn" 2>/dev/null; do
+    status=0
+    wait "$nspawn" || status=$?
+done
+echo $$ >/sys/fs/cgroup/cgroup.procs
+find "$group" -depth -type d -exec rmdir {} +
+exit "$status"
+"""
+
+NSPAWN_OPTIONS = [
+    "--boot",
+    "--register=no",
+    "--keep-unit",
+    "--private-network",
+    "--notify-ready=yes",
+    "--console=pipe",
+    "--link-journal=no",
+    "--resolv-conf=off",
+    "--timezone=off",
+    "--hostname=mx.example.com",
+]
+
+
+class Machine:
+    """A booted machine with its own network (loopback only), users, files and systemd.
+
+    `root` is its root folder, as seen from the host: files can be read, written and connected to there. (An absolute
+    symbolic link in it would lead to the host's files.)
+    """
+
+    def __init__(self) -> None:
+        if not ROOT.is_dir():
+            raise RuntimeError(f"{ROOT} is missing: run tests/run, or need_container of tests/setup.sh")
+        # Keeps need_container of another test run from making the root anew meanwhile.
+        self._lock = (ROOT.parent / "lock").open("a")
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        # Its name is the machine's too, and must be fit for a host name.
+        self._top = Path(tempfile.gettempdir(), f"lmtpd-machine-{os.urandom(6).hex()}")
+        self._top.mkdir(0o700)
+        self.console = self._top.with_suffix(".console")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as status:
+            name = f"\0{self._top.name}"
+            status.bind(name)
+            self._around = self._start(name.replace("\0", "@"))
+            self.cgroup = f"lmtpd-tests-{self._around.pid}"
+            try:
+                self._leader = self._boot(status)
+            except BaseException:
+                self.close()
+                raise
+        self.root = Path(f"/proc/{self._leader}/root")
+
+    def _start(self, notify_socket: str) -> subprocess.Popen[bytes]:
+        around = ["setpriv", "--pdeathsig", "TERM", "unshare", "--mount", "sh", "-c", AROUND_NSPAWN, "sh"]
+        machine = ["--machine", self._top.name, *NSPAWN_OPTIONS]
+        with self.console.open("wb") as console:
+            return subprocess.Popen(
+                [*around, str(ROOT), str(self._top), *machine],
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=console,
+                env={**os.environ, "NOTIFY_SOCKET": notify_socket},
+            )
+
+    def _boot(self, status: socket.socket) -> int:
+        """Waits until the machine says that it is up; the process id of its init."""
+        leader: int | None = None
+        status.settimeout(1)
+        deadline = time.monotonic() + BOOT_PATIENCE
+        while time.monotonic() < deadline and self._around.poll() is None:
+            try:
+                fields = dict(line.split("=", 1) for line in status.recv(4096).decode().splitlines())
+            except socket.timeout:
+                continue
+            leader = int(fields.get("X_NSPAWN_LEADER_PID", leader or 0)) or None
+            if fields.get("READY") == "1" and leader:
+                return leader
+        raise RuntimeError("The machine does not boot:\n" + self.console.read_text(errors="replace"))
+
+    def start(self, *command: str, **popen: Any) -> subprocess.Popen[str]:
+        """A command in the machine, as root, not waited for."""
+        inside = ["nsenter", "--target", str(self._leader), "--all", "--wd=/"]
+        child: subprocess.Popen[str] = subprocess.Popen([*inside, *command], env=ENVIRONMENT, text=True, **popen)
+        return child
+
+    def run(
+        self, *command: str, stdin: str = "", check: bool = True, timeout: float = 60
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a command in the machine, as root. With `check`, its failure is the test's."""
+        child = self.start(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            out, err = child.communicate(stdin, timeout)
+        finally:
+            child.kill()
+            child.wait()
+        assert not check or child.returncode == 0, f"{command}: status {child.returncode}\n{out}{err}"
+        return subprocess.CompletedProcess(command, child.returncode, out, err)
+
+    def shell(self, script: str, timeout: float = 120) -> str:
+        """Runs a shell script in the machine that stops at the first failure; what it prints."""
+        return self.run("sh", "-eu", stdin=script, timeout=timeout).stdout
+
+    def journal(self, *arguments: str) -> str:
+        """The journal's messages, complete up to now."""
+        self.run("journalctl", "--sync")
+        return self.run("journalctl", "--no-pager", "--output=cat", *arguments).stdout
+
+    def properties(self, unit: str, *names: str) -> dict[str, str]:
+        """What `systemctl show` says of the unit."""
+        shown = self.run("systemctl", "show", "--property", ",".join(names), unit).stdout
+        return dict(line.split("=", 1) for line in shown.splitlines())
+
+    def close(self) -> None:
+        """Shuts the machine down; nothing of it is left."""
+        self._around.terminate()
+        try:
+            self._around.wait(STOP_PATIENCE)
+        except subprocess.TimeoutExpired:
+            # Ending its init ends the machine at once.
+            if hasattr(self, "_leader"):
+                os.kill(self._leader, 9)
+            self._around.wait(STOP_PATIENCE)
+        shutil.rmtree(self._top)
+        self.console.unlink()
+        self._lock.close()

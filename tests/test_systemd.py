@@ -1,0 +1,477 @@
+"""lmtpd under a real systemd, with a real Postfix: installed by the very commands of the README."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from container import Machine
+from harness import PATIENCE, Client
+
+TOP = Path(__file__).parent.parent
+README_SECTION = "### systemd and Postfix"
+UNITS = ["lmtpd.socket", "lmtpd@.service", "lmtpd-pool.socket", "lmtpd-pool.service"]
+UNIT_FOLDER = "/etc/systemd/system/"
+MAILDIR = "var/spool/lmtpd/jane"
+MESSAGE = b"From: <sender@example.com>\r\nSubject: one\r\n\r\nHello.\r\n"
+
+
+def readme_commands() -> str:
+    """The commands in the README's section about systemd."""
+    readme = (TOP / "README.md").read_text()
+    section = readme.partition(f"\n{README_SECTION}\n")[2]
+    section = re.split(r"^#+ ", section, maxsplit=1, flags=re.MULTILINE)[0]
+    commands = re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    assert commands, f"README.md has no commands in {README_SECTION!r}"
+    return "".join(commands)
+
+
+def install(machine: Machine) -> None:
+    """Follows the README in a copy of this tree."""
+    source = machine.root / "root/lmtpd"
+    source.mkdir()
+    for name in ("lmtpd.py", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(TOP / name, source)
+    for name in ("man", "units"):
+        if (TOP / name).is_dir():
+            shutil.copytree(TOP / name, source / name)
+    # No network in there: what pip builds with is at hand in the root.
+    (machine.root / "etc/pip.conf").write_text("[global]\nno-index = true\nfind-links = /opt/wheels\n")
+    machine.shell("cd /root/lmtpd\n" + readme_commands(), timeout=300)
+
+
+@pytest.fixture(scope="module")
+def installed() -> Iterator[Machine]:
+    """A machine with lmtpd.socket enabled and Postfix in front of it, as the README leaves it."""
+    machine = Machine()
+    try:
+        install(machine)
+        yield machine
+    finally:
+        machine.close()
+
+
+@pytest.fixture
+def machine(installed: Machine) -> Iterator[Machine]:
+    """The same with lmtpd.socket listening, jane's Maildir empty and no drop-in but Postfix's."""
+    empty_maildir(installed)
+    installed.run("systemctl", "start", "lmtpd.socket")
+    yield installed
+    reset(installed, "lmtpd@.service", "lmtpd.socket")
+
+
+@pytest.fixture
+def pool(installed: Machine) -> Iterator[Machine]:
+    """The same with lmtpd-pool.socket in place of lmtpd.socket."""
+    empty_maildir(installed)
+    install_drop_in(installed, "lmtpd-pool.socket", "postfix.conf", (TOP / "units/postfix.conf").read_text())
+    installed.run("systemctl", "start", "lmtpd-pool.socket")
+    yield installed
+    reset(installed, "lmtpd-pool.service", "lmtpd-pool.socket")
+
+
+def empty_maildir(machine: Machine) -> None:
+    for path in (machine.root / MAILDIR).rglob("*"):
+        if path.is_file():
+            path.unlink()
+
+
+def install_drop_in(machine: Machine, unit: str, name: str, text: str) -> None:
+    folder = machine.root / f"etc/systemd/system/{unit}.d"
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+    machine.run("systemctl", "daemon-reload")
+
+
+def reset(machine: Machine, service: str, listener: str) -> None:
+    """Ends what a test may have left running, and its drop-ins."""
+    machine.run("systemctl", "stop", listener)
+    machine.run("systemctl", "kill", "--signal=KILL", service.replace("@", "@*"), check=False)
+    for unit in (service, listener):
+        for path in (machine.root / f"etc/systemd/system/{unit}.d").glob("test*.conf"):
+            path.unlink()
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "reset-failed")
+
+
+def wait_for(what: str, condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"Waited in vain for {what}"
+        time.sleep(0.05)
+
+
+def messages(machine: Machine, folder: str = "new") -> list[Path]:
+    return list((machine.root / MAILDIR / folder).iterdir())
+
+
+def send(machine: Machine, *options: str, to: str = "jane@example.com") -> None:
+    """Sends mail to Postfix with its own load generator; a bounce goes to jane."""
+    machine.run("smtp-source", "-f", "jane@example.com", "-t", to, *options, "inet:127.0.0.1:25", timeout=120)
+
+
+def connect(machine: Machine) -> Client:
+    """A client on lmtpd's unix socket: from outside, and as root, who may."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(str(machine.root / "run/lmtpd/lmtp"))
+    return Client(sock)
+
+
+def start_message(client: Client) -> None:
+    """Takes a session to the middle of a message."""
+    client.hello()
+    client.command("MAIL FROM:<sender@example.com>")
+    client.command("RCPT TO:<jane>")
+    assert client.command("DATA").startswith("354")
+    client.send(MESSAGE)
+
+
+def services(machine: Machine) -> list[str]:
+    """The instances of lmtpd@.service that run."""
+    listed = machine.run("systemctl", "list-units", "--plain", "--no-legend", "--state=running", "lmtpd@*").stdout
+    return [line.split()[0] for line in listed.splitlines()]
+
+
+# --- the units ---
+
+
+def test_the_command_starts_cheaply(installed: Machine) -> None:
+    """An outdated way of installing makes a script that looks the module up through its metadata, which takes long."""
+    assert "from lmtpd import main" in installed.run("cat", "/usr/local/bin/lmtpd").stdout
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_verify_is_silent(installed: Machine, unit: str) -> None:
+    verified = installed.run("systemd-analyze", "verify", UNIT_FOLDER + unit)
+    assert verified.stdout + verified.stderr == ""
+
+
+@pytest.mark.parametrize("unit", ["lmtpd@.service", "lmtpd-pool.service"])
+def test_exposure_is_at_most_1_5(installed: Machine, unit: str) -> None:
+    installed.run("systemd-analyze", "security", "--offline=true", "--threshold=15", UNIT_FOLDER + unit)
+
+
+@pytest.mark.parametrize("unit", ["lmtpd@.service", "lmtpd-pool.service"])
+def test_each_weakness_of_the_sandbox_is_explained(installed: Machine, unit: str) -> None:
+    report = installed.run("systemd-analyze", "security", "--offline=true", UNIT_FOLDER + unit).stdout
+    comments = "".join(line for line in (TOP / "units" / unit).read_text().splitlines() if line.startswith("#"))
+    weak = [line.split()[1] for line in report.splitlines() if line.startswith("✗")]
+    unexplained = [name for name in weak if name.split("=")[0].split("/")[0] + "=" not in comments]
+    assert unexplained == []
+
+
+# --- a service for each connection ---
+
+
+def test_mail_through_postfix(machine: Machine) -> None:
+    send(machine)
+    wait_for("the message", lambda: messages(machine))
+    (message,) = messages(machine)
+    text = message.read_text()
+    assert text.startswith("Return-Path: <jane@example.com>\n")
+    assert "with LMTPA" in text.partition("Received:")[2].partition("\n\n")[0]
+    owner = machine.run("stat", "--format=%U %a", f"/{MAILDIR}/new/{message.name}").stdout.split()
+    assert owner == ["lmtpd", "600"]
+
+
+def test_the_journal_shows_the_delivery(machine: Machine) -> None:
+    before = machine.journal("--identifier=lmtpd", "--output=cat")
+    send(machine)
+    wait_for("the message", lambda: messages(machine))
+    wait_for("the end of the session", lambda: not services(machine))
+    new = machine.journal("--identifier=lmtpd")[len(before) :]
+    assert any("jane" in line for line in new.splitlines()), new
+    warnings = machine.journal("--identifier=lmtpd", "--priority=warning")
+    assert warnings == ""
+
+
+def test_postfix_learns_who_is_unknown(machine: Machine) -> None:
+    send(machine, to="nobody-here@example.com")
+    wait_for("the bounce", lambda: messages(machine))
+    (bounce,) = messages(machine)
+    assert "550 5.1.1" in bounce.read_text()
+
+
+def test_nobody_but_postfix_may_connect(machine: Machine) -> None:
+    connecting = "import socket; socket.socket(socket.AF_UNIX).connect('/run/lmtpd/lmtp')"
+    for user, allowed in (("nobody", False), ("postfix", True)):
+        tried = machine.run("setpriv", f"--reuid={user}", "--clear-groups", "python3", "-c", connecting, check=False)
+        assert (tried.returncode == 0) is allowed, tried.stderr
+
+
+@pytest.mark.parametrize(("field", "value"), [("NoNewPrivs", "1"), ("Seccomp", "2"), ("CapBnd", "0000000000000000")])
+def test_the_sandbox_is_in_force(machine: Machine, field: str, value: str) -> None:
+    """systemd may ignore what the machine it runs on can't do: delivery has to work under the real thing."""
+    client = connect(machine)
+    client.hello()
+    (service,) = services(machine)
+    process = machine.root / "proc" / machine.properties(service, "MainPID")["MainPID"]
+    status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines())
+    assert status[field] == value
+    mounts = {fields[4]: fields[5].split(",") for fields in map(str.split, (process / "mountinfo").open())}
+    assert "ro" in mounts["/"]
+    assert "rw" in mounts["/var/spool/lmtpd"]
+    client.close()
+
+
+def test_a_burst_leaves_the_socket_open(machine: Machine) -> None:
+    """More than 200 connections in two seconds, and more at once than MaxConnections."""
+    deadline = time.monotonic() + PATIENCE
+    for _ in range(500):
+        connect(machine).close()
+    assert time.monotonic() < deadline
+    assert machine.properties("lmtpd.socket", "ActiveState") == {"ActiveState": "active"}
+    wait_for("the end of the burst", lambda: not services(machine))
+    send(machine)
+    wait_for("the message", lambda: messages(machine))
+
+
+def test_much_mail(machine: Machine) -> None:
+    send(machine, "-s", "10", "-m", "100")
+    wait_for("all messages", lambda: len(messages(machine)) == 100)
+    assert not messages(machine, "tmp")
+    wait_for("an empty queue", lambda: "empty" in machine.run("mailq").stdout)
+
+
+def test_stop_lets_the_message_in_hand_be_finished(machine: Machine) -> None:
+    client = connect(machine)
+    start_message(client)
+    (service,) = services(machine)
+    stop = machine.start("systemctl", "stop", service)
+    wait_for("the stop", lambda: machine.properties(service, "ActiveState") == {"ActiveState": "deactivating"})
+    client.send(b".\r\n")
+    assert client.reply()[-1].startswith("250")
+    assert client.command("NOOP")[:9] in ("421 4.3.2", "")
+    assert stop.wait(PATIENCE) == 0
+    client.close()
+    assert len(messages(machine)) == 1
+    assert machine.properties(service, "Result") == {"Result": "success"}
+
+
+def test_no_half_message_after_a_second_stop(machine: Machine) -> None:
+    client = connect(machine)
+    start_message(client)
+    (service,) = services(machine)
+    machine.run("systemctl", "kill", "--kill-whom=main", service)
+    time.sleep(0.5)
+    assert services(machine) == [service]
+    machine.run("systemctl", "kill", "--kill-whom=main", service)
+    wait_for("the end", lambda: not services(machine))
+    reply = client.reply()
+    assert not reply or reply[0].startswith("421")
+    client.close()
+    assert not messages(machine)
+
+
+def test_a_broken_configuration_defers_the_mail(machine: Machine) -> None:
+    conf = machine.root / "etc/imapd.conf"
+    good = conf.read_text()
+    conf.write_text("no colon\n")
+    try:
+        client = connect(machine)
+        assert client.reply()[-1].startswith("421 4.3.0")
+        client.close()
+        wait_for("the end", lambda: not services(machine))
+        assert "status=78/CONFIG" in machine.journal("--unit=lmtpd@*")
+    finally:
+        conf.write_text(good)
+
+
+def test_tcp_with_the_drop_in(machine: Machine) -> None:
+    machine.run("systemctl", "stop", "lmtpd.socket")
+    install_drop_in(machine, "lmtpd.socket", "test-tcp.conf", (TOP / "units/tcp.conf").read_text())
+    machine.run("systemctl", "start", "lmtpd.socket")
+    session = "import smtplib; c = smtplib.LMTP('{}', 24); print(c.mail('a@example.com')[0])"
+    # Nobody is trusted on TCP before authenticating.
+    for address in ("127.0.0.1", "::1"):
+        assert machine.run("python3", "-c", session.format(address)).stdout == "430\n"
+    preauthorised = "[Service]\nExecStart=\nExecStart=/usr/local/bin/lmtpd -a\n"
+    install_drop_in(machine, "lmtpd@.service", "test.conf", preauthorised)
+    assert machine.run("python3", "-c", session.format("127.0.0.1")).stdout == "250\n"
+
+
+# --- a pool of workers ---
+
+
+def pool_pid(machine: Machine) -> int:
+    return int(machine.properties("lmtpd-pool.service", "MainPID")["MainPID"])
+
+
+def pool_options(machine: Machine, options: str, more: str = "") -> None:
+    text = f"[Service]\nExecStart=\nExecStart=/usr/local/bin/lmtpd {options}\n{more}"
+    install_drop_in(machine, "lmtpd-pool.service", "test.conf", text)
+
+
+def wait_for_state(machine: Machine, state: str) -> None:
+    wait_for(state, lambda: machine.properties("lmtpd-pool.service", "ActiveState") == {"ActiveState": state})
+
+
+def test_pool_mail_through_postfix(pool: Machine) -> None:
+    send(pool)
+    wait_for("the message", lambda: messages(pool))
+    first = pool_pid(pool)
+    send(pool, "-s", "10", "-m", "200")
+    wait_for("all messages", lambda: len(messages(pool)) == 201)
+    assert not messages(pool, "tmp")
+    wait_for("an empty queue", lambda: "empty" in pool.run("mailq").stdout)
+    assert pool_pid(pool) == first
+    assert "jane" in pool.journal("--unit=lmtpd-pool.service")
+
+
+def test_pool_says_what_it_does(pool: Machine) -> None:
+    client = connect(pool)
+    client.hello()
+    wait_for_state(pool, "active")
+    status = pool.properties("lmtpd-pool.service", "StatusText", "TasksMax", "MemoryMax")
+    assert re.search(r"\d", status["StatusText"]), status
+    assert status["TasksMax"] == "128"
+    client.close()
+
+
+def test_pool_is_idle_and_comes_back(pool: Machine) -> None:
+    pool_options(pool, "-T 1")
+    for count in (1, 2, 3):
+        client = connect(pool)
+        client.hello()
+        assert client.deliver(MESSAGE, "jane")[0].startswith("250")
+        client.command("QUIT")
+        client.close()
+        wait_for_state(pool, "inactive")
+        assert pool.properties("lmtpd-pool.service", "Result") == {"Result": "success"}
+        assert len(messages(pool)) == count
+
+
+def test_pool_loses_no_connection_while_it_leaves(pool: Machine) -> None:
+    """Connections that come at the moment when the idle pool exits are served by the next."""
+    pool_options(pool, "-T 1")
+    for count in range(1, 6):
+        client = connect(pool)
+        client.hello()
+        assert client.deliver(MESSAGE, "jane")[0].startswith("250"), count
+        client.close()
+        process = pool.root / "proc" / str(pool_pid(pool)) / "cmdline"
+        deadline = time.monotonic() + PATIENCE
+        # Empty as soon as the process exits, before systemd can have noticed.
+        while alive(process):
+            assert time.monotonic() < deadline
+    assert len(messages(pool)) == 5
+
+
+def alive(cmdline: Path) -> bool:
+    try:
+        return cmdline.read_bytes() != b""
+    except OSError:
+        return False
+
+
+def test_pool_reload_takes_the_new_configuration(pool: Machine) -> None:
+    conf = pool.root / "etc/imapd.conf"
+    old = conf.read_text()
+    client = connect(pool)
+    client.hello()
+    first = pool_pid(pool)
+    conf.write_text(old + "serverinfo: off\n")
+    try:
+        pool.run("systemctl", "reload", "lmtpd-pool.service")
+        client.close()
+        wait_for("the old pool's end", lambda: pool_pid(pool) != first)
+        client = connect(pool)
+        assert client.reply()[0].startswith("220")
+        assert pool_pid(pool) not in (0, first)
+        client.close()
+    finally:
+        conf.write_text(old)
+
+
+def test_pool_stop_lets_the_message_in_hand_be_finished(pool: Machine) -> None:
+    client, idle = connect(pool), connect(pool)
+    start_message(client)
+    idle.hello()
+    stop = pool.start("systemctl", "stop", "lmtpd-pool.service")
+    wait_for_state(pool, "deactivating")
+    client.send(b".\r\n")
+    assert client.reply()[-1].startswith("250")
+    assert client.command("NOOP")[:9] in ("421 4.3.2", "")
+    assert stop.wait(PATIENCE) == 0
+    assert len(messages(pool)) == 1
+    assert pool.properties("lmtpd-pool.service", "Result") == {"Result": "success"}
+    client.close()
+    idle.close()
+
+
+def test_pool_survives_a_killed_worker(pool: Machine) -> None:
+    clients = [connect(pool), connect(pool)]
+    for client in clients:
+        start_message(client)
+    parent = pool_pid(pool)
+    children = [int(pid) for pid in pool.run("pgrep", "--parent", str(parent)).stdout.split()]
+    assert len(children) >= 2
+    pool.run("kill", "-KILL", str(children[0]))
+    finished = 0
+    for client in clients:
+        try:
+            client.send(b".\r\n")
+            finished += client.reply()[-1:] != []
+        except OSError:
+            pass
+        client.close()
+    assert finished == 1
+    assert len(messages(pool)) == 1
+    assert pool_pid(pool) == parent
+
+
+def test_pool_watchdog(pool: Machine) -> None:
+    """A parent that hangs is ended and started again."""
+    pool_options(pool, "", "WatchdogSec=2s\n")
+    client = connect(pool)
+    client.hello()
+    client.close()
+    first = pool_pid(pool)
+    time.sleep(5)
+    assert pool_pid(pool) == first, "the watchdog bit a healthy parent"
+    pool.run("kill", "-STOP", str(first))
+    wait_for("the restart", lambda: pool_pid(pool) not in (0, first))
+    assert "Watchdog timeout" in pool.journal("--unit=lmtpd-pool.service")
+    client = connect(pool)
+    client.hello()
+    assert client.deliver(MESSAGE, "jane")[0].startswith("250")
+    client.close()
+
+
+def test_pool_with_a_broken_configuration_recovers(pool: Machine) -> None:
+    """The mail waits, the socket stays, and all is well as soon as the mistake is mended."""
+    conf = pool.root / "etc/imapd.conf"
+    good = conf.read_text()
+    conf.write_text("no colon\n")
+    try:
+        # More starts than systemd puts up with by default (5 in 10 seconds).
+        for _ in range(8):
+            connect(pool).close()
+        send(pool)
+        wait_for("the mail to be deferred", lambda: "status=deferred" in pool.journal("--identifier=postfix/lmtp"))
+        assert pool.properties("lmtpd-pool.socket", "ActiveState") == {"ActiveState": "active"}
+    finally:
+        conf.write_text(good)
+    wait_for("a good start", lambda: pool.run("postqueue", "-f") and messages(pool))
+
+
+# --- the container itself ---
+
+
+def test_a_machine_leaves_nothing_behind() -> None:
+    machine = Machine()
+    try:
+        assert machine.run("hostname").stdout == "mx.example.com\n"
+        init = Path("/proc", machine.root.parent.name)
+        assert init.exists()
+    finally:
+        machine.close()
+    assert not init.exists()
+    assert machine.console.stem not in Path("/proc/self/mountinfo").read_text()
+    assert not list(Path("/sys/fs/cgroup").rglob(machine.cgroup))
+    assert not list(machine.console.parent.glob(f"{machine.console.stem}*"))
