@@ -1,0 +1,229 @@
+"""The manual pages say what the program does."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from harness import Site
+
+import lmtpd
+
+TOP = Path(__file__).parent.parent
+LMTPD_8 = TOP / "man" / "lmtpd.8"
+IMAPD_CONF_5 = TOP / "man" / "imapd.conf.5"
+PROGRAM = ast.parse((TOP / "lmtpd.py").read_text())
+PRIORITIES = {"error": "err", "warning": "warning", "info": "info", "debug": "debug"}
+PRIORITIES |= {"traceback": "err", "fatal": "err"}
+
+
+# Reading the pages
+
+
+def section(page: Path, title: str, macro: str = "Sh") -> str:
+    """The source of the section, or with the macro Ss of the subsection."""
+    found = re.search(rf"^\.{macro} {title}\n(.*?)(?=^\.S[hs] |\Z)", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert found, f"{page.name} has no section {title}"
+    return found[1]
+
+
+def items(source: str) -> dict[str, str]:
+    """The list's items, each head with the source of its text."""
+    _, *found = re.split(r"^\.It ", source, flags=re.MULTILINE)
+    return dict(item.split("\n", 1) for item in found)
+
+
+def literals(page: Path) -> list[str]:
+    """The literal blocks of the section EXAMPLES, as they are printed."""
+    blocks = re.findall(r"^\.Bd -literal.*?\n(.*?)^\.Ed$", section(page, "EXAMPLES"), re.MULTILINE | re.DOTALL)
+    return [block.replace("\\&", "") for block in blocks]
+
+
+def printed(page: Path, title: str) -> list[str]:
+    """The lines of the section as a reader sees them."""
+    command = ["mandoc", "-Tascii", "-O", "width=200", str(page)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = re.sub(".\b", "", text)
+    found = re.search(rf"^{title}\n(.*?)^\S", text, re.MULTILINE | re.DOTALL)
+    assert found
+    return [line.strip() for line in found[1].splitlines() if line.strip()]
+
+
+# Reading the program
+
+
+def calls() -> list[ast.Call]:
+    return [node for node in ast.walk(PROGRAM) if isinstance(node, ast.Call)]
+
+
+def constants(node: ast.expr) -> list[object]:
+    """The constants that an argument may be."""
+    choices = [node.body, node.orelse] if isinstance(node, ast.IfExp) else [node]
+    return [choice.value for choice in choices if isinstance(choice, ast.Constant)]
+
+
+# Both pages
+
+
+@pytest.mark.parametrize("page", [LMTPD_8, IMAPD_CONF_5], ids=lambda page: page.name)
+def test_mandoc_has_nothing_to_say(page: Path) -> None:
+    result = subprocess.run(["mandoc", "-Tlint", "-Wwarning", str(page)], capture_output=True, text=True)
+    assert result.stdout + result.stderr == ""
+    assert result.returncode == 0
+
+
+# imapd.conf(5)
+
+
+def type_of(option: lmtpd.Option) -> str:
+    name = option.parse.__qualname__.partition(".")[0].removeprefix("as_")
+    return "string" if name == "text" else name
+
+
+def head_of(name: str, option: lmtpd.Option) -> str:
+    """What the page has to say of the option."""
+    default = "required" if option.default is None else f"default Cm {option.default}" if option.default else ""
+    return f"Ic {name} : Ar {type_of(option)} , No {default or 'default empty'}"
+
+
+def option_items() -> dict[str, str]:
+    """The text of each option; lists inside it are a part of it."""
+    _, *found = re.split(r"^\.It (?=Ic )", section(IMAPD_CONF_5, "OPTIONS"), flags=re.MULTILINE)
+    return dict(item.split("\n", 1) for item in found)
+
+
+def test_options_are_those_of_the_table() -> None:
+    assert list(option_items()) == [head_of(*row) for row in sorted(lmtpd.Config.table().items())]
+
+
+def test_every_type_is_explained() -> None:
+    explained = {head.removeprefix("Ar ") for head in items(section(IMAPD_CONF_5, "TYPES"))}
+    assert explained == {type_of(option) for option in lmtpd.Config.table().values()}
+
+
+def test_every_choice_is_named() -> None:
+    texts = option_items()
+    for name, option in lmtpd.Config.table().items():
+        if type_of(option) == "choice":
+            text = texts[head_of(name, option)]
+            named = {word for line in re.findall(r"^\.(?:It )?Cm (.*)", text, re.MULTILINE) for word in line.split()}
+            assert named - {","} >= set(inspect.getclosurevars(option.parse).nonlocals["allowed"])
+
+
+def test_letters_of_maildir_path_are_those_that_are_replaced() -> None:
+    option = lmtpd.Config.table()["maildir_path"]
+    letters = inspect.getclosurevars(option.parse).nonlocals["letters"]
+    text = option_items()[head_of("maildir_path", option)]
+    assert set(re.findall(r"^\.It Cm %(.)$", text, re.MULTILINE)) == {*letters, "%"}
+
+
+def test_options_without_effect_are_not_in_the_table() -> None:
+    lines = re.findall(r"^\.Ic (.*)", section(IMAPD_CONF_5, "OPTIONS WITHOUT EFFECT"), re.MULTILINE)
+    names = {word for line in lines for word in line.split()} - {","}
+    assert len(names) > 30
+    for option in lmtpd.Config.table():
+        assert not any(option == name or (name.endswith("_") and option.startswith(name)) for name in names)
+
+
+def test_examples_of_configuration_load(tmp_path: Path) -> None:
+    minimal, larger = literals(IMAPD_CONF_5)
+    file = tmp_path / "imapd.conf"
+    file.write_text(minimal)
+    config = lmtpd.Config.load(str(file))
+    assert (config.partition, config.cyrus_user, config.unknown) == ("/srv/mail", "vmail", [])
+    file.write_text(larger)
+    config = lmtpd.Config.load(str(file), "lmtpinside")
+    assert (config.servername, config.maxmessagesize, config.unknown) == ("mail.inside.example.com", 50 << 20, [])
+
+
+# lmtpd(8)
+
+
+def usage(part: str) -> list[str]:
+    """The lines of that part of the usage text."""
+    found = re.search(rf"^{part}:\n((?:  .*\n)+)", lmtpd.__doc__, re.MULTILINE)
+    assert found
+    return found[1].splitlines()
+
+
+def test_synopsis_is_the_usage() -> None:
+    assert printed(LMTPD_8, "SYNOPSIS") == [line.strip() for line in usage("Usage")]
+
+
+def test_options_are_those_of_the_usage() -> None:
+    wanted = {}
+    for line in usage("Options"):
+        option, meaning = re.split("  +", line.strip(), maxsplit=1)
+        default = re.search(r"\[default: (.*)\]", meaning)
+        wanted[re.sub(r"^-(\S+) ", r"-\1 Ar ", option).replace("-", "Fl ", 1)] = default[1] if default else ""
+    documented = items(section(LMTPD_8, "OPTIONS"))
+    assert list(documented) == list(wanted)
+    for head, text in documented.items():
+        assert wanted[head] in text
+
+
+def test_verbs_are_those_of_the_session() -> None:
+    verbs = [head.split()[1] for head in items(section(LMTPD_8, "Commands", "Ss"))]
+    assert sorted(verbs) == sorted(lmtpd.Session.VERBS)
+
+
+def test_replies_are_those_that_are_given() -> None:
+    given = set()
+    for call in calls():
+        if isinstance(call.func, ast.Name) and call.func.id == "Reply":
+            [code], [enhanced] = constants(call.args[0]), constants(call.args[1])
+            given.add(f"Sy {code} {enhanced}".rstrip())
+    assert list(items(section(LMTPD_8, "Replies", "Ss"))) == sorted(given)
+
+
+def test_events_and_fields_are_those_that_are_logged() -> None:
+    text = section(LMTPD_8, "LOGGING")
+    logged = {"Sy traceback Pq err"}  # by Log.traceback() itself
+    for call in calls():
+        if isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == "log" and call.args:
+            for event in constants(call.args[0]):
+                logged.add(f"Sy {event} Pq {PRIORITIES[call.func.attr]}")
+            for field in call.keywords:
+                assert re.search(rf"^\.Ar {field.arg}\b", text, re.MULTILINE), field.arg
+    assert set(items(text)) == logged
+
+
+def test_exit_statuses_are_those_of_the_program() -> None:
+    names = {
+        node.attr
+        for node in ast.walk(PROGRAM)
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("os.EX_")
+    }
+    wanted = {f"{getattr(os, name)} Pq Dv {name}" for name in names}
+    assert set(items(section(LMTPD_8, "EXIT STATUS"))) == wanted
+
+
+# The session under EXAMPLES
+
+
+def timeless(text: str) -> str:
+    """The text without what differs from run to run and from version to version."""
+    text = re.sub(r"lmtpd-\d+-\d+", "SESSION", text)
+    text = re.sub(r"lmtpd\.\d+\.\d+@", "ID@", text)
+    text = re.sub(r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d [-+]\d{4}", "DATE", text)
+    return text.replace(lmtpd.PRODUCT, "PRODUCT")
+
+
+def test_example_session_goes_as_shown(site: Site) -> None:
+    session, message, _ = literals(LMTPD_8)
+    said, _, answered = session.partition("<<EOF\n")[2].partition("EOF\n")
+    result = site.pipe(said.encode())
+    assert timeless(result.stdout.decode()) == timeless(answered)
+    assert timeless(site.messages("jane")[0].decode()) == timeless(message)
+    shown = re.search(
+        r"^\.Bd -literal.*?\n(connected .*?)^\.Ed$", section(LMTPD_8, "LOGGING"), re.MULTILINE | re.DOTALL
+    )
+    assert shown
+    lines = shown[1].replace("\n    ", " ").splitlines()
+    fields = re.compile(r"^(?:<\d>)?(\w+)|(\w+)=")
+    assert [fields.findall(line) for line in lines] == [fields.findall(line) for line in site.log_text().splitlines()]
