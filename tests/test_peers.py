@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import smtplib
 import socket
 import subprocess
@@ -364,6 +365,21 @@ class TestStarters:
             assert codes == ["500", "250", "550", "250", "221"]
             assert client.line() == b""
             client.close()
+
+    def test_a_warning_of_python_is_not_for_the_client(self, site: Site) -> None:
+        """A library that Python has to compile again may warn, and standard error is the client's connection."""
+        quiet = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": str(site.root / "nothing")}
+        ours, theirs = socket.socketpair()
+        with theirs:
+            fd = theirs.fileno()
+            environment = {**os.environ, **quiet, "PYTHONWARNINGS": "always"}
+            child = subprocess.Popen(site.command(), stdin=fd, stdout=fd, stderr=fd, env=environment)
+        client = Client(ours)
+        [greeting] = client.reply()
+        assert greeting.startswith("220 "), greeting
+        assert client.command("QUIT").startswith("221")
+        client.close()
+        child.wait(PATIENCE)
 
     def test_systemd_socket_activation(self, site: Site) -> None:
         with SystemdSocketActivate(site) as systemd:
