@@ -13,3 +13,10 @@ def site() -> Iterator[Site]:
     site.add_user("jane")
     yield site
     site.close()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A test that did not run is a test that failed: there is no reason here that excuses it."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

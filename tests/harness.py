@@ -79,7 +79,8 @@ class Client:
         accepted = [r for r in recipients if self.command(f"RCPT TO:<{r}>").startswith("250")]
         if not (reply := self.command("DATA")).startswith("354"):
             return [reply]
-        self.send(message.replace(b"\r\n.", b"\r\n..") + b"\r\n.\r\n")
+        stuffed = (b"\r\n" + message).replace(b"\r\n.", b"\r\n..")[2:]
+        self.send(stuffed + (b".\r\n" if message.endswith(b"\r\n") else b"\r\n.\r\n"))
         return [self.reply()[-1] for _ in accepted]
 
     def close(self) -> None:
