@@ -11,11 +11,22 @@ import sys
 import tempfile
 from pathlib import Path
 
+from lmtpd import Config
+
 LMTPD = str(Path(sys.executable).parent / "lmtpd")
 AS_ROOT = os.geteuid() == 0
 # The account that owns the store when the tests run as root; every Debian has it.
 STORE_USER = "mail"
 PATIENCE = 30.0
+
+
+def config_of(**options: str) -> Config:
+    """What lmtpd makes of an imapd.conf with these options; the store is at /spool unless they say otherwise."""
+    options = {"configdirectory": "/lib", "partition-default": "/spool", "servername": "mx.example.com", **options}
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="lmtpd-test-") as file:
+        file.write("".join(f"{name}: {value}\n" for name, value in options.items()))
+        file.flush()
+        return Config.load(file.name)
 
 
 class Client:
