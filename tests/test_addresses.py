@@ -99,7 +99,7 @@ def test_a_good_path(path: str, expected: tuple[str, str] | None) -> None:
         *("<jane@example.com>x", "<jane@example.com>SIZE=1", "<>x", "<jane@example.com>\tSIZE=1", "<>>"),
         *("<ja\0ne@example.com>", "<jane\r@example.com>", "<jane\n@example.com>", "<jane@example\x7f.com>"),
         *("<ja\u200bne@example.com>", "<ja\u2028ne@example.com>", "<jane@b\u0085.example>", "<\ud800@example.com>"),
-        f"<{'a' * 900}@example.com>",
+        f"<{'a' * 889}@example.com>",
         f"<jane@{'a.' * 450}com>",
     ],
 )
@@ -111,7 +111,6 @@ def test_a_bad_path(path: str) -> None:
 @pytest.mark.parametrize("size", [64, 255, 887, 888])
 def test_a_long_path_is_taken_up_to_the_limit(size: int) -> None:
     assert parsed(f"<{'a' * size}@example.com>") == ("a" * size, "example.com")
-    assert size + len("@example.com") <= 900
 
 
 @pytest.mark.parametrize("rest", ["", " ", " SIZE=1", " SIZE=1 BODY=8BITMIME", "  X=<>"])

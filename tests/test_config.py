@@ -40,7 +40,7 @@ class Conf:
 
     def values(self, text: str | bytes) -> dict[str, str]:
         """What the file sets, without defaults and types."""
-        settings = lmtpd.read_settings(str(self.write(text)))
+        settings, _ = lmtpd.read_settings(str(self.write(text)))
         return {name: value for name, (value, _) in settings.items()}
 
     def error(self, text: str | bytes) -> str:
@@ -74,6 +74,7 @@ def conf(tmp_path: Path) -> Conf:
         ("1: 2\n", {"1": "2"}),
         ("servername: a: b:c\n", {"servername": "a: b:c"}),
         ("servername: bücher\n", {"servername": "bücher"}),
+        ("syslog_prefix: a\x0bb\x0cc\x85d\u2028debug: yes\n", {"syslog_prefix": "a\x0bb\x0cc\x85d\u2028debug: yes"}),
     ],
 )
 def test_a_line_is_an_option_and_its_value(conf: Conf, text: str, expected: dict[str, str]) -> None:
@@ -135,6 +136,10 @@ def test_a_backslash_at_the_end_continues_the_line(conf: Conf, text: str, expect
         (ALWAYS + "maildir_path: %p/%u/100%\n", 3, "may contain only"),
         (ALWAYS + "maildir_path: mail/%u\n", 3, "maildir_path: 'mail/%u' must be an absolute path"),
         (ALWAYS + "maildir_path: %%p/%u\n", 3, "must be an absolute path"),
+        *(
+            (f"{ALWAYS}debug_command: x {bad}\n", 3, f"debug_command: 'x {bad}' may contain %s, %d and %s")
+            for bad in ("%d", "%", "%s %s", "%x", "%s %d %s %s", "%5s", "%s%")
+        ),
         ("partition-default: /spool\nconfigdirectory: lib\n", 2, "configdirectory: 'lib' must be an absolute path"),
         ("configdirectory: /lib\npartition-default: spool\n", 2, "partition-default: 'spool' must be an absolute"),
     ],
@@ -306,6 +311,19 @@ def test_templates(conf: Conf, template: str, expected: str) -> None:
     config = conf.load(f"{ALWAYS}maildir_path: {template}\n")
     values = {"p": config.partition, "u": "jane@example.com", "n": "jane", "d": "example.com"}
     assert lmtpd.expand(config.maildir_path, values) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("gdb", "gdb"),
+        ("gdb -p %%%s", "gdb -p %/python"),
+        ("gdb %s %d # %s 100%%", "gdb /python 123 # lmtp 100%"),
+    ],
+)
+def test_the_debug_command(conf: Conf, template: str, expected: str) -> None:
+    config = conf.load(f"{ALWAYS}debug_command: {template}\n")
+    assert lmtpd.debug_command(config.debug_command, "/python", 123, "lmtp") == expected
 
 
 def test_what_a_client_names_is_never_taken_for_a_template() -> None:
@@ -549,9 +567,9 @@ def test_settings_are_the_same_however_they_are_written(
     texts, expected = case
     for name, text in texts.items():
         (folder / name).write_text(text, "utf-8")
-    assert lmtpd.read_settings(str(folder / "main")) == {
-        key: (value, f"{folder}/{where}") for key, (value, where) in expected.items()
-    }
+    settings, read = lmtpd.read_settings(str(folder / "main"))
+    assert sorted(read) == sorted(os.path.realpath(folder / name) for name in texts)
+    assert settings == {key: (value, f"{folder}/{where}") for key, (value, where) in expected.items()}
 
 
 MARKS = ("\n", "\r\n", "\r", "\\\n", "\\", ":", "#", " ", "@include:", "self", "sub/one", "%", "%p", "/", "²", "é")
