@@ -390,3 +390,35 @@ def test_a_name_that_no_folder_may_have_is_an_unknown_user(path: str, virtdomain
 def test_a_name_that_a_folder_may_have_is_looked_for(path: str) -> None:
     meant = recipient(path)
     assert names_in_the_store(meant, cached_config(())) == [meant.user, "new"]
+
+
+# ----------------------------------------------------------------------
+# What is odd, and must not surprise
+# ----------------------------------------------------------------------
+
+
+def test_the_limit_of_a_path_is_one_of_octets() -> None:
+    assert parsed(f"<{'é' * 450}>") == ("é" * 450, "")
+    with pytest.raises(ValueError, match="too long"):
+        parse_path(f"<{'é' * 451}>")
+
+
+@pytest.mark.parametrize("text", [" \u017fIZE=1", " \ufb01X", " \u0131d=1"])
+def test_a_keyword_is_ascii_before_its_case_is_changed(text: str) -> None:
+    with pytest.raises(ValueError, match="malformed parameter"):
+        parse_parameters(text)
+
+
+@pytest.mark.parametrize(
+    "path", ['<"a\nb"@x>', '<"a\\\0"@x>', "<jane@[1\r\n]>", "<jane@[\x7f]>", '<"\u2028"@x>', '<"\ud800"@x>']
+)
+def test_control_characters_are_nowhere_in_a_path(path: str) -> None:
+    with pytest.raises(ValueError, match=r"^the "):
+        parse_path(path)
+
+
+@pytest.mark.parametrize("template", ["%p/%n--%d", "%p/%d--%n/x", "%p/x%u"])
+def test_no_name_made_of_several_is_too_long_for_a_folder(template: str) -> None:
+    options = {"maildir_path": template, "virtdomains": "on", "autocreate_post": "yes"}
+    meant = recipient(f"<{'a' * 128}@{'b' * 126}>", **options)
+    assert names_in_the_store(meant, cached_config(tuple(options.items()))) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -157,7 +158,6 @@ def test_an_error_names_file_line_and_what_is_wrong(conf: Conf, text: str, line:
         ("configdirectory: /lib\n", "partition-default must be set; add a line"),
         ("configdirectory: /lib\npartition-a: /a\npartition-b: /b\n", "partition-default must be set"),
         (ALWAYS + "defaultpartition: fast\n", "partition-fast must be set"),
-        ("configdirectory: /\xff\n".encode("latin-1"), "is not UTF-8 text"),
     ],
 )
 def test_an_error_of_the_whole_file_names_it(conf: Conf, text: str | bytes, what: str) -> None:
@@ -649,3 +649,61 @@ def test_a_template_is_filled_in_once(before: str, value: str, after: str) -> No
 def test_the_harness_makes_a_configuration() -> None:
     config = config_of(maildir_path="%p/%d/%n", virtdomains="on")
     assert (config.partition, config.maildir_path, config.virtdomains) == ("/spool", "%p/%d/%n", "on")
+
+
+# ----------------------------------------------------------------------
+# What is odd, and must not surprise
+# ----------------------------------------------------------------------
+
+
+def test_a_missing_included_file_is_said_of_the_line_that_includes_it(conf: Conf) -> None:
+    error = conf.error("# 1\n@include: missing\n")
+    assert error.startswith(f"{conf.main}:2: ")
+    assert str(conf.folder / "missing") in error
+
+
+def test_octets_that_are_no_text_are_found_by_their_line(conf: Conf) -> None:
+    error = conf.error(ALWAYS.encode() + b"admins: \xff\n")
+    assert error.startswith(f"{conf.main}:3: ")
+    assert "is not UTF-8 text" in error
+
+
+@pytest.mark.parametrize("text", ["@include: a\0b\n", "configdirectory: /a\0b\npartition-default: /spool\n"])
+def test_nul_in_a_file_is_a_configuration_error(conf: Conf, text: str) -> None:
+    assert conf.error(text).startswith(f"{conf.main}:1: ")
+
+
+def test_the_name_of_a_partition_is_the_same_in_any_case(conf: Conf) -> None:
+    partitions = "configdirectory: /lib\npartition-Fast: /fast\npartition-default: /d\n"
+    assert conf.load(f"{partitions}defaultpartition: Fast\n").partition == "/fast"
+
+
+def test_a_partition_of_the_service_overrides_the_general_one(conf: Conf) -> None:
+    assert conf.load(f"{ALWAYS}lmtp_partition-default: /other\n").partition == "/other"
+
+
+@pytest.mark.parametrize("mask", ["1000", "7777", "7" * 30])
+def test_a_mask_has_nine_bits(conf: Conf, mask: str) -> None:
+    assert conf.error(f"{ALWAYS}umask: {mask}\n").startswith(f"{conf.main}:3: umask: '{mask}' must be")
+
+
+@pytest.mark.parametrize("timeout", ["25d", "1000000d"])
+def test_a_long_timeout_is_kept_or_refused_at_the_start(site: Site, timeout: str) -> None:
+    site.configure(lmtp_command_timeout=timeout)
+    result = site.pipe(b"LHLO x\r\nQUIT\r\n")
+    assert result.stdout.startswith(b"220 ") or result.returncode == CONFIGURATION
+    assert b"Internal error" not in result.stdout
+    assert "traceback" not in site.log_text()
+
+
+@pytest.mark.parametrize("text", ["maxmessagesize: 1\u212a\n", "tcp_\u212aeepalive: yes\n"])
+def test_only_ascii_letters_have_another_case(conf: Conf, text: str) -> None:
+    assert conf.error(ALWAYS + text).startswith(f"{conf.main}:3: ")
+
+
+@pytest.mark.parametrize("option", ["tcp_keepalive_cnt", "tcp_keepalive_idle", "tcp_keepalive_intvl"])
+@pytest.mark.parametrize("number", ["40000", "2147483647"])
+def test_a_probe_that_the_system_cannot_do_does_not_stop_the_mail(option: str, number: str) -> None:
+    with socket.socket() as connection:
+        lmtpd.keep_alive(connection.fileno(), config_of(tcp_keepalive="yes", **{option: number}))
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
