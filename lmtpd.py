@@ -157,8 +157,8 @@ def as_template(letters: str) -> Callable[[str], str]:
 
     def parse(value: str) -> str:
         expand(value, dict.fromkeys(letters, ""))
-        if not value.startswith("%p"):
-            as_path(value)
+        if not value.startswith(("/", "%p/")):
+            raise ValueError("must be an absolute path")
         return value
 
     return parse
@@ -571,9 +571,11 @@ READ_SIZE = 65536
 WRITE_SIZE = 4096  # what a descriptor that polls writable takes without blocking, pipe(7)
 OUTPUT_LIMIT = 65536
 LINE_LIMIT = 8192  # octets of a command line with its end
+LINGER = 2.0  # seconds
 PROXY_V1_LIMIT = 105  # octets of the longest header without its end
 PROXY_V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 PROXY_V2_LOCAL, PROXY_V2_PROXY = 0x20, 0x21
+PROXY_V2_FAMILIES = {1: (socket.AF_INET, 12), 2: (socket.AF_INET6, 36), 3: (socket.AF_UNIX, 216)}  # octets needed
 
 
 class Disconnected(Exception):
@@ -601,7 +603,7 @@ class Connection:
         self._readable.register(wakeup, select.POLLIN)
         self._writable.register(wakeup, select.POLLIN)
         self._wakeup = wakeup
-        self._eol_decided = stat.S_ISSOCK(os.fstat(source).st_mode)
+        self._is_socket = self._eol_decided = stat.S_ISSOCK(os.fstat(source).st_mode)
         self._input, self._output = bytearray(), bytearray()
 
     def peek(self) -> None:
@@ -668,6 +670,20 @@ class Connection:
                 self._output.clear()
                 raise Disconnected(error.strerror) from None
             del self._output[:written]
+
+    def linger(self) -> None:
+        """Lets the client read our last words: a socket closed with something unread takes them back.
+
+        Raises Disconnected.
+        """
+        self.flush()
+        if not self._is_socket:
+            return
+        with socket.socket(fileno=os.dup(self._sink)) as sock:
+            sock.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + LINGER
+        while (patience := deadline - time.monotonic()) > 0 and self._wait(self._readable, patience):
+            self._read(0)
 
     def _find_eol(self, start: int) -> int:
         if not self._eol_decided:
@@ -759,15 +775,17 @@ def read_proxy_header(connection: Connection, proxy: Peer) -> Peer:
 
 def proxied_peer_v1(line: bytes, proxy: Peer) -> Peer:
     """The peer that "PROXY TCP4 source destination port port" names. Raises Disconnected."""
-    words = line.split(b" ")
-    if words[1] == b"UNKNOWN":
-        return proxy
-    family = {b"TCP4": socket.AF_INET, b"TCP6": socket.AF_INET6}.get(words[1])
     try:
-        if family is None or len(words) != 6 or len(line) > PROXY_V1_LIMIT:
-            raise ValueError("wrong number of words")
-        return Peer.at(socket.inet_ntop(family, socket.inet_pton(family, words[2].decode("ascii"))))
-    except (ValueError, OSError):
+        _, kind, *words = line.decode("ascii").split(" ")
+        if kind == "UNKNOWN":
+            return proxy
+        source, destination, *ports = words
+        family = {"TCP4": socket.AF_INET, "TCP6": socket.AF_INET6}[kind]
+        address, _ = (socket.inet_pton(family, word) for word in (source, destination))
+        if len(line) > PROXY_V1_LIMIT or len(ports) != 2 or not all(as_number(port) < 65536 for port in ports):
+            raise ValueError("wrong ports")
+        return Peer.at(socket.inet_ntop(family, address))
+    except (KeyError, ValueError, OSError):
         raise Disconnected("malformed PROXY header") from None
 
 
@@ -775,11 +793,12 @@ def proxied_peer_v2(version: int, family: int, address: bytes, proxy: Peer) -> P
     """The peer that a binary header names. Raises Disconnected."""
     if version == PROXY_V2_LOCAL or (version == PROXY_V2_PROXY and family >> 4 == 0):
         return proxy
-    kind, size = {1: (socket.AF_INET, 4), 2: (socket.AF_INET6, 16), 3: (socket.AF_UNIX, 108)}.get(family >> 4, (0, 0))
-    if version != PROXY_V2_PROXY or not size or len(address) < 2 * size:
+    kind, needed = PROXY_V2_FAMILIES.get(family >> 4, (0, 0))
+    if version != PROXY_V2_PROXY or not needed or len(address) < needed:
         raise Disconnected("malformed PROXY header")
     if kind == socket.AF_UNIX:
         return Peer("unix socket behind a proxy", proxy.internet)
+    size = 4 if kind == socket.AF_INET else 16
     return Peer.at(socket.inet_ntop(kind, address[:size]))
 
 
@@ -847,7 +866,7 @@ def parse_path(argument: str) -> tuple[Address | None, str]:
         raise ValueError("a space must follow the address")
     if not local and not domain and end == 1:
         return None, rest
-    if not local:
+    if start == end or argument[start] == "@":
         raise ValueError("the address has no local part")
     return Address(local, domain), rest
 
@@ -1372,7 +1391,8 @@ class MaildirStore:
 
     def find(self, recipient: Recipient) -> Maildir:
         """The recipient's mailbox. Raises LmtpError: he is unknown, or it can't be found out."""
-        names = {"u": recipient.userid, "n": recipient.user, "d": recipient.domain}
+        domain = recipient.domain or self._config.defaultdomain
+        names = {"u": recipient.userid, "n": recipient.user, "d": domain}
         template = self._config.maildir_path
         path = expand(template, {**names, "p": self._config.partition})
         used = (name for letter, name in names.items() if f"%{letter}" in template)
@@ -1600,9 +1620,9 @@ class Session:
             self._greet()
             while self._open:
                 self._serve_command()
-            self._connection.flush()
+            self._connection.linger()
         except Disconnected as error:
-            self._reason = str(error)
+            self._reason = self._reason or str(error)
         except Exception:
             log.traceback("internal error")
             self._say_goodbye(INTERNAL_ERROR)
@@ -1641,7 +1661,7 @@ class Session:
             log.info("command", line=command)
         verb, _, argument = command.partition(" ")
         method = self.VERBS.get(verb.upper())
-        if not method or not command.isprintable():
+        if not method or not verb.isascii() or not command.isprintable():
             raise unreadable
         if (notice := self._stop.notice()) and verb.upper() not in USEFUL_WHILE_SHUT:
             raise LmtpError(Reply(421, "4.3.2", notice))
@@ -1668,7 +1688,7 @@ class Session:
     def _say_goodbye(self, reply: Reply) -> None:
         try:
             self._reply(reply)
-            self._connection.flush()
+            self._connection.linger()
         except Disconnected:
             pass
 
@@ -1902,11 +1922,17 @@ def parse_chunk_size(argument: str) -> tuple[int, bool]:
 # Must not know LMTP.
 # ======================================================================
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+RELOAD_PATIENCE = 5  # seconds that a pool gives its connections after SIGHUP, for nobody is served meanwhile
 GRACE = 30  # seconds that a transaction in progress gets after SIGTERM
 MASTER_STATUS_FD, MASTER_LISTEN_FD = 3, 4  # Cyrus master(8)
 AVAILABLE, UNAVAILABLE, CONNECTED = 1, 2, 3  # what a worker tells master(8), or our own parent
 EPOLLEXCLUSIVE = 1 << 28  # epoll_ctl(2): a connection wakes one worker, not all
 PR_SET_DUMPABLE, PR_SET_PTRACER, PR_SET_PTRACER_ANY = 4, 0x59616D61, -1  # prctl(2)
+
+
+class Interrupted(Exception):
+    """A signal came while Stop.raises was set."""
 
 
 class Stop:
@@ -1915,11 +1941,12 @@ class Stop:
     requested: finish the transaction, then leave (SIGTERM, SIGINT). leaving: finish the connection,
     then leave (SIGHUP). at_once: leave as soon as the message in hand is stored or dropped (a second
     SIGTERM, or 30 seconds after the first).
-    fd: a descriptor that a signal makes readable, until wake().
+    fd: a descriptor that a signal makes readable, until wake(). raises: whether a signal raises Interrupted,
+    for a wait that cannot look at fd.
     """
 
     def __init__(self, shutdown_file: str) -> None:
-        self.requested = self.leaving = self.at_once = False
+        self.requested = self.leaving = self.at_once = self.raises = False
         self._shutdown_file = shutdown_file
         signal.signal(signal.SIGTERM, self._terminate)
         signal.signal(signal.SIGINT, self._terminate)
@@ -1927,6 +1954,7 @@ class Stop:
         signal.signal(signal.SIGHUP, self._hang_up)
         self.fd, self._signalled = -1, -1
         self.open()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def open(self) -> None:
         """Makes the descriptor; a forked process needs one of its own."""
@@ -1954,11 +1982,14 @@ class Stop:
 
     def _terminate(self, _signal: int, _frame: object) -> None:
         self.at_once = self.requested
-        self.requested = self.leaving = True
+        self.requested = True
         signal.alarm(GRACE)
+        self._hang_up(_signal, _frame)
 
     def _hang_up(self, _signal: int, _frame: object) -> None:
         self.leaving = True
+        if self.raises:
+            raise Interrupted
 
 
 class UsageError(Exception):
@@ -1974,8 +2005,8 @@ class Server:
 
     def __init__(self, config: Config, options: dict[str, Any], service: str) -> None:
         self.config, self.service = config, service
-        self.uses = as_count(options["-U"], "-U")
-        self.timeout: float = as_count(options["-T"], "-T")
+        self.uses: int = options["-U"]
+        self.timeout: float = options["-T"]
         self.stop = Stop(f"{config.configdirectory}/msg/shutdown")
         self._trusts_internet, self._proxied, self._debug = options["-a"], options["-H"], options["-D"]
         if self._debug and not config.debug_command:
@@ -1991,6 +2022,7 @@ class Server:
         if peer.internet and self.config.tcp_keepalive:
             keep_alive(0, self.config)
         if self._proxied:
+            connection.on_wakeup = self._leave_if_told
             try:
                 peer = read_proxy_header(connection, peer)
             except (Disconnected, LmtpError) as error:
@@ -1998,6 +2030,11 @@ class Server:
                 return
         trusted = self._trusts_internet or not peer.internet
         Session(connection, peer, trusted, self._store, self.stop, self.config).serve()
+
+    def _leave_if_told(self) -> None:
+        self.stop.wake()
+        if self.stop.requested:
+            raise Disconnected("terminated")
 
     def is_outdated(self) -> bool:
         """Whether the program or its configuration has been changed since it was read."""
@@ -2061,13 +2098,22 @@ def use_as_standard_io(fd: int) -> None:
 class Worker:
     """Takes connections from listening sockets, one at a time, until it is time to leave.
 
-    reporter: told when the state changes. lock: a file whose holder alone waits for a
-    connection, as the processes of master(8) do; -1 where the kernel wakes only one.
+    reporter: told when the state changes. on_stock: whether it waits for its first connection as long as that
+    takes, and only for the others -T seconds. lock: a file whose holder alone waits for a connection, as the
+    processes of master(8) do; -1 where the kernel wakes only one.
     """
 
-    def __init__(self, server: Server, listeners: Sequence[socket.socket], reporter: Reporter, lock: int = -1) -> None:
+    def __init__(
+        self,
+        server: Server,
+        listeners: Sequence[socket.socket],
+        reporter: Reporter,
+        on_stock: bool,
+        lock: int = -1,
+    ) -> None:
         self._server, self._listeners, self._lock = server, listeners, lock
         self._report = reporter.report
+        self._on_stock = on_stock
         self._served = 0
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self._arrivals = select.epoll()
@@ -2096,16 +2142,24 @@ class Worker:
             return self._accept()
         import fcntl
 
-        fcntl.lockf(self._lock, fcntl.LOCK_EX)
+        stop = self._server.stop
         try:
+            stop.raises = True
+            if not stop.leaving:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX)
+            stop.raises = False
             return self._accept()
+        except Interrupted:
+            return None
         finally:
+            stop.raises = False
             fcntl.lockf(self._lock, fcntl.LOCK_UN)
 
     def _accept(self) -> socket.socket | None:
         """The next connection; None when it is time to leave."""
         stop = self._server.stop
-        patience = self._server.timeout if self._served and self._server.timeout else None
+        waits_forever = not self._server.timeout or (self._on_stock and not self._served)
+        patience = None if waits_forever else self._server.timeout
         while not stop.leaving:
             ready = [fd for fd, _ in self._arrivals.poll(patience)]
             stop.wake()
@@ -2143,6 +2197,7 @@ class Pool:
         self._served = 0
         self._busy_at = time.monotonic()
         self._not_before = 0.0  # when the next worker may be started
+        self._idle_one_left = False  # perhaps with a connection that the kernel woke no other for
         self._reports, self._reported = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         for listener in listeners:
             listener.setblocking(False)
@@ -2154,7 +2209,7 @@ class Pool:
         while not self._is_over():
             self._keep_ready()
             if self._wait(self._tell_status()):
-                self._start_worker()
+                self._start_worker(on_stock=False)
             self._read_reports()
             self._reap()
         self._finish()
@@ -2162,7 +2217,7 @@ class Pool:
     def _is_over(self) -> bool:
         if self._server.stop.leaving:
             return True
-        if self._workers and self._ready():
+        if self._ready() and not self._idle_one_left:
             return False
         if self._server.is_outdated():
             log.info("program or configuration changed, leaving")
@@ -2178,14 +2233,15 @@ class Pool:
 
     def _keep_ready(self) -> None:
         while self._ready() < self._server.config.lmtp_prefork and self._may_start():
-            self._start_worker()
+            self._start_worker(on_stock=True)
 
     def _wait(self, patience: float) -> bool:
         """Waits so many seconds for something to happen; whether a connection waits that needs a worker."""
         poll = select.poll()
         poll.register(self._server.stop.fd, select.POLLIN)
         poll.register(self._reports, select.POLLIN)
-        wanted = not self._ready() and self._may_start()
+        wanted = (self._idle_one_left or not self._ready()) and self._may_start()
+        self._idle_one_left = False
         for listener in self._listeners if wanted else ():
             poll.register(listener, select.POLLIN)
         happened = {fd for fd, _ in poll.poll(self._patience(patience) * 1000)}
@@ -2202,7 +2258,7 @@ class Pool:
             waits.append(self._not_before - now)
         return max(min(waits), 0.001)
 
-    def _start_worker(self) -> None:
+    def _start_worker(self, on_stock: bool) -> None:
         self._busy_at = time.monotonic()
         try:
             process = os.fork()
@@ -2215,19 +2271,20 @@ class Pool:
             return
         status = os.EX_SOFTWARE
         try:
-            self._become_worker()
+            self._become_worker(on_stock)
             status = os.EX_OK
         except Exception:
             log.traceback("internal error")
         finally:
             os._exit(status)
 
-    def _become_worker(self) -> None:
+    def _become_worker(self, on_stock: bool) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent passes it on
         self._server.stop.open()
         os.close(self._reports)
         os.set_blocking(self._reported, True)
-        Worker(self._server, self._listeners, Reporter(self._reported, self._server.stop)).run()
+        Worker(self._server, self._listeners, Reporter(self._reported, self._server.stop), on_stock).run()
 
     def _read_reports(self) -> None:
         try:
@@ -2249,6 +2306,8 @@ class Pool:
             message = self._workers.pop(process, 0)
             if message == CONNECTED:  # it left straight from its work
                 self._busy_at = time.monotonic()
+            else:
+                self._idle_one_left = True
             if status:
                 log.error("worker died", worker=process, status=os.waitstatus_to_exitcode(status))
                 if not message:  # before its first connection, and so will the next
@@ -2264,7 +2323,7 @@ class Pool:
         """Lets the workers finish what they are at; with less patience when the process is told again."""
         stop = self._server.stop
         self._notify.send("STOPPING=1")
-        deadline = time.monotonic() + GRACE
+        deadline = time.monotonic() + RELOAD_PATIENCE
         urgency = -1
         while self._workers:
             wanted = stop.requested + stop.at_once or int(time.monotonic() > deadline)
@@ -2376,16 +2435,18 @@ def run_under_master(server: Server, identity: str) -> None:
 
     server.timeout *= 1 + random.random()  # so that its siblings do not leave all at once
     reporter = Reporter(MASTER_STATUS_FD, server.stop)
-    Worker(server, [socket.socket(fileno=MASTER_LISTEN_FD)], reporter, lock).run()
+    Worker(server, [socket.socket(fileno=MASTER_LISTEN_FD)], reporter, on_stock=True, lock=lock).run()
 
 
 def is_listening(fd: int) -> bool:
     """Whether the descriptor is a socket that takes connections."""
     try:
-        with socket.socket(fileno=os.dup(fd)) as sock:
-            return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            return False
     except OSError:
         return False
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
 def sockets_from_systemd() -> list[socket.socket]:
@@ -2434,12 +2495,14 @@ def socket_from_inetd() -> socket.socket:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs lmtpd with these arguments, by default the command line's; the exit status of sysexits(3)."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until Stop can handle them
     keep_stderr_from_client()  # also from what Python says of its own accord when it imports
     log.open()
     from docopt import DocoptExit, docopt
 
     try:
         options = docopt(__doc__, arguments, version=PRODUCT)
+        options.update({name: as_count(options[name], name) for name in ("-U", "-T")})
         service = os.environ.get("CYRUS_SERVICE", "lmtp")
         config = Config.load(options["-C"], service)
         log.open(config.syslog_prefix, config.syslog_facility, config.debug)
