@@ -175,7 +175,7 @@ def expand(template: str, values: dict[str, str]) -> str:
     return "".join(parts).replace("\0", "%")
 
 
-def as_debug_command(value: str) -> str:
+def as_command(value: str) -> str:
     """A shell command in which %s, %d and %s stand for the program, the process id and the service, and %% for a %."""
     if debug_command(value, "", 0, "") is None:
         raise ValueError("may contain %s, %d and %s, in this order, and %%, but no other conversion")
@@ -215,7 +215,7 @@ class Config:
     configdirectory = option(as_path, None, "the folder for what lmtpd itself keeps")
     cyrus_user = option(as_text, "", "the account to run as when started by root")
     debug = option(as_switch, "no", "log what helps to find a fault")
-    debug_command = option(as_debug_command, "", "the command that -D runs, given the program, process id and service")
+    debug_command = option(as_command, "", "the command that -D runs, given the program, process id and service")
     defaultdomain = option(as_text, "", "the domain whose users are known without a domain")
     defaultpartition = option(as_text, "", "the partition of the Maildirs; needed only when there are several")
     lmtp_command_timeout = option(
