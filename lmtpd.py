@@ -2118,8 +2118,10 @@ class Worker:
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self._arrivals = select.epoll()
         self._arrivals.register(server.stop.fd, select.EPOLLIN)
+        # With a lock only its holder waits, and has to be told of a connection that another did not take.
+        exclusive = EPOLLEXCLUSIVE if lock < 0 else 0
         for listener in listeners:
-            self._arrivals.register(listener, select.EPOLLIN | EPOLLEXCLUSIVE)
+            self._arrivals.register(listener, select.EPOLLIN | exclusive)
 
     def run(self) -> None:
         """Serves until -U connections have been served, -T seconds pass without one, or it is told to stop."""
