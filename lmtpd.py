@@ -516,7 +516,7 @@ class Reply:
         self.code, self.enhanced, self.text = code, enhanced, text
         self.closes = closes or code == 421
 
-    def render(self, eol: bytes = b"\r\n") -> bytes:
+    def render(self, eol: bytes = CRLF) -> bytes:
         """The reply as it goes over the wire: ASCII, every line within the limit of RFC 5321."""
         *lines, last = self.text.split("\n")
         enhanced = f"{self.enhanced} " if self.enhanced else ""
@@ -603,7 +603,7 @@ class Connection:
         self._readable.register(wakeup, select.POLLIN)
         self._writable.register(wakeup, select.POLLIN)
         self._wakeup = wakeup
-        self._is_socket = self._eol_decided = stat.S_ISSOCK(os.fstat(source).st_mode)
+        self._eol_decided = stat.S_ISSOCK(os.fstat(source).st_mode)
         self._input, self._output = bytearray(), bytearray()
 
     def peek(self) -> None:
@@ -677,10 +677,13 @@ class Connection:
         Raises Disconnected.
         """
         self.flush()
-        if not self._is_socket:
+        if not stat.S_ISSOCK(os.fstat(self._sink).st_mode):
             return
         with socket.socket(fileno=os.dup(self._sink)) as sock:
-            sock.shutdown(socket.SHUT_WR)
+            try:
+                sock.shutdown(socket.SHUT_WR)
+            except OSError as error:
+                raise Disconnected(error.strerror) from None
         deadline = time.monotonic() + LINGER
         while (patience := deadline - time.monotonic()) > 0 and self._wait(self._readable, patience):
             self._read(0)
@@ -1564,6 +1567,7 @@ USEFUL_WHILE_SHUT = ("LHLO", "NOOP", "QUIT")
 MALFORMED = (500, 501, 555)  # codes of replies to commands that count as bad
 
 OK = Reply(250, "2.0.0", "Ok")
+BYE = Reply(221, "2.0.0", "Bye", closes=True)
 SENDER_OK = Reply(250, "2.1.0", "Ok")
 RECIPIENT_OK = Reply(250, "2.1.5", "Ok")
 CANNOT_VERIFY = Reply(252, "2.3.3", "Try RCPT to attempt delivery")
@@ -1608,8 +1612,7 @@ class Session:
         self._transaction: Transaction | None = None
         self._bad_commands = 0
         self._idle = False
-        self._open = True
-        self._reason = ""
+        self._parting: Reply | None = None
         connection.on_wakeup = self._on_wakeup
 
     def serve(self) -> None:
@@ -1617,19 +1620,31 @@ class Session:
         log.session = self.id
         log.info("connected", peer=self._peer.name)
         try:
-            self._greet()
-            while self._open:
-                self._serve_command()
-            self._connection.linger()
+            parting = self._serve_commands()
+            reason = f"{parting} {parting.text}"
         except Disconnected as error:
-            self._reason = self._reason or str(error)
-        except Exception:
-            log.traceback("internal error")
-            self._say_goodbye(INTERNAL_ERROR)
+            reason = str(error)
         finally:
             self._reset()
-        log.info("disconnected", reason=self._reason)
+        log.info("disconnected", reason=reason)
         log.session = ""
+
+    def _serve_commands(self) -> Reply:
+        """Serves until a reply closes the connection, which it returns. Raises Disconnected."""
+        try:
+            self._greet()
+            while not self._parting:
+                self._serve_command()
+        except Disconnected:
+            raise
+        except Exception:
+            log.traceback("internal error")
+            self._reply(INTERNAL_ERROR)
+        if self._parting is BYE:
+            self._connection.flush()
+        else:
+            self._connection.linger()
+        return self._parting or INTERNAL_ERROR
 
     def _greet(self) -> None:
         self._connection.peek()
@@ -1682,15 +1697,7 @@ class Session:
         log.debug("reply", text=f"{reply} {reply.text}")
         self._connection.write(reply.render(self._connection.eol))
         if reply.closes:
-            self._open = False
-            self._reason = f"{reply} {reply.text}"
-
-    def _say_goodbye(self, reply: Reply) -> None:
-        try:
-            self._reply(reply)
-            self._connection.linger()
-        except Disconnected:
-            pass
+            self._parting = reply
 
     def _reset(self) -> None:
         if self._transaction and self._transaction.message:
@@ -1834,7 +1841,7 @@ class Session:
         """RFC 5321 section 4.1.1.10"""
         if argument:
             raise malformed("QUIT takes none")
-        self._reply(Reply(221, "2.0.0", "Bye", closes=True))
+        self._reply(BYE)
 
     VERBS = {
         "LHLO": _lhlo,
