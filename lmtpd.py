@@ -1654,10 +1654,7 @@ class Session:
     def _serve_command(self) -> None:
         line = b""
         try:
-            self._idle = True
-            self._check_stop()
-            line = self._connection.read_line()
-            self._idle = False
+            line = self._next_line()
             self._dispatch(line)
         except LmtpError as error:
             log.info("refused", command=line.decode("utf-8", "replace"), reply=error)
@@ -1665,6 +1662,14 @@ class Session:
             self._bad_commands += error.reply.code in MALFORMED
             if 0 < self._config.lmtp_max_bad_commands < self._bad_commands:
                 self._reply(TOO_MANY_ERRORS)
+
+    def _next_line(self) -> bytes:
+        self._idle = True
+        try:
+            self._check_stop()
+            return self._connection.read_line()
+        finally:
+            self._idle = False
 
     def _dispatch(self, line: bytes) -> None:
         unreadable = LmtpError(BAD_CHUNK if line[:4].upper() == b"BDAT" else BAD_SYNTAX)
