@@ -117,7 +117,7 @@ class Master(Cyrus):
         return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
     def ready(self) -> list[list[str]]:
-        """The processes that wait for a connection: the lines of /proc/locks for the accept lock, one of which has it."""
+        """The processes that wait for a connection: lines of /proc/locks for the accept lock, which one has."""
         inodes = {f":{lock.stat().st_ino}" for lock in (self.folder / "lib/socket").glob("lmtpunix-*.lock")}
         lines = [line.split() for line in LOCKS.read_text().splitlines()]
         return [line for line in lines if any(word.endswith(inode) for word in line for inode in inodes)]
@@ -251,7 +251,7 @@ def test_processes_leave_after_their_uses(site: Site) -> None:
 
 
 def test_an_idle_process_leaves(site: Site) -> None:
-    # Those that have not served yet stay, and may have the lock: it is a process alone that is sure to see its time pass.
+    # Those that have not served yet stay, and may have the lock: only a process alone is sure to see its time pass.
     with started(site, "-T", "1", prefork=0) as master:
         for _ in range(2):
             client = master.client()
