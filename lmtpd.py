@@ -31,8 +31,6 @@ import stat
 import sys
 import time
 
-from docopt import DocoptExit, docopt
-
 TYPE_CHECKING = False  # A type checker takes any constant of this name for True.
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 PRODUCT = f"lmtpd {__version__}"
+CRLF, LF = b"\r\n", b"\n"
 
 
 # ======================================================================
@@ -59,10 +58,11 @@ SWITCHES = {
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 OCTETS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 OPTION_PUNCTUATION = str.maketrans("", "", "-_")
-FACILITIES = (
-    *("auth", "authpriv", "cron", "daemon", "ftp", "kern", "lpr", "mail", "news", "syslog", "user", "uucp"),
-    *(f"local{number}" for number in range(8)),
-)
+FACILITIES = {  # syslog(3)
+    **{name: number << 3 for number, name in enumerate(("kern", "user", "mail", "daemon", "auth", "syslog", "lpr"))},
+    **{name: number << 3 for number, name in enumerate(("news", "uucp", "cron", "authpriv", "ftp"), 7)},
+    **{f"local{number}": 16 + number << 3 for number in range(8)},
+}
 
 
 class ConfigError(Exception):
@@ -99,6 +99,18 @@ def as_number(value: str) -> int:
     return int(value)
 
 
+def limited(parse: Callable[[str], int], low: str, high: str) -> Callable[[str], int]:
+    """The same type, but only values from low to high, which are given as they would be in the file."""
+
+    def parse_limited(value: str) -> int:
+        if not parse(low) <= (result := parse(value)) <= parse(high):
+            raise ValueError(f"must be from {low} to {high}")
+        return result
+
+    parse_limited.__qualname__ = parse.__qualname__
+    return parse_limited
+
+
 def as_octal(value: str) -> int:
     """An octal number, such as a file creation mask."""
     if value.strip("01234567"):
@@ -124,7 +136,7 @@ def as_octets(value: str) -> int:
     digits = value.lower().rstrip("kmgb")
     unit = value.lower()[len(digits) :]
     factor = OCTETS.get(unit.removesuffix("b"))
-    if factor is None or not (digits.isascii() and digits.isdigit()):
+    if factor is None or not (value.isascii() and digits.isdigit()):
         raise ValueError("must be a size such as 1000, 64K or 20M")
     return int(digits) * factor
 
@@ -145,8 +157,8 @@ def as_template(letters: str) -> Callable[[str], str]:
 
     def parse(value: str) -> str:
         expand(value, dict.fromkeys(letters, ""))
-        if not value.startswith("%p"):
-            as_path(value)
+        if not value.startswith(("/", "%p/")):
+            raise ValueError("must be an absolute path")
         return value
 
     return parse
@@ -163,7 +175,7 @@ def expand(template: str, values: dict[str, str]) -> str:
     return "".join(parts).replace("\0", "%")
 
 
-def as_debug_command(value: str) -> str:
+def as_command(value: str) -> str:
     """A shell command in which %s, %d and %s stand for the program, the process id and the service, and %% for a %."""
     if debug_command(value, "", 0, "") is None:
         raise ValueError("may contain %s, %d and %s, in this order, and %%, but no other conversion")
@@ -203,14 +215,16 @@ class Config:
     configdirectory = option(as_path, None, "the folder for what lmtpd itself keeps")
     cyrus_user = option(as_text, "", "the account to run as when started by root")
     debug = option(as_switch, "no", "log what helps to find a fault")
-    debug_command = option(as_debug_command, "", "the command that -D runs, given the program, process id and service")
+    debug_command = option(as_command, "", "the command that -D runs, given the program, process id and service")
     defaultdomain = option(as_text, "", "the domain whose users are known without a domain")
     defaultpartition = option(as_text, "", "the partition of the Maildirs; needed only when there are several")
-    lmtp_command_timeout = option(as_duration, "360s", "how long a client may take to send a line or read a reply")
+    lmtp_command_timeout = option(
+        limited(as_duration, "1s", "1d"), "360s", "how long a client may take to send a line or read a reply"
+    )
     lmtp_downcase_rcpt = option(as_switch, "yes", "lower the user part of recipients")
     lmtp_max_bad_commands = option(as_number, "50", "malformed commands that a client may send; 0: no limit")
-    lmtp_max_recipients = option(as_number, "1000", "recipients that a transaction may have")
-    lmtp_maxchild = option(as_number, "50", "connections that a listening lmtpd serves at once, at least 1")
+    lmtp_max_recipients = option(limited(as_number, "1", "999999"), "1000", "recipients that a transaction may have")
+    lmtp_maxchild = option(limited(as_number, "1", "100000"), "50", "connections that a listening lmtpd serves at once")
     lmtp_prefork = option(as_number, "0", "idle workers that a listening lmtpd keeps ready")
     lmtp_strict_rfc2821 = option(as_switch, "yes", "refuse 8-bit addresses where SMTPUTF8 was not asked for")
     maildir_path = option(as_template("pund"), "%p/%u", "where a user's Maildir is")
@@ -224,10 +238,16 @@ class Config:
     syslog_facility = option(as_choice(*FACILITIES), "mail", "the facility of lines sent to syslog")
     syslog_prefix = option(as_text, "", "put before the name lmtpd in syslog, with a slash")
     tcp_keepalive = option(as_switch, "no", "probe silent internet connections")
-    tcp_keepalive_cnt = option(as_number, "0", "unanswered probes that end a connection; 0: the system's default")
-    tcp_keepalive_idle = option(as_duration, "0", "silence before the first probe; 0: the system's default")
-    tcp_keepalive_intvl = option(as_duration, "0", "time between probes; 0: the system's default")
-    umask = option(as_octal, "077", "the file creation mask")
+    tcp_keepalive_cnt = option(
+        limited(as_number, "0", "127"), "0", "unanswered probes that end a connection; 0: the system's default"
+    )
+    tcp_keepalive_idle = option(
+        limited(as_duration, "0", "32767"), "0", "silence before the first probe; 0: the system's default"
+    )
+    tcp_keepalive_intvl = option(
+        limited(as_duration, "0", "32767"), "0", "time between probes; 0: the system's default"
+    )
+    umask = option(limited(as_octal, "0", "777"), "077", "the file creation mask")
     virtdomains = option(as_choice("off", "userid", "on"), "off", "whether the domain belongs to the userid")
 
     files: tuple[str, ...]  # the configuration file, and those it includes
@@ -245,40 +265,42 @@ class Config:
 
         Raises ConfigError. Source: imapd.conf(5).
         """
+        service = service.lower()
         settings, files = read_settings(file)
         config = cls()
         config.files = tuple(files)
         for name, row in cls.table().items():
-            override = settings.pop(f"{service.lower()}_{name}", None)
+            override = settings.pop(f"{service}_{name}", None)
             setting = settings.pop(name, None)
             value, where = override or setting or (row.default, file)
             if value is None:
                 raise ConfigError(f"{file}: {name} must be set; add a line '{name}: ...'")
-            try:
-                setattr(config, name, row.parse(value))
-            except ValueError as error:
-                raise ConfigError(f"{where}: {name}: {value!r} {error}") from None
+            setattr(config, name, parsed(row.parse, name, (value, where)))
         config.servername = config.servername or socket.gethostname()
-        config.partition = default_partition(config, settings, file)
-        config.unknown = [
-            f"{where}: {name}" for name, (_, where) in settings.items() if not name.startswith("partition-")
-        ]
+        config.partition = default_partition(config, settings, service, file)
+        config.unknown = [f"{where}: {name}" for name, (_, where) in settings.items() if "partition-" not in name]
         return config
 
 
-def default_partition(config: Config, settings: dict[str, tuple[str, str]], file: str) -> str:
+def default_partition(config: Config, settings: dict[str, tuple[str, str]], service: str, file: str) -> str:
     """The path of the partition where mailboxes are, "" if maildir_path does not need one. Raises ConfigError."""
     if "%p" not in config.maildir_path.replace("%%", ""):
         return ""
     names = [name for name in settings if name.startswith("partition-")]
-    name = f"partition-{config.defaultpartition}" if config.defaultpartition else "partition-default"
+    name = f"partition-{config.defaultpartition.lower() or 'default'}"
     if len(names) == 1 and not config.defaultpartition:
         name = names[0]
-    if name not in settings:
+    setting = settings.get(f"{service}_{name}") or settings.get(name)
+    if not setting:
         raise ConfigError(f"{file}: {name} must be set; add a line '{name}: /path/to/the/maildirs'")
-    value, where = settings[name]
+    return parsed(as_path, name, setting)
+
+
+def parsed(parse: Callable[[str], T], name: str, setting: tuple[str, str]) -> T:
+    """The value of a setting, which is ("text", "file:line"). Raises ConfigError."""
+    value, where = setting
     try:
-        return as_path(value)
+        return parse(value)
     except ValueError as error:
         raise ConfigError(f"{where}: {name}: {value!r} {error}") from None
 
@@ -288,44 +310,55 @@ def read_settings(file: str) -> tuple[dict[str, tuple[str, str]], list[str]]:
     settings: dict[str, tuple[str, str]] = {}
     seen: list[str] = []
 
-    def read(name: str, wanted_by: str) -> None:
-        if os.path.realpath(name) in seen:
-            raise ConfigError(f"{wanted_by}: {name} is included twice")
-        seen.append(os.path.realpath(name))
+    def read(name: str) -> None:
+        real = os.path.realpath(name)
+        if real in seen:
+            raise ValueError("is included twice")
+        seen.append(real)
         for where, key, value in read_lines(name):
             if key == "@include":
-                read(os.path.join(os.path.dirname(name), value), where)
+                included = os.path.join(os.path.dirname(name), value)
+                attempt(included, f"{where}: {included}")
             elif key in settings:
                 raise ConfigError(f"{where}: {key} is set already at {settings[key][1]}; remove one of the two")
             else:
                 settings[key] = value, where
 
-    read(file, file)
+    def attempt(name: str, where: str) -> None:
+        try:
+            read(name)
+        except OSError as error:
+            raise ConfigError(f"{where}: {error.strerror}") from None
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from None
+
+    attempt(file, file)
     return settings, seen
 
 
 def read_lines(file: str) -> Iterator[tuple[str, str, str]]:
-    """Each line of file that sets something, as ("file:line", key, value). Raises ConfigError."""
-    try:
-        with open(file, encoding="utf-8") as stream:
-            lines = enumerate(stream.read().split("\n"), 1)
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{file}: is not UTF-8 text") from None
+    """Each line of file that sets something, as ("file:line", key, value). Raises ConfigError and OSError."""
+    with open(file, "rb") as stream:
+        lines = enumerate(stream.read().split(LF), 1)
     for number, physical_line in lines:
         line = physical_line
-        while line.endswith("\\"):
-            line = line[:-1] + next(lines, (0, ""))[1]
+        while line.endswith(b"\\"):
+            line = line[:-1] + next(lines, (0, b""))[1]
         line = line.strip()
-        if not line or line.startswith("#"):
+        if not line or line.startswith(b"#"):
             continue
         where = f"{file}:{number}"
-        key, colon, value = line.partition(":")
-        key, value = key.lower(), value.strip()
+        if b"\0" in line:
+            raise ConfigError(f"{where}: there is a NUL octet")
+        try:
+            text = line.decode("utf-8").strip()
+        except UnicodeDecodeError:
+            raise ConfigError(f"{where}: is not UTF-8 text") from None
+        key, colon, value = text.partition(":")
         is_key = key.isascii() and key.translate(OPTION_PUNCTUATION).isalnum()
+        key, value = key.lower(), value.strip()
         if not colon or not (is_key or key == "@include"):
-            raise ConfigError(f"{where}: {line!r} is not of the form 'option: value'")
+            raise ConfigError(f"{where}: {text!r} is not of the form 'option: value'")
         if not value:
             raise ConfigError(f"{where}: {key} has no value; remove the line to get the default")
         yield where, key, value
@@ -340,11 +373,12 @@ def read_lines(file: str) -> Iterator[tuple[str, str, str]]:
 
 LOG_ERR, LOG_WARNING, LOG_INFO, LOG_DEBUG = 3, 4, 6, 7  # syslog(3)
 SYSLOG_SOCKET = "/dev/log"
+FIELD_LIMIT = 1000  # characters of a value; syslog(3) may lose lines of more than 8 KiB
 BARE_PUNCTUATION = str.maketrans("", "", "!#$%&'()*+,-./:;<>?@[]^_`{|}~")
 
 
 class Log:
-    """One line per event, to the journal, else to syslog(3), else to a standard error that is not the client's.
+    """One line per event, to the journal, else to syslog(3), else to standard error.
 
     session: the id of the session, which every line carries.
     """
@@ -352,7 +386,7 @@ class Log:
     def __init__(self) -> None:
         self.session = ""
         self.debugging = False
-        self._emit: Callable[[int, str], object] = to_nowhere
+        self._emit: Callable[[int, str], object] = to_stderr
 
     def open(self, prefix: str = "", facility: str = "mail", debugging: bool = False) -> None:
         """Chooses where lines go, see sd-daemon(3) and syslog(3); may be called again."""
@@ -362,10 +396,9 @@ class Log:
         elif os.path.exists(SYSLOG_SOCKET):
             import syslog
 
-            number = getattr(syslog, f"LOG_{facility.upper()}", syslog.LOG_MAIL)
-            syslog.openlog(f"{prefix}/lmtpd" if prefix else "lmtpd", syslog.LOG_PID, number)
+            syslog.openlog(f"{prefix}/lmtpd" if prefix else "lmtpd", syslog.LOG_PID, FACILITIES[facility])
             self._emit = syslog.syslog
-        elif stderr_is_ours():
+        else:
             self._emit = to_stderr
 
     def error(self, event: str, **fields: object) -> None:
@@ -393,10 +426,10 @@ class Log:
         for line in traceback.format_exc().splitlines():
             self._line(LOG_ERR, "traceback", {"line": line})
 
-    def fatal(self, event: str, **fields: object) -> None:
+    def startup_error(self, event: str, **fields: object) -> None:
         """Why the program does not start; also said to the person at the terminal or shell, if there is one."""
         self._line(LOG_ERR, event, fields)
-        if self._emit not in (to_stderr, to_journal) and stderr_is_ours():
+        if self._emit not in (to_stderr, to_journal):
             to_stderr(LOG_ERR, self._format(event, fields))
 
     def _line(self, level: int, event: str, fields: dict[str, object]) -> None:
@@ -409,15 +442,13 @@ class Log:
 
 
 def quoted(value: str) -> str:
-    """The value of a log field: printable ASCII that cannot be taken for anything but one value."""
+    """The value of a log field: short printable ASCII that cannot be taken for anything but one value."""
+    if len(value) > FIELD_LIMIT:
+        value = value[:FIELD_LIMIT] + "..."
     if value.isascii() and value.translate(BARE_PUNCTUATION).isalnum():
         return value
     escaped = ascii(f'{value}"')[1:-2]  # the added quote makes ascii() take the other kind around it
-    return '"' + escaped.replace('"', '\\"') + '"'
-
-
-def to_nowhere(_level: int, _line: str) -> None:
-    """Drops a line: there is no place that a client would not see."""
+    return '"' + escaped.replace("\\'", "'").replace('"', '\\"') + '"'
 
 
 def to_stderr(_level: int, line: str) -> None:
@@ -447,12 +478,16 @@ def stderr_is_journal() -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-def stderr_is_ours() -> bool:
-    """Whether standard error is open, and a person's rather than the client's connection."""
+def keep_stderr_from_client() -> None:
+    """Turns standard error to nowhere if it is the client's connection, or closed; a terminal is a person's."""
     try:
-        return os.isatty(2) or not any(os.path.sameopenfile(2, fd) for fd in (0, 1))
+        if os.isatty(2) or not any(os.path.sameopenfile(2, fd) for fd in (0, 1)):
+            return
     except OSError:
-        return False
+        pass  # one of them is closed
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, 2)
+    os.close(null)
 
 
 log = Log()
@@ -532,14 +567,15 @@ def storage_reply(error: OSError) -> Reply:
 # peer is. Must not know LMTP.
 # ======================================================================
 
-CRLF, LF = b"\r\n", b"\n"
 READ_SIZE = 65536
 WRITE_SIZE = 4096  # what a descriptor that polls writable takes without blocking, pipe(7)
 OUTPUT_LIMIT = 65536
 LINE_LIMIT = 8192  # octets of a command line with its end
+LINGER = 2.0  # seconds
 PROXY_V1_LIMIT = 105  # octets of the longest header without its end
 PROXY_V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 PROXY_V2_LOCAL, PROXY_V2_PROXY = 0x20, 0x21
+PROXY_V2_FAMILIES = {1: (socket.AF_INET, 12), 2: (socket.AF_INET6, 36), 3: (socket.AF_UNIX, 216)}  # octets needed
 
 
 class Disconnected(Exception):
@@ -567,7 +603,7 @@ class Connection:
         self._readable.register(wakeup, select.POLLIN)
         self._writable.register(wakeup, select.POLLIN)
         self._wakeup = wakeup
-        self._eol_decided = stat.S_ISSOCK(os.fstat(source).st_mode)
+        self._is_socket = self._eol_decided = stat.S_ISSOCK(os.fstat(source).st_mode)
         self._input, self._output = bytearray(), bytearray()
 
     def peek(self) -> None:
@@ -634,6 +670,20 @@ class Connection:
                 self._output.clear()
                 raise Disconnected(error.strerror) from None
             del self._output[:written]
+
+    def linger(self) -> None:
+        """Lets the client read our last words: a socket closed with something unread takes them back.
+
+        Raises Disconnected.
+        """
+        self.flush()
+        if not self._is_socket:
+            return
+        with socket.socket(fileno=os.dup(self._sink)) as sock:
+            sock.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + LINGER
+        while (patience := deadline - time.monotonic()) > 0 and self._wait(self._readable, patience):
+            self._read(0)
 
     def _find_eol(self, start: int) -> int:
         if not self._eol_decided:
@@ -725,15 +775,17 @@ def read_proxy_header(connection: Connection, proxy: Peer) -> Peer:
 
 def proxied_peer_v1(line: bytes, proxy: Peer) -> Peer:
     """The peer that "PROXY TCP4 source destination port port" names. Raises Disconnected."""
-    words = line.split(b" ")
-    if words[1] == b"UNKNOWN":
-        return proxy
-    family = {b"TCP4": socket.AF_INET, b"TCP6": socket.AF_INET6}.get(words[1])
     try:
-        if family is None or len(words) != 6 or len(line) > PROXY_V1_LIMIT:
-            raise ValueError("wrong number of words")
-        return Peer.at(socket.inet_ntop(family, socket.inet_pton(family, words[2].decode("ascii"))))
-    except (ValueError, OSError):
+        _, kind, *words = line.decode("ascii").split(" ")
+        if kind == "UNKNOWN":
+            return proxy
+        source, destination, *ports = words
+        family = {"TCP4": socket.AF_INET, "TCP6": socket.AF_INET6}[kind]
+        address, _ = (socket.inet_pton(family, word) for word in (source, destination))
+        if len(line) > PROXY_V1_LIMIT or len(ports) != 2 or not all(as_number(port) < 65536 for port in ports):
+            raise ValueError("wrong ports")
+        return Peer.at(socket.inet_ntop(family, address))
+    except (KeyError, ValueError, OSError):
         raise Disconnected("malformed PROXY header") from None
 
 
@@ -741,11 +793,12 @@ def proxied_peer_v2(version: int, family: int, address: bytes, proxy: Peer) -> P
     """The peer that a binary header names. Raises Disconnected."""
     if version == PROXY_V2_LOCAL or (version == PROXY_V2_PROXY and family >> 4 == 0):
         return proxy
-    kind, size = {1: (socket.AF_INET, 4), 2: (socket.AF_INET6, 16), 3: (socket.AF_UNIX, 108)}.get(family >> 4, (0, 0))
-    if version != PROXY_V2_PROXY or not size or len(address) < 2 * size:
+    kind, needed = PROXY_V2_FAMILIES.get(family >> 4, (0, 0))
+    if version != PROXY_V2_PROXY or not needed or len(address) < needed:
         raise Disconnected("malformed PROXY header")
     if kind == socket.AF_UNIX:
         return Peer("unix socket behind a proxy", proxy.internet)
+    size = 4 if kind == socket.AF_INET else 16
     return Peer.at(socket.inet_ntop(kind, address[:size]))
 
 
@@ -804,14 +857,16 @@ def parse_path(argument: str) -> tuple[Address | None, str]:
         domain, end = scan_domain(argument, end + 1)
     if not argument.startswith(">", end):
         raise ValueError("the address ends in the wrong place")
-    if end - 1 > PATH_LIMIT:
+    if not argument[:end].isprintable():
+        raise ValueError("the address has characters that cannot be printed")
+    if len(argument[1:end].encode()) > PATH_LIMIT:
         raise ValueError("the address is too long")
     rest = argument[end + 1 :]
     if rest and not rest.startswith(" "):
         raise ValueError("a space must follow the address")
     if not local and not domain and end == 1:
         return None, rest
-    if not local:
+    if start == end or argument[start] == "@":
         raise ValueError("the address has no local part")
     return Address(local, domain), rest
 
@@ -879,9 +934,9 @@ def parse_parameters(text: str) -> dict[str, str | None]:
     parameters: dict[str, str | None] = {}
     for word in text.split():
         keyword, equals, value = word.partition("=")
-        keyword = keyword.upper()
         if not KEYWORD.issuperset(keyword) or not keyword or "=" in value or bool(equals) != bool(value):
             raise ValueError("malformed parameter")
+        keyword = keyword.upper()
         if keyword in parameters:
             raise ValueError(f"{keyword} is given twice")
         parameters[keyword] = value or None
@@ -1103,8 +1158,8 @@ def header_of(content: bytes) -> bytes:
     first_line, _, _ = content[:FIRST_LINE_LIMIT].partition(LF)
     if not is_field(first_line):
         return b""
-    end = content.find(b"\n\n") + 1
-    return content[:end] if end else content
+    ends = [end for end in (content.find(b"\n\n"), content.find(b"\n\r\n")) if end >= 0]
+    return content[: min(ends) + 1] if ends else content
 
 
 def is_field(line: bytes) -> bool:
@@ -1154,7 +1209,7 @@ def date_time() -> str:
     return time.strftime("%a, %d %b %Y %H:%M:%S %z")  # in English: this program never sets a locale
 
 
-def return_path(reverse_path: Address | None, config: Config) -> bytes:
+def return_path_field(reverse_path: Address | None, config: Config) -> bytes:
     """The Return-Path field (RFC 5321 section 4.4); a sender without a domain gets this host's name."""
     sender = "" if reverse_path is None else str(reverse_path)
     if reverse_path and not reverse_path.domain:
@@ -1162,7 +1217,9 @@ def return_path(reverse_path: Address | None, config: Config) -> bytes:
     return f"Return-Path: <{sender}>\n".encode()
 
 
-def received(client: str, peer: Peer, protocol: str, session: str, recipient: Address | None, config: Config) -> bytes:
+def received_field(
+    client: str, peer: Peer, protocol: str, session: str, recipient: Address | None, config: Config
+) -> bytes:
     """The Received field (RFC 5321 section 4.4).
 
     client: the name given with LHLO. protocol: of RFC 3848 and RFC 6531 section 4.3.
@@ -1223,26 +1280,14 @@ class Draft:
         os.fsync(self._fd)
         self._close()
 
-    def link(self, target: str) -> bool:
-        """Gives the file the second name target; False if the file systems can't."""
-        try:
-            os.link(self.path, target)
-        except OSError as error:
-            if error.errno in NO_HARD_LINK:
-                return False
-            raise
-        return True
+    def link(self, target: str) -> None:
+        """Gives the file the second name target."""
+        os.link(self.path, target)
 
-    def move(self, target: str) -> bool:
-        """Gives the file the name target instead of its own; False if the file systems can't."""
-        try:
-            os.rename(self.path, target)
-        except OSError as error:
-            if error.errno in NO_HARD_LINK:
-                return False
-            raise
+    def move(self, target: str) -> None:
+        """Gives the file the name target instead of its own."""
+        os.rename(self.path, target)
         self.path = ""
-        return True
 
     def discard(self) -> None:
         """Removes the file, unless it has been moved."""
@@ -1259,7 +1304,7 @@ class Draft:
             os.close(fd)
 
 
-class Delivery:
+class Delivered:
     """A message in a mailbox, where it can be seen; after sync() it is there for good. path: its file."""
 
     def __init__(self, path: str) -> None:
@@ -1288,7 +1333,7 @@ class Maildir:
             self._missing = False
         return Draft(self.path)
 
-    def deliver(self, message: Message, last: bool) -> Delivery:
+    def deliver(self, message: Message, last: bool) -> Delivered:
         """Puts the message into new/; the caller has yet to sync() the result.
 
         One file, with hard links, serves all mailboxes where that is possible. last: nobody asks after
@@ -1299,13 +1344,33 @@ class Maildir:
             message.draft = self._finished_draft(lambda draft: draft.write(message.content))
         elif self._missing:
             self.open_draft().discard()
-        draft = message.draft
         target = f"{self.path}/new/{unique_name()},S={message.size},W={message.size + message.lines}"
-        linked = draft.move(target) if last else self._config.singleinstancestore and draft.link(target)
-        if not linked:
-            copy = self._finished_draft(lambda copy: copy.copy(draft))
+        if not self._place(message.draft, target, last):
+            self._copy(message.draft, target)
+        return Delivered(target)
+
+    def _place(self, draft: Draft, target: str, last: bool) -> bool:
+        """Moves or links the draft; whether the file systems and the configuration let it."""
+        if not last and not self._config.singleinstancestore:
+            return False
+        try:
+            if last:
+                draft.move(target)
+            else:
+                draft.link(target)
+        except OSError as error:
+            if error.errno in NO_HARD_LINK:
+                return False
+            raise
+        return True
+
+    def _copy(self, draft: Draft, target: str) -> None:
+        copy = self._finished_draft(lambda copy: copy.copy(draft))
+        try:
             copy.move(target)
-        return Delivery(target)
+        except OSError:
+            copy.discard()
+            raise
 
     def _finished_draft(self, fill: Callable[[Draft], None]) -> Draft:
         draft = self.open_draft()
@@ -1326,11 +1391,13 @@ class MaildirStore:
 
     def find(self, recipient: Recipient) -> Maildir:
         """The recipient's mailbox. Raises LmtpError: he is unknown, or it can't be found out."""
-        names = {"u": recipient.userid, "n": recipient.user, "d": recipient.domain}
+        domain = recipient.domain or self._config.defaultdomain
+        names = {"u": recipient.userid, "n": recipient.user, "d": domain}
         template = self._config.maildir_path
-        if not all(is_safe_name(name) for letter, name in names.items() if f"%{letter}" in template):
-            raise LmtpError(USER_UNKNOWN)
         path = expand(template, {**names, "p": self._config.partition})
+        used = (name for letter, name in names.items() if f"%{letter}" in template)
+        if not all(map(is_safe_name, used)) or any(len(part.encode()) > NAME_LIMIT for part in path.split("/")):
+            raise LmtpError(USER_UNKNOWN)
         try:
             os.stat(f"{path}/new")
         except OSError as error:
@@ -1340,24 +1407,25 @@ class MaildirStore:
 
     def _check_absence(self, path: str, error: OSError) -> None:
         """Raises LmtpError unless the Maildir is really absent, and may be made."""
-        spool = self._config.partition
         absent = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
-        if not absent or (spool and not os.path.isdir(spool)):  # a spool that is not mounted has no unknown users
+        if not absent or not self._is_spool_there():
             log.error("mailbox not accessible", mailbox=path, cause=error)
             raise LmtpError(STORAGE_FAILED)
         if not self._config.autocreate_post or error.errno != errno.ENOENT:
             raise LmtpError(USER_UNKNOWN)
 
+    def _is_spool_there(self) -> bool:
+        """Whether there is a spool that can lack a user: one that is empty may be a disk that is not mounted."""
+        spool = self._config.partition
+        try:
+            return not spool or bool(os.listdir(spool)) or self._config.autocreate_post
+        except OSError:
+            return False
+
 
 def is_safe_name(name: str) -> bool:
     """Whether the name, which a client chose, may be that of a folder in the store."""
-    return (
-        bool(name)
-        and not name.startswith(".")
-        and "/" not in name
-        and name.isprintable()
-        and len(name.encode()) <= NAME_LIMIT
-    )
+    return bool(name) and not name.startswith(".") and "/" not in name and name.isprintable()
 
 
 def make_maildir(path: str, spool: str) -> None:
@@ -1375,7 +1443,7 @@ def make_folder(path: str, spool: str) -> None:
     try:
         os.mkdir(path, 0o777)
     except FileExistsError:
-        return  # by another process, for another message
+        pass  # made by another process for another message, and perhaps not yet synced
     sync_folder(parent)
 
 
@@ -1442,14 +1510,14 @@ def deliver(message: Message, envelope: Envelope, delivered: Reply) -> list[Repl
             sender=f"<{envelope.reverse_path or ''}>",
             recipient=f"<{recipient.address}>",
             mailbox=mailbox.path,
-            file=os.path.basename(result.path) if isinstance(result, Delivery) else "",
+            file=os.path.basename(result.path) if isinstance(result, Delivered) else "",
             reply=reply,
             ms=round((time.monotonic() - started) * 1000),
         )
     return replies
 
 
-def place(message: Message, mailbox: Maildir, last: bool) -> Delivery | Reply:
+def place(message: Message, mailbox: Maildir, last: bool) -> Delivered | Reply:
     """Puts the message into the mailbox, or says why not."""
     if message.refusal:
         return message.refusal
@@ -1459,7 +1527,7 @@ def place(message: Message, mailbox: Maildir, last: bool) -> Delivery | Reply:
         return failure(error, mailbox)
 
 
-def settle(result: Delivery | Reply, mailbox: Maildir, delivered: Reply) -> Reply:
+def settle(result: Delivered | Reply, mailbox: Maildir, delivered: Reply) -> Reply:
     """Makes what place() did durable, or says why not."""
     if isinstance(result, Reply):
         return result
@@ -1501,6 +1569,8 @@ RECIPIENT_OK = Reply(250, "2.1.5", "Ok")
 CANNOT_VERIFY = Reply(252, "2.3.3", "Try RCPT to attempt delivery")
 GO_AHEAD = Reply(354, "", "Go ahead, end with a line of one dot")
 BAD_SYNTAX = Reply(500, "5.5.2", "Syntax error, HELP lists the commands")
+# After it nobody knows where the next command begins, and octets of a message must never be taken for one.
+BAD_CHUNK = Reply(501, "5.5.4", "BDAT needs a size, then LAST or nothing; closing the connection", closes=True)
 NO_TRANSACTION = Reply(503, "5.5.1", "Need MAIL command")
 NO_RECIPIENTS = Reply(503, "5.5.1", "No recipients")
 NESTED_MAIL = Reply(503, "5.5.1", "Nested MAIL command")
@@ -1539,27 +1609,26 @@ class Session:
         self._bad_commands = 0
         self._idle = False
         self._open = True
+        self._reason = ""
         connection.on_wakeup = self._on_wakeup
 
     def serve(self) -> None:
         """Serves until the client leaves, or has to. Never raises."""
         log.session = self.id
         log.info("connected", peer=self._peer.name)
-        reason = "quit"
         try:
             self._greet()
             while self._open:
                 self._serve_command()
-            self._connection.flush()
+            self._connection.linger()
         except Disconnected as error:
-            reason = str(error)
+            self._reason = self._reason or str(error)
         except Exception:
             log.traceback("internal error")
-            reason = "internal error"
             self._say_goodbye(INTERNAL_ERROR)
         finally:
             self._reset()
-        log.info("disconnected", reason=reason)
+        log.info("disconnected", reason=self._reason)
         log.session = ""
 
     def _greet(self) -> None:
@@ -1568,6 +1637,7 @@ class Session:
         self._reply(Reply(220, "", f"{self._config.servername}{product} ready"))
 
     def _serve_command(self) -> None:
+        line = b""
         try:
             self._idle = True
             self._check_stop()
@@ -1575,22 +1645,24 @@ class Session:
             self._idle = False
             self._dispatch(line)
         except LmtpError as error:
+            log.info("refused", command=line.decode("utf-8", "replace"), reply=error)
             self._reply(error.reply)
             self._bad_commands += error.reply.code in MALFORMED
             if 0 < self._config.lmtp_max_bad_commands < self._bad_commands:
                 self._reply(TOO_MANY_ERRORS)
 
     def _dispatch(self, line: bytes) -> None:
+        unreadable = LmtpError(BAD_CHUNK if line[:4].upper() == b"BDAT" else BAD_SYNTAX)
         try:
             command = line.decode("utf-8").rstrip(" ")
         except UnicodeDecodeError:
-            raise LmtpError(BAD_SYNTAX) from None
+            raise unreadable from None
         if self._config.chatty:
             log.info("command", line=command)
         verb, _, argument = command.partition(" ")
         method = self.VERBS.get(verb.upper())
-        if not method or not command.isprintable():
-            raise LmtpError(BAD_SYNTAX)
+        if not method or not verb.isascii() or not command.isprintable():
+            raise unreadable
         if (notice := self._stop.notice()) and verb.upper() not in USEFUL_WHILE_SHUT:
             raise LmtpError(Reply(421, "4.3.2", notice))
         method(self, argument)
@@ -1611,11 +1683,12 @@ class Session:
         self._connection.write(reply.render(self._connection.eol))
         if reply.closes:
             self._open = False
+            self._reason = f"{reply} {reply.text}"
 
     def _say_goodbye(self, reply: Reply) -> None:
         try:
             self._reply(reply)
-            self._connection.flush()
+            self._connection.linger()
         except Disconnected:
             pass
 
@@ -1791,7 +1864,7 @@ class Session:
     def _new_message(self, transaction: Transaction) -> Message:
         protocol = f"{'UTF8' if transaction.utf8 else ''}LMTP{'A' if self._trusted else ''}"
         only_one = transaction.recipients[0][0].address if len(transaction.recipients) == 1 else None
-        trace = return_path(transaction.reverse_path, self._config) + received(
+        trace = return_path_field(transaction.reverse_path, self._config) + received_field(
             self._client, self._peer, protocol, self.id, only_one, self._config
         )
         return Message(trace, self._config, transaction.open_draft)
@@ -1838,10 +1911,7 @@ def parse_chunk_size(argument: str) -> tuple[int, bool]:
     """The size of a BDAT chunk and whether it is the last. Raises LmtpError, which ends the session."""
     size, _, keyword = argument.partition(" ")
     if not 0 < len(size) <= SIZE_DIGITS or not DECIMAL.issuperset(size) or keyword.upper() not in ("", "LAST"):
-        # Nobody knows where the next command begins, and octets of a message must never be taken for one.
-        raise LmtpError(
-            Reply(501, "5.5.4", "BDAT needs a size, then LAST or nothing; closing the connection", closes=True)
-        )
+        raise LmtpError(BAD_CHUNK)
     return int(size), bool(keyword)
 
 
@@ -1852,11 +1922,17 @@ def parse_chunk_size(argument: str) -> tuple[int, bool]:
 # Must not know LMTP.
 # ======================================================================
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+RELOAD_PATIENCE = 5  # seconds that a pool gives its connections after SIGHUP, for nobody is served meanwhile
 GRACE = 30  # seconds that a transaction in progress gets after SIGTERM
 MASTER_STATUS_FD, MASTER_LISTEN_FD = 3, 4  # Cyrus master(8)
 AVAILABLE, UNAVAILABLE, CONNECTED = 1, 2, 3  # what a worker tells master(8), or our own parent
 EPOLLEXCLUSIVE = 1 << 28  # epoll_ctl(2): a connection wakes one worker, not all
 PR_SET_DUMPABLE, PR_SET_PTRACER, PR_SET_PTRACER_ANY = 4, 0x59616D61, -1  # prctl(2)
+
+
+class Interrupted(Exception):
+    """A signal came while Stop.raises was set."""
 
 
 class Stop:
@@ -1865,11 +1941,12 @@ class Stop:
     requested: finish the transaction, then leave (SIGTERM, SIGINT). leaving: finish the connection,
     then leave (SIGHUP). at_once: leave as soon as the message in hand is stored or dropped (a second
     SIGTERM, or 30 seconds after the first).
-    fd: a descriptor that a signal makes readable, until wake().
+    fd: a descriptor that a signal makes readable, until wake(). raises: whether a signal raises Interrupted,
+    for a wait that cannot look at fd.
     """
 
     def __init__(self, shutdown_file: str) -> None:
-        self.requested = self.leaving = self.at_once = False
+        self.requested = self.leaving = self.at_once = self.raises = False
         self._shutdown_file = shutdown_file
         signal.signal(signal.SIGTERM, self._terminate)
         signal.signal(signal.SIGINT, self._terminate)
@@ -1877,6 +1954,7 @@ class Stop:
         signal.signal(signal.SIGHUP, self._hang_up)
         self.fd, self._signalled = -1, -1
         self.open()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def open(self) -> None:
         """Makes the descriptor; a forked process needs one of its own."""
@@ -1904,11 +1982,14 @@ class Stop:
 
     def _terminate(self, _signal: int, _frame: object) -> None:
         self.at_once = self.requested
-        self.requested = self.leaving = True
+        self.requested = True
         signal.alarm(GRACE)
+        self._hang_up(_signal, _frame)
 
     def _hang_up(self, _signal: int, _frame: object) -> None:
         self.leaving = True
+        if self.raises:
+            raise Interrupted
 
 
 class UsageError(Exception):
@@ -1924,8 +2005,8 @@ class Server:
 
     def __init__(self, config: Config, options: dict[str, Any], service: str) -> None:
         self.config, self.service = config, service
-        self.uses = as_count(options["-U"], "-U")
-        self.timeout: float = as_count(options["-T"], "-T")
+        self.uses: int = options["-U"]
+        self.timeout: float = options["-T"]
         self.stop = Stop(f"{config.configdirectory}/msg/shutdown")
         self._trusts_internet, self._proxied, self._debug = options["-a"], options["-H"], options["-D"]
         if self._debug and not config.debug_command:
@@ -1941,6 +2022,7 @@ class Server:
         if peer.internet and self.config.tcp_keepalive:
             keep_alive(0, self.config)
         if self._proxied:
+            connection.on_wakeup = self._leave_if_told
             try:
                 peer = read_proxy_header(connection, peer)
             except (Disconnected, LmtpError) as error:
@@ -1948,6 +2030,11 @@ class Server:
                 return
         trusted = self._trusts_internet or not peer.internet
         Session(connection, peer, trusted, self._store, self.stop, self.config).serve()
+
+    def _leave_if_told(self) -> None:
+        self.stop.wake()
+        if self.stop.requested:
+            raise Disconnected("terminated")
 
     def is_outdated(self) -> bool:
         """Whether the program or its configuration has been changed since it was read."""
@@ -2011,19 +2098,30 @@ def use_as_standard_io(fd: int) -> None:
 class Worker:
     """Takes connections from listening sockets, one at a time, until it is time to leave.
 
-    reporter: told when the state changes. lock: a file whose holder alone waits for a
-    connection, as the processes of master(8) do; -1 where the kernel wakes only one.
+    reporter: told when the state changes. on_stock: whether it waits for its first connection as long as that
+    takes, and only for the others -T seconds. lock: a file whose holder alone waits for a connection, as the
+    processes of master(8) do; -1 where the kernel wakes only one.
     """
 
-    def __init__(self, server: Server, listeners: Sequence[socket.socket], reporter: Reporter, lock: int = -1) -> None:
+    def __init__(
+        self,
+        server: Server,
+        listeners: Sequence[socket.socket],
+        reporter: Reporter,
+        on_stock: bool,
+        lock: int = -1,
+    ) -> None:
         self._server, self._listeners, self._lock = server, listeners, lock
         self._report = reporter.report
+        self._on_stock = on_stock
         self._served = 0
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self._arrivals = select.epoll()
         self._arrivals.register(server.stop.fd, select.EPOLLIN)
+        # With a lock only its holder waits, and has to be told of a connection that another did not take.
+        exclusive = EPOLLEXCLUSIVE if lock < 0 else 0
         for listener in listeners:
-            self._arrivals.register(listener, select.EPOLLIN | EPOLLEXCLUSIVE)
+            self._arrivals.register(listener, select.EPOLLIN | exclusive)
 
     def run(self) -> None:
         """Serves until -U connections have been served, -T seconds pass without one, or it is told to stop."""
@@ -2046,16 +2144,24 @@ class Worker:
             return self._accept()
         import fcntl
 
-        fcntl.lockf(self._lock, fcntl.LOCK_EX)
+        stop = self._server.stop
         try:
+            stop.raises = True
+            if not stop.leaving:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX)
+            stop.raises = False
             return self._accept()
+        except Interrupted:
+            return None
         finally:
+            stop.raises = False
             fcntl.lockf(self._lock, fcntl.LOCK_UN)
 
     def _accept(self) -> socket.socket | None:
         """The next connection; None when it is time to leave."""
         stop = self._server.stop
-        patience = self._server.timeout if self._served and self._server.timeout else None
+        waits_forever = not self._server.timeout or (self._on_stock and not self._served)
+        patience = None if waits_forever else self._server.timeout
         while not stop.leaving:
             ready = [fd for fd, _ in self._arrivals.poll(patience)]
             stop.wake()
@@ -2093,6 +2199,7 @@ class Pool:
         self._served = 0
         self._busy_at = time.monotonic()
         self._not_before = 0.0  # when the next worker may be started
+        self._idle_one_left = False  # perhaps with a connection that the kernel woke no other for
         self._reports, self._reported = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         for listener in listeners:
             listener.setblocking(False)
@@ -2104,7 +2211,7 @@ class Pool:
         while not self._is_over():
             self._keep_ready()
             if self._wait(self._tell_status()):
-                self._start_worker()
+                self._start_worker(on_stock=False)
             self._read_reports()
             self._reap()
         self._finish()
@@ -2112,7 +2219,7 @@ class Pool:
     def _is_over(self) -> bool:
         if self._server.stop.leaving:
             return True
-        if self._workers and self._ready():
+        if self._ready() and not self._idle_one_left:
             return False
         if self._server.is_outdated():
             log.info("program or configuration changed, leaving")
@@ -2124,18 +2231,19 @@ class Pool:
         return sum(message in (0, AVAILABLE) for message in self._workers.values())
 
     def _may_start(self) -> bool:
-        return len(self._workers) < max(self._server.config.lmtp_maxchild, 1) and time.monotonic() >= self._not_before
+        return len(self._workers) < self._server.config.lmtp_maxchild and time.monotonic() >= self._not_before
 
     def _keep_ready(self) -> None:
         while self._ready() < self._server.config.lmtp_prefork and self._may_start():
-            self._start_worker()
+            self._start_worker(on_stock=True)
 
     def _wait(self, patience: float) -> bool:
         """Waits so many seconds for something to happen; whether a connection waits that needs a worker."""
         poll = select.poll()
         poll.register(self._server.stop.fd, select.POLLIN)
         poll.register(self._reports, select.POLLIN)
-        wanted = not self._ready() and self._may_start()
+        wanted = (self._idle_one_left or not self._ready()) and self._may_start()
+        self._idle_one_left = False
         for listener in self._listeners if wanted else ():
             poll.register(listener, select.POLLIN)
         happened = {fd for fd, _ in poll.poll(self._patience(patience) * 1000)}
@@ -2152,7 +2260,7 @@ class Pool:
             waits.append(self._not_before - now)
         return max(min(waits), 0.001)
 
-    def _start_worker(self) -> None:
+    def _start_worker(self, on_stock: bool) -> None:
         self._busy_at = time.monotonic()
         try:
             process = os.fork()
@@ -2165,19 +2273,20 @@ class Pool:
             return
         status = os.EX_SOFTWARE
         try:
-            self._become_worker()
+            self._become_worker(on_stock)
             status = os.EX_OK
         except Exception:
             log.traceback("internal error")
         finally:
             os._exit(status)
 
-    def _become_worker(self) -> None:
+    def _become_worker(self, on_stock: bool) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent passes it on
         self._server.stop.open()
         os.close(self._reports)
         os.set_blocking(self._reported, True)
-        Worker(self._server, self._listeners, Reporter(self._reported, self._server.stop)).run()
+        Worker(self._server, self._listeners, Reporter(self._reported, self._server.stop), on_stock).run()
 
     def _read_reports(self) -> None:
         try:
@@ -2199,6 +2308,8 @@ class Pool:
             message = self._workers.pop(process, 0)
             if message == CONNECTED:  # it left straight from its work
                 self._busy_at = time.monotonic()
+            else:
+                self._idle_one_left = True
             if status:
                 log.error("worker died", worker=process, status=os.waitstatus_to_exitcode(status))
                 if not message:  # before its first connection, and so will the next
@@ -2214,7 +2325,7 @@ class Pool:
         """Lets the workers finish what they are at; with less patience when the process is told again."""
         stop = self._server.stop
         self._notify.send("STOPPING=1")
-        deadline = time.monotonic() + GRACE
+        deadline = time.monotonic() + RELOAD_PATIENCE
         urgency = -1
         while self._workers:
             wanted = stop.requested + stop.at_once or int(time.monotonic() > deadline)
@@ -2326,16 +2437,18 @@ def run_under_master(server: Server, identity: str) -> None:
 
     server.timeout *= 1 + random.random()  # so that its siblings do not leave all at once
     reporter = Reporter(MASTER_STATUS_FD, server.stop)
-    Worker(server, [socket.socket(fileno=MASTER_LISTEN_FD)], reporter, lock).run()
+    Worker(server, [socket.socket(fileno=MASTER_LISTEN_FD)], reporter, on_stock=True, lock=lock).run()
 
 
 def is_listening(fd: int) -> bool:
     """Whether the descriptor is a socket that takes connections."""
     try:
-        with socket.socket(fileno=os.dup(fd)) as sock:
-            return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            return False
     except OSError:
         return False
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
 def sockets_from_systemd() -> list[socket.socket]:
@@ -2357,12 +2470,21 @@ def sockets_from_systemd() -> list[socket.socket]:
     return sockets
 
 
+def waiting_clients() -> Iterator[socket.socket]:
+    """The connections that wait on the listening sockets which this process was started with."""
+    passed = range(3, 3 + int(os.environ.get("LISTEN_FDS", "0")))
+    for fd in (0, MASTER_LISTEN_FD, *passed):
+        if is_listening(fd):
+            listener = socket.socket(fileno=os.dup(fd))
+            listener.setblocking(False)
+            while client := accept(listener):
+                yield client
+
+
 def socket_from_inetd() -> socket.socket:
     """The listening socket that inetd's "wait" passes as the standard descriptors, which are freed of it."""
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     listener = socket.socket(fileno=os.dup(0))
-    if not stderr_is_ours():
-        os.dup2(null, 2)
     use_as_standard_io(null)
     os.close(null)
     return listener
@@ -2375,9 +2497,14 @@ def socket_from_inetd() -> socket.socket:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs lmtpd with these arguments, by default the command line's; the exit status of sysexits(3)."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until Stop can handle them
+    keep_stderr_from_client()  # also from what Python says of its own accord when it imports
     log.open()
+    from docopt import DocoptExit, docopt
+
     try:
         options = docopt(__doc__, arguments, version=PRODUCT)
+        options.update({name: as_count(options[name], name) for name in ("-U", "-T")})
         service = os.environ.get("CYRUS_SERVICE", "lmtp")
         config = Config.load(options["-C"], service)
         log.open(config.syslog_prefix, config.syslog_facility, config.debug)
@@ -2387,9 +2514,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.umask(config.umask)
         run(Server(config, options, service))
     except (DocoptExit, UsageError) as error:
+        log.startup_error("usage error", cause=error)
         return refuse_to_start(os.EX_USAGE, str(error))
     except ConfigError as error:
-        log.fatal("configuration error", cause=error)
+        log.startup_error("configuration error", cause=error)
         return refuse_to_start(os.EX_CONFIG, "Configuration error, see the log")
     except Exception:
         log.traceback("internal error")
@@ -2398,9 +2526,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def refuse_to_start(status: int, text: str) -> int:
-    """Tells the client, who keeps the mail and tries again; the exit status."""
+    """Tells the client, or all that wait, to keep the mail and try again; the exit status."""
+    reply = Reply(421, "4.3.0", text).render()
     try:
-        os.write(1, Reply(421, "4.3.0", text).render())
+        for client in waiting_clients():
+            with client:
+                client.send(reply)
+        os.write(1, reply)
     except OSError:
         return status  # nobody is there to be told
     return status

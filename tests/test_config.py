@@ -40,7 +40,7 @@ class Conf:
 
     def values(self, text: str | bytes) -> dict[str, str]:
         """What the file sets, without defaults and types."""
-        settings = lmtpd.read_settings(str(self.write(text)))
+        settings, _ = lmtpd.read_settings(str(self.write(text)))
         return {name: value for name, (value, _) in settings.items()}
 
     def error(self, text: str | bytes) -> str:
@@ -74,6 +74,7 @@ def conf(tmp_path: Path) -> Conf:
         ("1: 2\n", {"1": "2"}),
         ("servername: a: b:c\n", {"servername": "a: b:c"}),
         ("servername: bücher\n", {"servername": "bücher"}),
+        ("syslog_prefix: a\x0bb\x0cc\x85d\u2028debug: yes\n", {"syslog_prefix": "a\x0bb\x0cc\x85d\u2028debug: yes"}),
     ],
 )
 def test_a_line_is_an_option_and_its_value(conf: Conf, text: str, expected: dict[str, str]) -> None:
@@ -135,6 +136,10 @@ def test_a_backslash_at_the_end_continues_the_line(conf: Conf, text: str, expect
         (ALWAYS + "maildir_path: %p/%u/100%\n", 3, "may contain only"),
         (ALWAYS + "maildir_path: mail/%u\n", 3, "maildir_path: 'mail/%u' must be an absolute path"),
         (ALWAYS + "maildir_path: %%p/%u\n", 3, "must be an absolute path"),
+        *(
+            (f"{ALWAYS}debug_command: x {bad}\n", 3, f"debug_command: 'x {bad}' may contain %s, %d and %s")
+            for bad in ("%d", "%", "%s %s", "%x", "%s %d %s %s", "%5s", "%s%")
+        ),
         ("partition-default: /spool\nconfigdirectory: lib\n", 2, "configdirectory: 'lib' must be an absolute path"),
         ("configdirectory: /lib\npartition-default: spool\n", 2, "partition-default: 'spool' must be an absolute"),
     ],
@@ -152,7 +157,6 @@ def test_an_error_names_file_line_and_what_is_wrong(conf: Conf, text: str, line:
         ("configdirectory: /lib\n", "partition-default must be set; add a line"),
         ("configdirectory: /lib\npartition-a: /a\npartition-b: /b\n", "partition-default must be set"),
         (ALWAYS + "defaultpartition: fast\n", "partition-fast must be set"),
-        ("configdirectory: /\xff\n".encode("latin-1"), "is not UTF-8 text"),
     ],
 )
 def test_an_error_of_the_whole_file_names_it(conf: Conf, text: str | bytes, what: str) -> None:
@@ -249,8 +253,15 @@ def test_what_is_no_switch(word: str) -> None:
     ("text", "seconds"),
     [("0", 0), ("90", 90), ("60s", 60), ("5m", 300), ("1h30m", 5400), ("3d", 259200), ("1H30", 3630), ("1m1m", 120)],
 )
-def test_durations(conf: Conf, text: str, seconds: int) -> None:
-    assert conf.load(f"{ALWAYS}lmtp_command_timeout: {text}\n").lmtp_command_timeout == seconds
+def test_durations(text: str, seconds: int) -> None:
+    assert lmtpd.as_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["0", "2d"])
+def test_a_value_beyond_what_is_allowed_is_refused(conf: Conf, text: str) -> None:
+    assert f"lmtp_command_timeout: '{text}' must be from 1s to 1d" in conf.error(
+        f"{ALWAYS}lmtp_command_timeout: {text}\n"
+    )
 
 
 @pytest.mark.parametrize("text", ["m", "5w", "5 m", "-5", "+5", "5mm", "1.5h", "0x5", "٣", "s5", "5²"])
@@ -306,6 +317,19 @@ def test_templates(conf: Conf, template: str, expected: str) -> None:
     config = conf.load(f"{ALWAYS}maildir_path: {template}\n")
     values = {"p": config.partition, "u": "jane@example.com", "n": "jane", "d": "example.com"}
     assert lmtpd.expand(config.maildir_path, values) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("gdb", "gdb"),
+        ("gdb -p %%%s", "gdb -p %/python"),
+        ("gdb %s %d # %s 100%%", "gdb /python 123 # lmtp 100%"),
+    ],
+)
+def test_the_debug_command(conf: Conf, template: str, expected: str) -> None:
+    config = conf.load(f"{ALWAYS}debug_command: {template}\n")
+    assert lmtpd.debug_command(config.debug_command, "/python", 123, "lmtp") == expected
 
 
 def test_what_a_client_names_is_never_taken_for_a_template() -> None:
@@ -549,9 +573,9 @@ def test_settings_are_the_same_however_they_are_written(
     texts, expected = case
     for name, text in texts.items():
         (folder / name).write_text(text, "utf-8")
-    assert lmtpd.read_settings(str(folder / "main")) == {
-        key: (value, f"{folder}/{where}") for key, (value, where) in expected.items()
-    }
+    settings, read = lmtpd.read_settings(str(folder / "main"))
+    assert sorted(read) == sorted(os.path.realpath(folder / name) for name in texts)
+    assert settings == {key: (value, f"{folder}/{where}") for key, (value, where) in expected.items()}
 
 
 MARKS = ("\n", "\r\n", "\r", "\\\n", "\\", ":", "#", " ", "@include:", "self", "sub/one", "%", "%p", "/", "²", "é")
@@ -631,3 +655,59 @@ def test_a_template_is_filled_in_once(before: str, value: str, after: str) -> No
 def test_the_harness_makes_a_configuration() -> None:
     config = config_of(maildir_path="%p/%d/%n", virtdomains="on")
     assert (config.partition, config.maildir_path, config.virtdomains) == ("/spool", "%p/%d/%n", "on")
+
+
+# ----------------------------------------------------------------------
+# What is odd, and must not surprise
+# ----------------------------------------------------------------------
+
+
+def test_a_missing_included_file_is_said_of_the_line_that_includes_it(conf: Conf) -> None:
+    error = conf.error("# 1\n@include: missing\n")
+    assert error.startswith(f"{conf.main}:2: ")
+    assert str(conf.folder / "missing") in error
+
+
+def test_octets_that_are_no_text_are_found_by_their_line(conf: Conf) -> None:
+    error = conf.error(ALWAYS.encode() + b"admins: \xff\n")
+    assert error.startswith(f"{conf.main}:3: ")
+    assert "is not UTF-8 text" in error
+
+
+@pytest.mark.parametrize("text", ["@include: a\0b\n", "configdirectory: /a\0b\npartition-default: /spool\n"])
+def test_nul_in_a_file_is_a_configuration_error(conf: Conf, text: str) -> None:
+    assert conf.error(text).startswith(f"{conf.main}:1: ")
+
+
+def test_the_name_of_a_partition_is_the_same_in_any_case(conf: Conf) -> None:
+    partitions = "configdirectory: /lib\npartition-Fast: /fast\npartition-default: /d\n"
+    assert conf.load(f"{partitions}defaultpartition: Fast\n").partition == "/fast"
+
+
+def test_a_partition_of_the_service_overrides_the_general_one(conf: Conf) -> None:
+    assert conf.load(f"{ALWAYS}lmtp_partition-default: /other\n").partition == "/other"
+
+
+@pytest.mark.parametrize("mask", ["1000", "7777", "7" * 30])
+def test_a_mask_has_nine_bits(conf: Conf, mask: str) -> None:
+    assert conf.error(f"{ALWAYS}umask: {mask}\n").startswith(f"{conf.main}:3: umask: '{mask}' must be")
+
+
+@pytest.mark.parametrize("timeout", ["25d", "1000000d"])
+def test_a_long_timeout_is_kept_or_refused_at_the_start(site: Site, timeout: str) -> None:
+    site.configure(lmtp_command_timeout=timeout)
+    result = site.pipe(b"LHLO x\r\nQUIT\r\n")
+    assert result.stdout.startswith(b"220 ") or result.returncode == CONFIGURATION
+    assert b"Internal error" not in result.stdout
+    assert "traceback" not in site.log_text()
+
+
+@pytest.mark.parametrize("text", ["maxmessagesize: 1\u212a\n", "tcp_\u212aeepalive: yes\n"])
+def test_only_ascii_letters_have_another_case(conf: Conf, text: str) -> None:
+    assert conf.error(ALWAYS + text).startswith(f"{conf.main}:3: ")
+
+
+@pytest.mark.parametrize("option", ["tcp_keepalive_cnt", "tcp_keepalive_idle", "tcp_keepalive_intvl"])
+@pytest.mark.parametrize("number", ["40000", "2147483647"])
+def test_a_probe_that_the_system_cannot_do_is_refused(conf: Conf, option: str, number: str) -> None:
+    assert f"{option}: '{number}' must be from 0 to " in conf.error(f"{ALWAYS}{option}: {number}\n")

@@ -43,7 +43,6 @@ def test_only_what_every_session_needs_is_imported_at_the_top() -> None:
     }
     assert imported == {
         "__future__",
-        "docopt",
         "errno",
         "itertools",
         "os",

@@ -19,7 +19,7 @@ LMTPD_8 = TOP / "man" / "lmtpd.8"
 IMAPD_CONF_5 = TOP / "man" / "imapd.conf.5"
 PROGRAM = ast.parse((TOP / "lmtpd.py").read_text())
 PRIORITIES = {"error": "err", "warning": "warning", "info": "info", "debug": "debug"}
-PRIORITIES |= {"traceback": "err", "fatal": "err"}
+PRIORITIES |= {"traceback": "err", "startup_error": "err"}
 
 
 # Reading the pages
