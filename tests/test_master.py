@@ -1,0 +1,360 @@
+"""Cyrus' own master(8), which runs lmtpd as one of its services and keeps books about its processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from harness import PATIENCE, STORE_USER, Client, Site
+from peers import Cyrus, connect, lmtpd_for_others, program, wait_for
+
+PREFORK = 2
+MAXCHILD = 10
+# Linux has fcntl(2) locks in /proc/locks, each with the inode of its file.
+LOCKS = Path("/proc/locks")
+# A /dev of its own, with the same devices but with another log, and a program that runs in it. The mounts are seen by
+# nobody else, and go with the last process that sees them.
+WITH_OWN_LOG = """
+set -e
+dev=$1 log=$2
+shift 2
+mount -t tmpfs -o mode=755 tmpfs "$dev"
+for name in null zero full random urandom tty; do
+    : >"$dev/$name"
+    mount --bind "/dev/$name" "$dev/$name"
+done
+mkdir "$dev/shm"
+mount --bind /dev/shm "$dev/shm"
+ln -s /proc/self/fd "$dev/fd"
+: >"$dev/log"
+mount --bind "$log" "$dev/log"
+mount --rbind "$dev" /dev
+exec "$@"
+"""
+# What master(8) says when the states that a child reports are not those it expects, or a child is lost.
+COMPLAINTS = ("too many", "lost", "READY state", "duplicate", "UNKNOWN", "unrecognized", "abnormally", "bogus")
+
+
+class Syslog:
+    """A syslog(3) socket, and what it was told."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        path.chmod(0o666)
+        self.lines: list[str] = []
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        while line := self._socket.recv(65536):
+            self.lines.append(line.decode(errors="replace"))
+
+    def of(self, name: str) -> list[str]:
+        """The lines of the program with that name, without time and priority."""
+        return [line[line.index(name) :] for line in self.lines if re.search(rf"\b{name}\[\d+\]: ", line)]
+
+    def close(self) -> None:
+        self._socket.shutdown(socket.SHUT_RD)
+        self._thread.join(PATIENCE)
+        self._socket.close()
+
+
+class Master(Cyrus):
+    """master(8) with our lmtpd in its cyrus.conf. Both write to `syslog`."""
+
+    def __init__(self, site: Site, command: str, *arguments: str, prefork: int = PREFORK) -> None:
+        self._site, self._prefork = site, prefork
+        self._command = " ".join([command, "-C", str(site.conf), *arguments])
+        # master(8) and lmtpd have one configuration, of which each takes what is its own.
+        site.configure(configdirectory=str(site.root / "cyrus/lib"), cyrus_user=STORE_USER, defaultpartition="default")
+        super().__init__(site.root / "cyrus")
+        self.syslog = Syslog(self.folder / "syslog")
+        (self.folder / "dev").mkdir()
+
+    def _configure(self) -> None:
+        super()._configure()
+        self.imapd_conf = self._site.conf
+        self.write_cyrus_conf(self._prefork)
+
+    def write_cyrus_conf(self, prefork: int) -> None:
+        self.cyrus_conf.write_text(
+            "START {\n}\nSERVICES {\n"
+            f'  lmtpunix cmd="{self._command}" listen="{self.address}" prefork={prefork} maxchild={MAXCHILD}\n'
+            "}\nEVENTS {\n}\n"
+        )
+
+    def start(self) -> None:
+        master = [str(self.programs / "master"), "-D", "-p", str(self.folder / "pid")]
+        private = ["unshare", "--mount", "--propagation", "private", "sh", "-c", WITH_OWN_LOG, "sh"]
+        self.run(
+            [
+                *[*private, str(self.folder / "dev"), str(self.folder / "syslog")],
+                *[*master, "-C", str(self.imapd_conf), "-M", str(self.cyrus_conf)],
+            ],
+            lambda: len(self.ready()) == self._prefork and Path(str(self.address)).exists(),
+            LD_LIBRARY_PATH=self._libraries,
+        )
+
+    def close(self) -> None:
+        super().close()
+        self.syslog.close()
+
+    def children(self) -> list[int]:
+        """Its processes, the dead that it has not reaped among them."""
+        process = self.process.pid
+        return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+    def ready(self) -> list[list[str]]:
+        """The processes that wait for a connection: lines of /proc/locks for the accept lock, which one has."""
+        inodes = {f":{lock.stat().st_ino}" for lock in (self.folder / "lib/socket").glob("lmtpunix-*.lock")}
+        lines = [line.split() for line in LOCKS.read_text().splitlines()]
+        return [line for line in lines if any(word.endswith(inode) for word in line for inode in inodes)]
+
+    def complaints(self) -> list[str]:
+        return [line for line in self.syslog.of("master") if any(word in line for word in COMPLAINTS)]
+
+    def source(self, *options: str) -> subprocess.Popen[bytes]:
+        """Postfix's load generator, which gives up at the first refusal."""
+        command = [program("smtp-source"), "-L", "-f", "sender@example.com", "-t", "jane", *options]
+        return subprocess.Popen([*command, f"unix:{self.address}"], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    def load(self, *options: str) -> None:
+        finish(self.source(*options))
+
+    def client(self) -> Client:
+        client = Client(connect(self.address))
+        client.hello()
+        return client
+
+
+def finish(source: subprocess.Popen[bytes]) -> None:
+    said = source.communicate(timeout=PATIENCE)[1]
+    assert source.returncode == 0, said
+
+
+def server_of(client: Client) -> int:
+    """The process that serves this client, which its session's id names."""
+    client.send(b"RSET\r\n")
+    [reply] = client.reply()
+    found = re.search(r"SESSIONID=<lmtpd-(\d+)-", reply)
+    assert found, reply
+    return int(found[1])
+
+
+def sessions(master: Master) -> Counter[int]:
+    """How many connections each process has served."""
+    return Counter(int(pid) for pid in re.findall(r": connected session=lmtpd-(\d+)-", "\n".join(master.syslog.lines)))
+
+
+@contextmanager
+def started(site: Site, *arguments: str, command: str = "", prefork: int = PREFORK) -> Iterator[Master]:
+    with Master(site, command or lmtpd_for_others(site), *arguments, prefork=prefork) as master:
+        yield master
+        assert master.complaints() == []
+
+
+@pytest.fixture
+def master(site: Site) -> Iterator[Master]:
+    with started(site) as master:
+        yield master
+
+
+@pytest.mark.parametrize("options", [["-s", "10", "-m", "500"], ["-s", "10", "-m", "500", "-d"]], ids=["each", "few"])
+def test_mail_under_load(site: Site, master: Master, options: list[str]) -> None:
+    master.load(*options)
+    assert len(site.files("jane")) == 500
+    assert not site.files("jane", kind="tmp")
+    assert PREFORK <= len(master.children()) <= MAXCHILD
+
+
+def test_no_more_processes_than_maxchild(site: Site, master: Master) -> None:
+    clients = [master.client() for _ in range(MAXCHILD)]
+    assert len({server_of(client) for client in clients}) == MAXCHILD
+    waiting = Client(connect(master.address))
+    waiting.sock.settimeout(0.5)
+    with pytest.raises(TimeoutError):
+        waiting.line()
+    assert len(master.children()) == MAXCHILD
+    clients[0].command("QUIT")
+    waiting.sock.settimeout(PATIENCE)
+    assert waiting.line().startswith(b"220 ")
+
+
+def test_prefork_processes_are_ready(site: Site, master: Master) -> None:
+    assert len(master.children()) == PREFORK
+    clients = [master.client() for _ in range(3)]
+    wait_for(lambda: len(master.ready()) == PREFORK, "spare processes")
+    assert len(master.children()) == 3 + PREFORK
+    for client in clients:
+        assert client.command("QUIT").startswith("221")
+    # They are ready again, and master starts no others in their place.
+    time.sleep(1)
+    assert len(master.children()) == 3 + PREFORK
+    again = [master.client() for _ in range(3)]
+    assert len({server_of(client) for client in again}) == 3
+    assert len(master.children()) == 3 + PREFORK
+
+
+def has_started(process: int) -> bool:
+    """Whether the process has installed its handler of SIGHUP, which it would die of before; see proc(5)."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return True
+    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return caught is None or bool(int(caught[1], 16) & 1 << (signal.SIGHUP - 1))
+
+
+def test_nothing_is_lost_across_reloads(site: Site) -> None:
+    with started(site, "-U", "100000") as master:
+        reload_under_load(site, master)
+
+
+def reload_under_load(site: Site, master: Master) -> None:
+    source = master.source("-s", "10", "-m", "6000")
+    reloads = 0
+    while source.poll() is None:
+        time.sleep(0.5)
+        # master passes the signal on to its children. A Python that is just starting would die of it.
+        wait_for(lambda: all(map(has_started, master.children())), "the processes to have started")
+        master.write_cyrus_conf(prefork=PREFORK + reloads % 2)
+        master.process.send_signal(signal.SIGHUP)
+        reloads += 1
+    finish(source)
+    assert reloads > 3
+    assert len(site.files("jane")) == 6000
+    assert sum("got SIGHUP" in line for line in master.syslog.of("master")) > 3
+    assert len(sessions(master)) > 3 * MAXCHILD
+
+
+def test_processes_leave_after_their_uses(site: Site) -> None:
+    with started(site, "-U", "5") as master:
+        master.load("-s", "10", "-m", "500")
+        assert len(site.files("jane")) == 500
+        wait_for(lambda: sum(sessions(master).values()) >= 500, "the log")
+        served = sessions(master)
+        assert max(served.values()) == 5
+        assert len(served) >= 100
+        wait_for(lambda: len(master.ready()) >= PREFORK, "new processes in their place")
+
+
+def test_an_idle_process_leaves(site: Site) -> None:
+    # Those that have not served yet stay, and may have the lock: only a process alone is sure to see its time pass.
+    with started(site, "-T", "1", prefork=0) as master:
+        for _ in range(2):
+            client = master.client()
+            [worker] = master.children()
+            assert client.command("QUIT").startswith("221")
+            time.sleep(0.8)
+            assert master.children() == [worker]
+            wait_for(lambda: not master.children(), "the idle process to leave")
+
+
+def test_a_killed_process_hurts_nobody_else(site: Site) -> None:
+    with Master(site, lmtpd_for_others(site)) as master:
+        victim, other = master.client(), master.client()
+        for client in victim, other:
+            client.command("MAIL FROM:<sender@example.com>")
+            client.command("RCPT TO:<jane>")
+            assert client.command("DATA").startswith("354")
+        os.kill(server_of_log(master, 0), signal.SIGKILL)
+        assert victim.line() == b""
+        assert other.command("Subject: x\r\n\r\nbody\r\n.").startswith("250")
+        assert other.command("QUIT").startswith("221")
+        master.load("-s", "5", "-m", "50")
+        assert len(site.files("jane")) == 51
+        # master says so, and only that.
+        wait_for(lambda: any("signaled to death" in line for line in master.syslog.of("master")), "master to notice")
+        assert len(master.complaints()) <= 1
+
+
+def server_of_log(master: Master, number: int) -> int:
+    """The process of that session in the log."""
+    found = re.findall(r": connected session=lmtpd-(\d+)-", "\n".join(master.syslog.lines))
+    return int(found[number])
+
+
+def test_the_lock_is_masters_and_taken_in_turns(site: Site, master: Master) -> None:
+    [lock] = (Path(site.options["configdirectory"]) / "socket").glob("lmtpunix-*.lock")
+    assert re.fullmatch(r"lmtpunix-\d+\.lock", lock.name)
+    assert sum("->" in line for line in master.ready()) == PREFORK - 1
+    # A busy process neither holds it nor waits for it.
+    client = master.client()
+    wait_for(lambda: len(master.ready()) == PREFORK, "a new one in its place")
+    assert str(server_of(client)) not in {word for line in master.ready() for word in line}
+
+
+def test_a_holder_of_the_lock_that_is_killed_gives_it_up(site: Site) -> None:
+    with Master(site, lmtpd_for_others(site)) as master:
+        [holder] = [line for line in master.ready() if "->" not in line]
+        # The fourth word after its number is the process.
+        os.kill(int(holder[4]), signal.SIGKILL)
+        master.load("-m", "5")
+        assert len(site.files("jane")) == 5
+
+
+def own_copy(site: Site) -> Path:
+    """A copy of the program that a test may change, and the command that runs it."""
+    installed = Path(lmtpd_for_others(site))
+    folder = site.root / "copy"
+    folder.mkdir()
+    source = subprocess.run(
+        [sys.executable, "-c", "import lmtpd; print(lmtpd.__file__)"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    (folder / "lmtpd.py").write_bytes(Path(source).read_bytes())
+    start = installed.read_text().splitlines(keepends=True)
+    place = next(number for number, line in enumerate(start) if "import lmtpd" in line or "from lmtpd" in line)
+    start[place:place] = [f"import sys\nsys.path.insert(0, {str(folder)!r})\n"]
+    command = folder / "lmtpd"
+    command.write_text("".join(start))
+    command.chmod(0o755)
+    return command
+
+
+@pytest.mark.parametrize("what", ["program", "configuration"])
+def test_what_was_changed_is_used_by_the_next_connection(site: Site, what: str) -> None:
+    command = own_copy(site)
+    with started(site, command=str(command)) as master:
+        assert Client(connect(master.address)).reply() == ["220 mx.example.com lmtpd 0.1.0 ready"]
+        wait_for(lambda: len(master.ready()) == 1 + PREFORK, "idle processes")
+        before = set(master.children())
+        if what == "program":
+            module = command.parent / "lmtpd.py"
+            module.write_text(module.read_text().replace('__version__ = "0.1.0"', '__version__ = "9.9.9"'))
+        else:
+            site.configure(servername="changed.example")
+        [greeting] = Client(connect(master.address)).reply()
+        assert (
+            greeting
+            == {
+                "program": "220 mx.example.com lmtpd 9.9.9 ready",
+                "configuration": "220 changed.example lmtpd 0.1.0 ready",
+            }[what]
+        )
+        wait_for(lambda: len(before.intersection(master.children())) < len(before), "an idle process to leave")
+
+
+def test_master_ends_its_processes(site: Site, master: Master) -> None:
+    client = master.client()
+    assert client.command("MAIL FROM:<sender@example.com>").startswith("250")
+    assert client.command("RCPT TO:<jane>").startswith("250")
+    assert client.command("DATA").startswith("354")
+    children = master.children()
+    master.process.terminate()
+    assert client.command("Subject: x\r\n\r\nbody\r\n.").startswith("250")
+    assert client.line().startswith(b"421 4.3.2")
+    master.process.wait(PATIENCE)
+    assert len(site.files("jane")) == 1
+    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children), "the processes to leave")
