@@ -34,7 +34,7 @@ import time
 TYPE_CHECKING = False  # A type checker takes any constant of this name for True.
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from typing import Any, TypeVar
+    from typing import Any, NoReturn, TypeVar
 
     T = TypeVar("T")
 
@@ -1966,16 +1966,16 @@ class Stop:
         signal.signal(signal.SIGHUP, self._hang_up)
         self.fd, self._signalled = -1, -1
         self.open()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def open(self) -> None:
-        """Makes the descriptor; a forked process needs one of its own."""
+        """Makes the descriptor, and lets signals in; a forked process needs one of its own."""
         old = self.fd, self._signalled
         self.fd, self._signalled = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
         for fd in old:
             if fd >= 0:
                 os.close(fd)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def wake(self) -> None:
         """Empties the descriptor."""
@@ -2274,31 +2274,32 @@ class Pool:
 
     def _start_worker(self, on_stock: bool) -> None:
         self._busy_at = time.monotonic()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the worker can be told
         try:
             process = os.fork()
+            if not process:
+                self._become_worker(on_stock)
+            self._workers[process] = 0
         except OSError as error:
             log.error("worker not started", cause=error)
             self._not_before = time.monotonic() + 1
-            return
-        if process:
-            self._workers[process] = 0
-            return
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def _become_worker(self, on_stock: bool) -> NoReturn:
         status = os.EX_SOFTWARE
         try:
-            self._become_worker(on_stock)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent passes it on
+            self._server.stop.open()
+            os.close(self._reports)
+            os.set_blocking(self._reported, True)
+            Worker(self._server, self._listeners, Reporter(self._reported, self._server.stop), on_stock).run()
             status = os.EX_OK
         except Exception:
             log.traceback("internal error")
         finally:
             os._exit(status)
-
-    def _become_worker(self, on_stock: bool) -> None:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent passes it on
-        self._server.stop.open()
-        os.close(self._reports)
-        os.set_blocking(self._reported, True)
-        Worker(self._server, self._listeners, Reporter(self._reported, self._server.stop), on_stock).run()
 
     def _read_reports(self) -> None:
         try:
