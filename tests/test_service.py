@@ -80,7 +80,13 @@ def rest(client: Client) -> bytes:
             said += data
     except ConnectionResetError:  # it did not read all we sent
         pass
+    client.close()
     return said
+
+
+def leave(client: Client) -> None:
+    assert client.command("QUIT").startswith("221")
+    client.close()
 
 
 def greets_not(client: Client, seconds: float = 0.5) -> bool:
@@ -192,7 +198,7 @@ class TestPool:
             waiting = starter.connect()
             assert greets_not(waiting)
             assert len(children(starter.process.pid)) == 3
-            clients[0].command("QUIT")
+            leave(clients[0])
             assert waiting.line().startswith(b"220 ")
 
     def test_workers_are_kept_ready(self, site: Site) -> None:
@@ -265,7 +271,7 @@ class TestPool:
             assert len(connections) == 1
             # 3 is the folder that ls reads.
             assert (helper / str(worker)).read_text().split() == ["0", "1", "2", "3"]
-            client.command("QUIT")
+            leave(client)
             # The connection stays open nowhere.
             wait_for(lambda: connections.isdisjoint(descriptors(worker).values()), "the worker to close it")
             for process in [starter.process.pid, *children(starter.process.pid)]:
@@ -275,11 +281,11 @@ class TestPool:
         with pool(site, "-T", "1") as starter:
             clients = [open_session(starter) for _ in range(3)]
             for client in clients[:2]:
-                client.command("QUIT")
+                leave(client)
             wait_for(lambda: children(starter.process.pid) == [server_of(clients[2])], "the idle ones to leave")
             time.sleep(1.5)
             assert clients[2].command("NOOP").startswith("250")
-            clients[2].command("QUIT")
+            leave(clients[2])
             begun = time.monotonic()
             assert starter.process.wait(PATIENCE) == 0
             assert time.monotonic() - begun > 0.9
@@ -354,7 +360,7 @@ class TestRestart:
         with Inetd(logged(site), wait=True, address=str(site.root / "lmtp")) as starter:
             clients = [open_session(starter) for _ in range(2)]
             for client in clients:
-                client.command("QUIT")
+                leave(client)
             time.sleep(0.2)
             [before] = starter.children()
             site.configure(servername="changed.example")
@@ -385,7 +391,7 @@ class TestRestart:
             begin(client)
             site.configure(servername="changed.example")
             assert client.command(BODY).startswith("250")
-            assert client.command("QUIT").startswith("221")
+            leave(client)
             assert starter.connect().reply() == ["220 changed.example lmtpd 0.1.0 ready"]
 
     def test_clients_are_told_when_the_changed_configuration_is_broken(self, site: Site) -> None:
@@ -488,6 +494,7 @@ class TestSignals:
         target.tell(signal.SIGTERM)
         assert client.command("RSET").startswith("250")
         assert client.line().startswith(GONE.encode())
+        assert rest(client) == b""
         assert target.process.wait(PATIENCE) == 0
 
     def test_a_second_term_leaves_nothing_half_delivered(self, site: Site, target: Target) -> None:
@@ -534,6 +541,7 @@ class TestSignals:
             assert client.deliver(b"Subject: x\r\n\r\nbody\r\n", "jane")[0].startswith("250")
         assert target.process.poll() is None
         assert client.command("QUIT").startswith("221")
+        assert rest(client) == b""
         assert target.process.wait(PATIENCE) == 0
         assert len(site.files("jane")) == 3
 
@@ -548,6 +556,18 @@ class TestSignals:
             assert starter.process.wait(PATIENCE) == 0
             assert not any(exists(worker) for worker in workers)
         assert "worker died" not in site.log_text()
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+    def test_workers_just_started_are_told_too(self, site: Site, number: signal.Signals) -> None:
+        site.configure(lmtp_prefork="20")
+        for _ in range(5):
+            with pool(site) as starter:
+                starter.connect().close()
+                wait_for(lambda: children(starter.process.pid), "the first worker")
+                begun = time.monotonic()
+                starter.process.send_signal(number)
+                assert starter.process.wait(PATIENCE) == 0
+                assert time.monotonic() - begun < 3
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
     def test_a_worker_that_is_told_leaves_alone(self, site: Site, number: signal.Signals) -> None:
@@ -568,7 +588,7 @@ class TestSignals:
     def test_term_is_not_lost_among_connections(self, fast_site: Site) -> None:
         # Whatever the workers are at, what was answered with 250 is stored and nothing else.
         with Inetd(logged(fast_site), wait=True, address=str(fast_site.root / "lmtp")) as starter:
-            for _ in range(5):
+            for _ in range(3):
                 load = source(f"unix:{starter.address}", "-s", "10", "-m", "100000")
                 time.sleep(random.uniform(0.3, 0.6))
                 for process in starter.children():
