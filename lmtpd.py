@@ -33,10 +33,12 @@ import time
 
 TYPE_CHECKING = False  # A type checker takes any constant of this name for True.
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
+    from ssl import SSLContext
     from typing import Any, NoReturn, TypeVar
 
     T = TypeVar("T")
+    Mechanism = Generator[bytes, bytes, str]
 
 __version__ = "0.1.0"
 
@@ -58,6 +60,7 @@ SWITCHES = {
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 OCTETS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 OPTION_PUNCTUATION = str.maketrans("", "", "-_")
+TLS_VERSIONS = ("tls1_0", "tls1_1", "tls1_2", "tls1_3")
 FACILITIES = {  # syslog(3)
     **{name: number << 3 for number, name in enumerate(("kern", "user", "mail", "daemon", "auth", "syslog", "lpr"))},
     **{name: number << 3 for number, name in enumerate(("news", "uucp", "cron", "authpriv", "ftp"), 7)},
@@ -83,6 +86,21 @@ def as_path(value: str) -> str:
     if not value.startswith("/"):
         raise ValueError("must be an absolute path")
     return value
+
+
+def as_file(value: str) -> str:
+    """The path of a file, or the name of a credential of systemd (systemd.exec(5), LoadCredential=); "" for none."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    if value.startswith("/") or not value:
+        return value
+    if not folder or "/" in value:
+        raise ValueError("must be an absolute path, or the name of a credential that systemd passes")
+    return f"{folder}/{value}"
+
+
+def as_names(value: str) -> tuple[str, ...]:
+    """Names divided by white space."""
+    return tuple(value.split())
 
 
 def as_switch(value: str) -> bool:
@@ -152,6 +170,18 @@ def as_choice(*allowed: str) -> Callable[[str], str]:
     return parse
 
 
+def as_words(*allowed: str) -> Callable[[str], tuple[str, ...]]:
+    """Words of those given, in any case, divided by white space."""
+
+    def parse(value: str) -> tuple[str, ...]:
+        words = tuple(value.lower().split())
+        if not set(allowed).issuperset(words):
+            raise ValueError(f"may have the words {', '.join(allowed)}")
+        return words
+
+    return parse
+
+
 def as_template(letters: str) -> Callable[[str], str]:
     """An absolute path in which %X stands for something, for each X of letters, and %% for a %."""
 
@@ -210,6 +240,9 @@ def option(parse: Callable[[str], T], default: str | None, meaning: str) -> T:
 class Config:
     """The options of imapd.conf(5) as typed attributes; the class body is the table of them."""
 
+    admins = option(as_names, "", "the users who may deliver when they have authenticated")
+    allowplaintext = option(as_switch, "no", "take passwords in the clear without TLS")
+    allowstarttls = option(as_switch, "no", "offer STARTTLS to clients that are not trusted")
     autocreate_post = option(as_switch, "no", "make the Maildir of an unknown user when mail for him arrives")
     chatty = option(as_switch, "no", "log every command")
     configdirectory = option(as_path, None, "the folder for what lmtpd itself keeps")
@@ -231,6 +264,16 @@ class Config:
     maxmessagesize = option(as_octets, "0", "the largest message taken; 0: no limit")
     munge8bit = option(as_switch, "no", "write X over 8-bit octets in message headers")
     reject8bit = option(as_switch, "no", "refuse messages with 8-bit octets in the header")
+    sasl_auth_socket_path = option(
+        as_path, "/run/dovecot/auth-client", "the socket of Dovecot's authentication service"
+    )
+    sasl_mech_list = option(as_names, "", "the mechanisms to offer, of those that are possible; by default all")
+    sasl_minimum_layer = option(
+        as_number, "0", "the bits that a TLS cipher must have before AUTH is taken; 0: no TLS needed"
+    )
+    sasl_password_file = option(as_file, "", "the file of users and password verifiers")
+    sasl_pwcheck_method = option(as_choice("saslauthd", "dovecot", "file"), "saslauthd", "who checks passwords")
+    sasl_saslauthd_path = option(as_path, "/run/saslauthd/mux", "the socket of saslauthd")
     serverinfo = option(as_choice("on", "min", "off"), "on", "what greeting and trace header say of the product")
     servername = option(as_text, "", "the name of this host in replies and headers; by default the system's")
     singleinstancestore = option(as_switch, "yes", "store a message as one file with hard links for its recipients")
@@ -246,6 +289,17 @@ class Config:
     )
     tcp_keepalive_intvl = option(
         limited(as_duration, "0", "32767"), "0", "time between probes; 0: the system's default"
+    )
+    tls_ciphers = option(as_text, "", "the ciphers for TLS 1.2, as OpenSSL names them; by default OpenSSL's")
+    tls_client_ca_dir = option(as_file, "", "the folder of certificates that sign those of clients")
+    tls_client_ca_file = option(as_file, "", "the file of certificates that sign those of clients")
+    tls_client_certs = option(as_choice("off", "optional", "require"), "optional", "whether clients show certificates")
+    tls_crl_file = option(as_file, "", "the file of revoked client certificates")
+    tls_required = option(as_switch, "no", "take nothing from clients that are not trusted before STARTTLS")
+    tls_server_cert = option(as_file, "", "the file of this server's certificate and those that sign it")
+    tls_server_key = option(as_file, "", "the file of the certificate's private key, if it is another one")
+    tls_versions = option(
+        as_words(*TLS_VERSIONS), "tls1_2 tls1_3", "the versions of TLS; those before 1.2 are never used"
     )
     umask = option(limited(as_octal, "0", "777"), "077", "the file creation mask")
     virtdomains = option(as_choice("off", "userid", "on"), "off", "whether the domain belongs to the userid")
@@ -588,6 +642,7 @@ class Connection:
     timeout: seconds that a line may take to arrive, and any octets to arrive or to leave.
     wakeup: a descriptor that, when readable, interrupts a wait: on_wakeup is called, which
     empties it and may raise to end the wait for good.
+    tls: the encryption, None while there is none.
     eol: what ends a line. Always CR LF on a socket; elsewhere the first line decides
     between that and LF, for the person at a shell.
     """
@@ -605,6 +660,7 @@ class Connection:
         self._wakeup = wakeup
         self._eol_decided = stat.S_ISSOCK(os.fstat(source).st_mode)
         self._input, self._output = bytearray(), bytearray()
+        self.tls: Tls | None = None
 
     def peek(self) -> None:
         """Decides on the end of lines at once if the client has spoken first, as a file or a pipe may have."""
@@ -612,17 +668,17 @@ class Connection:
             self._input += self._read(self.timeout)
             self._find_eol(0)
 
-    def read_line(self) -> bytes:
-        """The next line without its end.
+    def read_line(self, limit: int = LINE_LIMIT) -> bytes:
+        """The next line without its end, which has at most so many octets with it.
 
         Raises LmtpError for a line that is too long (it is skipped) or does not come in time, and Disconnected.
         """
         deadline = time.monotonic() + self.timeout
         searched = 0
-        while (end := self._find_eol(searched)) < 0 and len(self._input) < LINE_LIMIT:
+        while (end := self._find_eol(searched)) < 0 and len(self._input) < limit:
             searched = max(len(self._input) - 1, 0)
             self._fill(deadline)
-        if not 0 <= end <= LINE_LIMIT - len(self.eol):
+        if not 0 <= end <= limit - len(self.eol):
             self._skip_line(deadline)
             raise LmtpError(LINE_TOO_LONG)
         line = bytes(self._input[:end])
@@ -659,24 +715,45 @@ class Connection:
 
     def flush(self) -> None:
         """Writes what is waiting to be written. Raises Disconnected."""
-        while self._output:
-            if not self._wait(self._writable, self.timeout):
-                raise Disconnected("the client does not read our replies")
-            try:
-                written = os.write(self._sink, self._output[:WRITE_SIZE])
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                self._output.clear()
-                raise Disconnected(error.strerror) from None
-            del self._output[:written]
+        if not self.tls:
+            self._send(self._output)
+            return
+        if self._output:
+            self.tls.encrypt(bytes(self._output))
+            self._output.clear()
+        self._send(self.tls.outgoing())
+
+    def start_tls(self, context: SSLContext) -> None:
+        """Begins encryption as the server. What the client sent before is dropped (RFC 3207 section 4.2, 6).
+
+        Raises Disconnected when that does not succeed in time.
+        """
+        self.flush()
+        self._input.clear()
+        self.tls = Tls(context)
+        deadline = time.monotonic() + self.timeout
+        try:
+            while not self.tls.shake_hands():
+                self.flush()
+                self.tls.feed(self._receive(deadline - time.monotonic()))
+        except LmtpError:
+            raise Disconnected("TLS: the handshake takes too long") from None
+        finally:
+            self._send(self.tls.outgoing())
+
+    def end(self) -> None:
+        """Says that no more is written, in the words of TLS if it is in use. Raises Disconnected."""
+        self.flush()
+        if self.tls:
+            self.tls.end()
+            self._send(self.tls.outgoing())
 
     def linger(self) -> None:
         """Lets the client read our last words: a socket closed with something unread takes them back.
 
         Raises Disconnected.
         """
-        self.flush()
+        self.end()
         if not stat.S_ISSOCK(os.fstat(self._sink).st_mode):
             return
         with socket.socket(fileno=os.dup(self._sink)) as sock:
@@ -686,7 +763,7 @@ class Connection:
                 raise Disconnected(error.strerror) from None
         deadline = time.monotonic() + LINGER
         while (patience := deadline - time.monotonic()) > 0 and self._wait(self._readable, patience):
-            self._read(0)
+            self._receive(0)
 
     def _find_eol(self, start: int) -> int:
         if not self._eol_decided:
@@ -708,7 +785,27 @@ class Connection:
         self.flush()
         self._input += self._read(deadline - time.monotonic())
 
+    def _send(self, data: bytearray) -> None:
+        while data:
+            if not self._wait(self._writable, self.timeout):
+                raise Disconnected("the client does not read our replies")
+            try:
+                written = os.write(self._sink, data[:WRITE_SIZE])
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                data.clear()
+                raise Disconnected(error.strerror) from None
+            del data[:written]
+
     def _read(self, timeout: float) -> bytes:
+        data = self._receive(timeout)
+        if not self.tls:
+            return data
+        self.tls.feed(data)
+        return self.tls.decrypt()
+
+    def _receive(self, timeout: float) -> bytes:
         if not self._wait(self._readable, timeout):
             raise LmtpError(TIMED_OUT)
         try:
@@ -730,6 +827,133 @@ class Connection:
             if ready - {self._wakeup}:
                 return True
         return False
+
+
+class Tls:
+    """TLS as a server, between octets in the clear and octets on the wire, which somebody else carries.
+
+    protocol, cipher, bits: known after the handshake. identity: the common name in the certificate that the client
+    has shown and that was verified, "" without one. Every method raises Disconnected when TLS fails or ends.
+    """
+
+    def __init__(self, context: SSLContext) -> None:
+        import ssl
+
+        self._errors = ssl.SSLError
+        self._wants_more = ssl.SSLWantReadError
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self.protocol, self.cipher, self.bits = "", "", 0
+        self.identity = ""
+
+    def shake_hands(self) -> bool:
+        """Goes on with the handshake; whether it is done."""
+        try:
+            self._tls.do_handshake()
+        except self._wants_more:
+            return False
+        except self._errors as error:
+            raise self._failure(error) from None
+        self.protocol = self._tls.version() or ""
+        self.cipher, _, self.bits = self._tls.cipher() or ("", "", 0)
+        subject: Any = (self._tls.getpeercert() or {}).get("subject", ())
+        names = [value for attributes in subject for name, value in attributes if name == "commonName"]
+        self.identity = names[0] if names else ""
+        return True
+
+    def binding(self) -> bytes:
+        """The channel binding tls-unique (RFC 5929 section 3); b"" where it is not defined, as for TLS 1.3."""
+        if self.protocol == "TLSv1.3":
+            return b""
+        return self._tls.get_channel_binding("tls-unique") or b""
+
+    def feed(self, data: bytes) -> None:
+        """Takes octets from the wire."""
+        self._incoming.write(data)
+
+    def outgoing(self) -> bytearray:
+        """Octets for the wire."""
+        return bytearray(self._outgoing.read())
+
+    def encrypt(self, data: bytes) -> None:
+        """Takes octets in the clear, for the wire."""
+        try:
+            self._tls.write(data)
+        except self._errors as error:
+            raise self._failure(error) from None
+
+    def decrypt(self) -> bytes:
+        """The octets in the clear that have come, b"" if there are none yet."""
+        parts = []
+        try:
+            while data := self._tls.read(READ_SIZE):
+                parts.append(data)
+        except self._wants_more:
+            return b"".join(parts)
+        except self._errors as error:
+            if not parts:
+                raise self._failure(error) from None
+        if not parts:
+            raise Disconnected("end of file")
+        return b"".join(parts)
+
+    def end(self) -> None:
+        """Says to the peer that nothing follows."""
+        try:
+            self._tls.unwrap()
+        except self._errors:
+            return  # it is the peer's turn to say so, or it never will
+
+    def _failure(self, error: OSError) -> Disconnected:
+        return Disconnected(f"TLS: {getattr(error, 'reason', None) or error}")
+
+
+def tls_context(config: Config) -> SSLContext | None:
+    """The settings for STARTTLS; None if it is not to be offered, or cannot be, and then the log says why.
+
+    Raises ConfigError when it cannot be offered but tls_required is on.
+    """
+    problem = "set allowstarttls and tls_server_cert"
+    if config.allowstarttls and config.tls_server_cert:
+        try:
+            return make_tls_context(config)
+        except (OSError, ValueError) as error:  # ssl.SSLError among them
+            problem = f"{config.tls_server_cert}: {error}"
+    if config.tls_required:
+        raise ConfigError(f"tls_required is on, but STARTTLS cannot be offered: {problem}")
+    if config.allowstarttls:
+        log.error("STARTTLS not offered", cause=problem)
+    return None
+
+
+def make_tls_context(config: Config) -> SSLContext:
+    """The settings for STARTTLS. Raises OSError (also ssl.SSLError) and ValueError."""
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2 if "tls1_2" in config.tls_versions else ssl.TLSVersion.TLSv1_3
+    context.maximum_version = ssl.TLSVersion.TLSv1_3 if "tls1_3" in config.tls_versions else ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_TICKET  # a session is as long as a connection
+    context.num_tickets = 0
+    if config.tls_ciphers:
+        context.set_ciphers(config.tls_ciphers)
+    context.load_cert_chain(config.tls_server_cert, config.tls_server_key or None, password=no_password)
+    if config.tls_client_certs == "off":
+        return context
+    if config.tls_client_ca_file or config.tls_client_ca_dir:
+        context.load_verify_locations(config.tls_client_ca_file or None, config.tls_client_ca_dir or None)
+        context.verify_mode = ssl.CERT_REQUIRED if config.tls_client_certs == "require" else ssl.CERT_OPTIONAL
+    elif config.tls_client_certs == "require":
+        raise ValueError("tls_client_certs: require needs tls_client_ca_file or tls_client_ca_dir")
+    if config.tls_crl_file:
+        context.load_verify_locations(config.tls_crl_file)
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+    return context
+
+
+def no_password() -> str:
+    """For a key that is encrypted, so that OpenSSL asks nobody at a terminal. Raises ValueError."""
+    raise ValueError("the private key is encrypted; a server needs one that is not")
 
 
 class Peer:
@@ -1221,17 +1445,17 @@ def return_path_field(reverse_path: Address | None, config: Config) -> bytes:
 
 
 def received_field(
-    client: str, peer: Peer, protocol: str, session: str, recipient: Address | None, config: Config
+    client: str, peer: str, protocol: str, session: str, recipient: Address | None, config: Config
 ) -> bytes:
     """The Received field (RFC 5321 section 4.4).
 
-    client: the name given with LHLO. protocol: of RFC 3848 and RFC 6531 section 4.3.
-    session: its id. recipient: for whom, None when there are several.
+    client: the name given with LHLO. peer: comments on who that is. protocol: of RFC 3848 and RFC 6531 section 4.3,
+    and comments on it. session: its id. recipient: for whom, None when there are several.
     """
     product = f" ({PRODUCT})" if config.serverinfo == "on" else ""
     for_whom = f"\n\tfor <{recipient}>" if recipient else ""
     return (
-        f"Received: from {client} ({peer.name})\n"
+        f"Received: from {client} {peer}\n"
         f"\tby {config.servername}{product} with {protocol} id {session}{for_whom};\n"
         f"\t{date_time()}\n"
     ).encode()
@@ -1551,6 +1775,314 @@ def failure(error: Exception, mailbox: Maildir) -> Reply:
 
 
 # ======================================================================
+# Authentication
+#
+# Owns SASL mechanisms, and who checks passwords.
+# Must not know mail.
+# ======================================================================
+
+# A mechanism is a generator: it yields challenges, is sent responses, and returns the
+# user's name. It raises AuthenticationFailed, AuthenticationUnavailable or ValueError,
+# the last for a response that is malformed.
+
+PLAINTEXT_MECHANISMS = ("PLAIN", "LOGIN")
+SCRAM_MECHANISMS = ("SCRAM-SHA-256", "SCRAM-SHA-1")
+AUTHENTICATION_TIMEOUT = 30  # seconds that saslauthd or Dovecot may take to answer
+TRUSTED_USER = "postman"  # who a client on a trusted connection is to Cyrus
+
+
+class AuthenticationFailed(Exception):
+    """The client has not shown who it is. The text says why, to the log and not to the client."""
+
+
+class AuthenticationUnavailable(Exception):
+    """It cannot be found out now. The text says why, to the log and not to the client."""
+
+
+def external(identity: str) -> Mechanism:
+    """EXTERNAL (RFC 4422 appendix A): the client is who the connection says it is."""
+    response = yield b""
+    return authorized(identity, response.decode("utf-8"))
+
+
+def plain(check: Callable[[str, str], None]) -> Mechanism:
+    """PLAIN (RFC 4616)"""
+    response = yield b""
+    authorization, user, password = response.decode("utf-8").split("\0")
+    check(user, password)
+    return authorized(user, authorization)
+
+
+def login(check: Callable[[str, str], None]) -> Mechanism:
+    """LOGIN, as clients have it that know no PLAIN"""
+    user = yield b"Username:"
+    password = yield b"Password:"
+    check(user.decode("utf-8"), password.decode("utf-8"))
+    return user.decode("utf-8")
+
+
+def scram(name: str, verifiers: PasswordFile, binding: bytes) -> Mechanism:
+    """SCRAM-SHA-1 and SCRAM-SHA-256, with -PLUS and tls-unique where there is a binding (RFC 5802, RFC 7677)"""
+    from scramp import ScramException, ScramMechanism
+
+    users = []
+
+    def verifier(user: str) -> tuple[bytes, bytes, bytes, int]:
+        users.append(user)
+        return verifiers.scram(user, name.removesuffix("-PLUS"))
+
+    server = ScramMechanism(name).make_server(verifier, ("tls-unique", binding) if binding else None)
+    try:
+        response = yield b""
+        server.set_client_first(response.decode("utf-8"))
+        response = yield server.get_server_first().encode()
+        server.set_client_final(response.decode("utf-8"))
+        yield server.get_server_final().encode()
+    except ScramException as error:
+        raise AuthenticationFailed(str(error)) from None
+    return str(users[0])
+
+
+def authorized(user: str, wanted: str) -> str:
+    """The user, if he asks to be nobody else. Raises AuthenticationFailed."""
+    if wanted not in ("", user):
+        raise AuthenticationFailed(f"{user} may not act for {wanted}")
+    return user
+
+
+class PasswordFile:
+    """A file with lines "user:verifier", where the verifier is argon2id's or one for SCRAM.
+
+    Argon2id: as the command argon2 -e prints it, "$argon2id$...". SCRAM: as Dovecot's doveadm pw prints it,
+    "{SCRAM-SHA-256}iterations,salt,stored key,server key".
+    Everything raises AuthenticationFailed for an unknown user or a wrong password, and AuthenticationUnavailable
+    when the file cannot be used.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def check(self, user: str, password: str) -> None:
+        """Returns if that is the user's password."""
+        verifier = self._verifier(user)
+        if verifier.startswith("$argon2"):
+            self._check_argon2(user, password, verifier)
+            return
+        from hmac import compare_digest
+
+        from scramp import ScramMechanism
+
+        name = verifier[1:].partition("}")[0]
+        salt, stored_key, _, iterations = self.scram(user, name)
+        _, computed_key, _, _ = ScramMechanism(name).make_auth_info(password, iterations, salt)
+        if not compare_digest(stored_key, computed_key):
+            raise AuthenticationFailed("wrong password")
+
+    def scram(self, user: str, name: str) -> tuple[bytes, bytes, bytes, int]:
+        """The salt, stored key, server key and iterations for the SCRAM mechanism of that name."""
+        from base64 import b64decode
+
+        prefix = f"{{{name}}}"
+        verifier = self._verifier(user)
+        if name not in SCRAM_MECHANISMS or not verifier.startswith(prefix):
+            raise AuthenticationFailed(f"no verifier for {name}")
+        try:
+            iterations, *keys = verifier[len(prefix) :].split(",")
+            salt, stored_key, server_key = (b64decode(key, validate=True) for key in keys)
+            return salt, stored_key, server_key, int(iterations)
+        except ValueError:
+            raise AuthenticationUnavailable(f"{self._path}: the verifier of {user} is malformed") from None
+
+    def _check_argon2(self, user: str, password: str, verifier: str) -> None:
+        from argon2 import PasswordHasher
+        from argon2.exceptions import InvalidHash, VerificationError
+
+        try:
+            PasswordHasher().verify(verifier, password)
+        except VerificationError:
+            raise AuthenticationFailed("wrong password") from None
+        except InvalidHash:
+            raise AuthenticationUnavailable(f"{self._path}: the verifier of {user} is malformed") from None
+
+    def _verifier(self, user: str) -> str:
+        try:
+            with open(self._path, encoding="utf-8") as file:
+                if os.fstat(file.fileno()).st_mode & stat.S_IROTH:
+                    raise AuthenticationUnavailable(f"{self._path}: everybody can read it; chmod o-r")
+                for line in file:
+                    name, _, verifier = line.strip().partition(":")
+                    if name == user and verifier and not name.startswith("#"):
+                        return verifier
+        except (OSError, UnicodeDecodeError) as error:
+            raise AuthenticationUnavailable(f"{self._path}: {error}") from None
+        raise AuthenticationFailed("unknown user")
+
+
+def connect_to_checker(path: str) -> socket.socket:
+    """A connection to a local service. Raises AuthenticationUnavailable."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(AUTHENTICATION_TIMEOUT)
+    try:
+        sock.connect(path)
+    except OSError as error:
+        sock.close()
+        raise AuthenticationUnavailable(f"{path}: {error}") from None
+    return sock
+
+
+def check_with_saslauthd(path: str, service: str, user: str, password: str) -> None:
+    """Asks saslauthd(8), in its protocol: four strings, each with its length before it; so is the answer.
+
+    Raises AuthenticationFailed and AuthenticationUnavailable.
+    """
+    fields = [field.encode() for field in (user, password, service, "")]
+    if any(len(field) > 255 for field in fields):
+        raise AuthenticationFailed("user or password is too long")
+    with connect_to_checker(path) as sock, sock.makefile("rb") as answers:
+        try:
+            sock.sendall(b"".join(len(field).to_bytes(2, "big") + field for field in fields))
+            answer = answers.read(int.from_bytes(answers.read(2), "big"))
+        except OSError as error:
+            raise AuthenticationUnavailable(f"{path}: {error}") from None
+    if not answer:
+        raise AuthenticationUnavailable(f"{path}: no answer")
+    if not answer.startswith(b"OK"):
+        raise AuthenticationFailed(f"saslauthd: {answer.decode('utf-8', 'replace')}")
+
+
+class DovecotAuth:
+    """Dovecot's authentication service, as a client of it: every mechanism that it offers is passed through.
+
+    Source: Dovecot's documentation of its authentication protocol, version 1.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Raises AuthenticationUnavailable."""
+        self._path = path
+        self._sock = connect_to_checker(path)
+        self._answers = self._sock.makefile("rb")
+        self._requests = 0
+        self.mechanisms: list[str] = []
+        self._say("VERSION", "1", "1")
+        self._say("CPID", str(os.getpid()))
+        while (words := self._hear())[0] != "DONE":
+            if words[0] == "MECH" and "private" not in words:
+                self.mechanisms.append(words[1].upper())
+
+    def mechanism(self, name: str, service: str, secured: bool) -> Mechanism:
+        """The mechanism of that name."""
+        self._requests += 1
+        identity = str(self._requests)
+        response = yield b""
+        self._say("AUTH", identity, name, f"service={service}", *(["secured"] if secured else []), self._resp(response))
+        while True:
+            verdict, *words = self._hear()
+            if not words or words[0] != identity:
+                continue
+            if verdict == "CONT":
+                response = yield from_base64(words[1].encode())
+                self._say("CONT", identity, to_base64(response))
+            elif verdict == "OK":
+                return next(word[5:] for word in words if word.startswith("user="))
+            elif "temp" in words:
+                raise AuthenticationUnavailable(f"{self._path}: temporary failure")
+            else:
+                raise AuthenticationFailed("dovecot: " + " ".join(words[1:]))
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._answers.close()
+        self._sock.close()
+
+    def _resp(self, response: bytes) -> str:
+        return f"resp={to_base64(response)}"
+
+    def _say(self, *words: str) -> None:
+        try:
+            self._sock.sendall(("\t".join(words) + "\n").encode())
+        except OSError as error:
+            raise AuthenticationUnavailable(f"{self._path}: {error}") from None
+
+    def _hear(self) -> list[str]:
+        try:
+            line = self._answers.readline(LINE_LIMIT * 2)
+        except OSError as error:
+            raise AuthenticationUnavailable(f"{self._path}: {error}") from None
+        if not line.endswith(b"\n"):
+            raise AuthenticationUnavailable(f"{self._path}: the connection was closed")
+        return line[:-1].decode("utf-8", "replace").split("\t")
+
+
+class Authenticator:
+    """The ways in which the clients of a server may authenticate, with who checks their passwords.
+
+    service: the name that saslauthd and Dovecot are told.
+    """
+
+    def __init__(self, config: Config, service: str) -> None:
+        self._config, self._service = config, service
+        self._dovecot: DovecotAuth | None = None
+
+    def names(self, tls: Tls | None) -> list[str]:
+        """The mechanisms there are. tls: the encryption of the connection."""
+        names = ["EXTERNAL"] if tls and tls.identity else []
+        if self._config.sasl_pwcheck_method == "dovecot":
+            return names + self._dovecot_mechanisms()
+        if self._config.sasl_pwcheck_method == "file":
+            if not self._config.sasl_password_file:
+                return names
+            bound = [f"{name}-PLUS" for name in SCRAM_MECHANISMS] if tls and tls.binding() else []
+            names += [*bound, *SCRAM_MECHANISMS]
+        return [*names, *PLAINTEXT_MECHANISMS]
+
+    def mechanism(self, name: str, tls: Tls | None) -> Mechanism:
+        """The mechanism of that name, which is one of names(), or EXTERNAL. Raises AuthenticationUnavailable."""
+        if name == "EXTERNAL":
+            return external(tls.identity if tls else TRUSTED_USER)
+        if self._dovecot:
+            return self._dovecot.mechanism(name, self._service, secured=tls is not None)
+        if name == "PLAIN":
+            return plain(self._check)
+        if name == "LOGIN":
+            return login(self._check)
+        return scram(name, PasswordFile(self._config.sasl_password_file), tls.binding() if tls else b"")
+
+    def close(self) -> None:
+        """Forgets the connection that is served."""
+        if self._dovecot:
+            self._dovecot.close()
+            self._dovecot = None
+
+    def _check(self, user: str, password: str) -> None:
+        if self._config.sasl_pwcheck_method == "file":
+            PasswordFile(self._config.sasl_password_file).check(user, password)
+        else:
+            check_with_saslauthd(self._config.sasl_saslauthd_path, self._service, user, password)
+
+    def _dovecot_mechanisms(self) -> list[str]:
+        try:
+            self._dovecot = self._dovecot or DovecotAuth(self._config.sasl_auth_socket_path)
+        except AuthenticationUnavailable as error:
+            log.error("authentication unavailable", cause=error)
+            return []
+        return [name for name in self._dovecot.mechanisms if name not in ("EXTERNAL", "ANONYMOUS")]
+
+
+def to_base64(data: bytes) -> str:
+    """The data as it goes over the wire in SASL."""
+    from base64 import b64encode
+
+    return b64encode(data).decode("ascii")
+
+
+def from_base64(line: bytes) -> bytes:
+    """The data that came over the wire in SASL. Raises ValueError."""
+    from base64 import b64decode
+
+    return b64decode(line, validate=True)
+
+
+# ======================================================================
 # Session
 #
 # Owns the verbs and the state of the transaction.
@@ -1560,10 +2092,14 @@ def failure(error: Exception, mailbox: Maildir) -> Reply:
 TRACE_ID_LIMIT = 255
 TRACE_ID = frozenset(LETTERS + DIGITS + "._-")
 DECIMAL = frozenset(DIGITS)
+HEX_DIGITS = frozenset(DIGITS + "ABCDEF")
 SIZE_DIGITS = 20  # RFC 1870 section 6
 HOST_NAME = frozenset(LETTERS + DIGITS + ".-_:[]")
 BODY_TYPES = ("7BIT", "8BITMIME")
 USEFUL_WHILE_SHUT = ("LHLO", "NOOP", "QUIT")
+USEFUL_BEFORE_TLS = ("LHLO", "NOOP", "STARTTLS", "QUIT")
+RESPONSE_LIMIT = 12_290  # octets of a SASL response with its end, RFC 4954 section 4
+FAILURES_ALLOWED = 3
 MALFORMED = (500, 501, 555)  # codes of replies to commands that count as bad
 
 OK = Reply(250, "2.0.0", "Ok")
@@ -1582,6 +2118,18 @@ CHUNKING_BEGUN = Reply(503, "5.5.1", "BDAT has begun this message, only BDAT can
 TOO_MANY_RECIPIENTS = Reply(452, "4.5.3", "Too many recipients, send the message to the others separately")
 TOO_MANY_ERRORS = Reply(421, "4.7.0", "Too many bad commands, closing the connection")
 NOT_ASCII = Reply(553, "5.6.7", "Addresses beyond ASCII need the SMTPUTF8 parameter of MAIL")
+READY_FOR_TLS = Reply(220, "2.0.0", "Ready to start TLS")
+AUTHENTICATED = Reply(235, "2.7.0", "Authentication successful")
+AUTHENTICATION_DOWN = Reply(454, "4.7.0", "Authentication is not possible now, try again later")
+MALFORMED_RESPONSE = Reply(501, "5.5.2", "Malformed response")
+CANCELLED = Reply(501, "5.7.0", "Authentication cancelled")
+NOT_NOW = Reply(503, "5.5.1", "Not within a transaction, and once only")
+UNKNOWN_MECHANISM = Reply(504, "5.5.4", "Mechanism not available")
+TLS_FIRST = Reply(530, "5.7.0", "Must issue a STARTTLS command first")
+FAILED = Reply(535, "5.7.8", "Authentication failed")
+FAILED_TOO_OFTEN = Reply(535, "5.7.8", "Authentication failed too often, closing the connection", closes=True)
+ENCRYPTION_FIRST = Reply(538, "5.7.11", "Encryption is required for this mechanism")
+NOT_ALLOWED = Reply(550, "5.7.1", "You are not allowed to deliver here")
 AUTHENTICATE_LATER = Reply(430, "4.7.0", "Authentication required")
 AUTHENTICATE_FIRST = Reply(530, "5.7.0", "Authentication required")
 
@@ -1599,15 +2147,27 @@ class Transaction(Envelope):
 class Session:
     """An LMTP session on a connection (RFC 2033).
 
-    trusted: whether the peer may send mail without authentication. stop: what may end the session early.
+    trusted: whether the peer may send mail without authentication. tls: the settings for STARTTLS, None if it is not
+    to be had. authenticator: what it takes to authenticate. stop: what may end the session early.
     """
 
     def __init__(
-        self, connection: Connection, peer: Peer, trusted: bool, store: MaildirStore, stop: Stop, config: Config
+        self,
+        connection: Connection,
+        peer: Peer,
+        trusted: bool,
+        tls: SSLContext | None,
+        authenticator: Authenticator,
+        store: MaildirStore,
+        stop: Stop,
+        config: Config,
     ) -> None:
         self.id = f"lmtpd-{os.getpid()}-{time.time_ns() // 1000}"
         self._connection, self._peer, self._trusted = connection, peer, trusted
+        self._tls, self._authenticator = tls, authenticator
         self._store, self._stop, self._config = store, stop, config
+        self._user = ""
+        self._failures = 0
         self._client = "unknown"
         self._transaction: Transaction | None = None
         self._bad_commands = 0
@@ -1657,7 +2217,7 @@ class Session:
             line = self._next_line()
             self._dispatch(line)
         except LmtpError as error:
-            log.info("refused", command=line.decode("utf-8", "replace"), reply=error)
+            log.info("refused", command=without_secrets(line), reply=error)
             self._reply(error.reply)
             self._bad_commands += error.reply.code in MALFORMED
             if 0 < self._config.lmtp_max_bad_commands < self._bad_commands:
@@ -1678,14 +2238,19 @@ class Session:
         except UnicodeDecodeError:
             raise unreadable from None
         if self._config.chatty:
-            log.info("command", line=command)
+            log.info("command", line=without_secrets(line))
         verb, _, argument = command.partition(" ")
         method = self.VERBS.get(verb.upper())
         if not method or not verb.isascii() or not command.isprintable():
             raise unreadable
         if (notice := self._stop.notice()) and verb.upper() not in USEFUL_WHILE_SHUT:
             raise LmtpError(Reply(421, "4.3.2", notice))
+        if self._config.tls_required and not self._is_protected() and verb.upper() not in USEFUL_BEFORE_TLS:
+            raise LmtpError(TLS_FIRST)
         method(self, argument)
+
+    def _is_protected(self) -> bool:
+        return self._trusted or self._connection.tls is not None
 
     def _on_wakeup(self) -> None:
         self._stop.wake()
@@ -1730,14 +2295,54 @@ class Session:
             f"LIMITS RCPTMAX={self._config.lmtp_max_recipients}",
             "IGNOREQUOTA",
             "TRACE",
+            *(["STARTTLS"] if self._tls and not self._is_protected() else []),
+            *([f"AUTH {' '.join(mechanisms)}"] if (mechanisms := self._mechanisms()) else []),
             f"Ok SESSIONID=<{self.id}>",
         ]
         self._reply(Reply(250, "", "\n".join(extensions)))
 
+    def _starttls(self, argument: str) -> None:
+        """RFC 3207"""
+        if not self._tls or self._trusted:
+            raise LmtpError(BAD_SYNTAX)
+        if argument:
+            raise malformed("STARTTLS takes none")
+        if self._connection.tls or self._transaction:
+            raise LmtpError(NOT_NOW)
+        self._reply(READY_FOR_TLS)
+        self._connection.start_tls(self._tls)
+        self._client, self._user = "unknown", ""
+
+    def _auth(self, argument: str) -> None:
+        """RFC 4954 section 4"""
+        name, _, initial = argument.partition(" ")
+        name = name.upper()
+        if not name:
+            raise malformed("AUTH needs a mechanism")
+        if self._user or self._transaction:
+            raise LmtpError(NOT_NOW)
+        if name not in self._mechanisms():
+            possible = name in PLAINTEXT_MECHANISMS or self._config.sasl_minimum_layer
+            raise LmtpError(ENCRYPTION_FIRST if possible and not self._is_protected() else UNKNOWN_MECHANISM)
+        try:
+            self._user = self._converse(self._authenticator.mechanism(name, self._connection.tls), initial)
+        except (AuthenticationUnavailable, ImportError) as error:  # the latter: see setup.py, extras_require
+            log.error("authentication unavailable", mechanism=name, cause=error)
+            raise LmtpError(AUTHENTICATION_DOWN) from None
+        except AuthenticationFailed as error:
+            self._failures += 1
+            log.warning("authentication failed", mechanism=name, peer=self._peer.name, cause=error)
+            time.sleep(self._failures)
+            raise LmtpError(FAILED if self._failures < FAILURES_ALLOWED else FAILED_TOO_OFTEN) from None
+        log.info("authenticated", user=self._user, mechanism=name, peer=self._peer.name)
+        self._reply(AUTHENTICATED)
+
     def _mail(self, argument: str) -> None:
-        """RFC 5321 section 4.1.1.2; the parameters: RFC 1870 section 6, RFC 6152, RFC 6531"""
-        if not self._trusted:
+        """RFC 5321 section 4.1.1.2; the parameters: RFC 1870 section 6, RFC 6152, RFC 6531, RFC 4954 section 5"""
+        if not self._trusted and not self._user:
             raise LmtpError(AUTHENTICATE_LATER if self._config.soft_noauth else AUTHENTICATE_FIRST)
+        if not self._trusted and self._user not in self._config.admins:
+            raise LmtpError(NOT_ALLOWED)
         if self._transaction:
             raise LmtpError(NESTED_MAIL)
         address, parameters = parse_argument(argument, "FROM:")
@@ -1750,6 +2355,8 @@ class Session:
             elif keyword == "BODY":
                 if (value or "").upper() not in BODY_TYPES:
                     raise malformed(f"BODY must be one of {', '.join(BODY_TYPES)}")
+            elif keyword == "AUTH":
+                log.info("submitter", auth=decode_xtext(value))
             else:
                 raise unsupported(keyword)
         self._check_characters(address, utf8)
@@ -1850,6 +2457,8 @@ class Session:
 
     VERBS = {
         "LHLO": _lhlo,
+        "STARTTLS": _starttls,
+        "AUTH": _auth,
         "MAIL": _mail,
         "RCPT": _rcpt,
         "DATA": _data,
@@ -1861,6 +2470,42 @@ class Session:
         "TRACE": _trace,
         "QUIT": _quit,
     }
+
+    def _mechanisms(self) -> list[str]:
+        """The mechanisms that may be used now."""
+        if self._trusted:
+            return ["EXTERNAL"]
+        tls = self._connection.tls
+        if (tls.bits if tls else 0) < self._config.sasl_minimum_layer:
+            return []
+        names = self._authenticator.names(tls)
+        if not tls and not self._config.allowplaintext:
+            names = [name for name in names if name not in PLAINTEXT_MECHANISMS]
+        wanted = [name.upper() for name in self._config.sasl_mech_list]
+        return [name for name in names if not wanted or name in wanted]
+
+    def _converse(self, mechanism: Mechanism, initial: str) -> str:
+        """Lets the client and the mechanism talk; the user. Raises what the mechanism raises, and LmtpError."""
+        try:
+            response = self._decoded(initial.encode()) if initial else None
+            challenge = next(mechanism)
+            while True:
+                if response is None:
+                    self._reply(Reply(334, "", to_base64(challenge)))
+                    response = self._decoded(self._connection.read_line(RESPONSE_LIMIT))
+                challenge = mechanism.send(response)
+                response = None
+        except StopIteration as done:
+            return str(done.value)
+        except ValueError:
+            raise LmtpError(MALFORMED_RESPONSE) from None
+        finally:
+            mechanism.close()
+
+    def _decoded(self, response: bytes) -> bytes:
+        if response == b"*":
+            raise LmtpError(CANCELLED)
+        return b"" if response == b"=" else from_base64(response)
 
     def _check_size(self, value: str | None) -> None:
         if not value or not DECIMAL.issuperset(value):
@@ -1874,10 +2519,17 @@ class Session:
             raise LmtpError(NOT_ASCII)
 
     def _new_message(self, transaction: Transaction) -> Message:
-        protocol = f"{'UTF8' if transaction.utf8 else ''}LMTP{'A' if self._trusted else ''}"
-        only_one = transaction.recipients[0][0].address if len(transaction.recipients) == 1 else None
+        tls = self._connection.tls
+        authenticated = f" (authenticated user={self._user} bits={tls.bits if tls else 0})" if self._user else ""
+        encrypted = f" ({tls.protocol} with cipher {tls.cipher} ({tls.bits} bits))" if tls else ""
+        letters = ("S" if tls else "") + ("A" if self._trusted or self._user else "")
         trace = return_path_field(transaction.reverse_path, self._config) + received_field(
-            self._client, self._peer, protocol, self.id, only_one, self._config
+            client=self._client,
+            peer=f"({self._peer.name}){authenticated}",
+            protocol=f"{'UTF8' if transaction.utf8 else ''}LMTP{letters}{encrypted}",
+            session=self.id,
+            recipient=transaction.recipients[0][0].address if len(transaction.recipients) == 1 else None,
+            config=self._config,
         )
         return Message(trace, self._config, transaction.open_draft)
 
@@ -1896,6 +2548,12 @@ class Session:
             self._reply(reply)
         self._bad_commands = 0
         self._reset()
+
+
+def without_secrets(line: bytes) -> str:
+    """A command for the log: what follows the mechanism of AUTH may be a password."""
+    words = line.decode("utf-8", "replace").split(" ", 2)
+    return " ".join([*words[:2], "..."] if len(words) > 2 and words[0].upper() == "AUTH" else words)
 
 
 def malformed(text: str) -> LmtpError:
@@ -1917,6 +2575,17 @@ def parse_argument(argument: str, prefix: str) -> tuple[Address | None, dict[str
         return address, parse_parameters(rest)
     except ValueError as error:
         raise malformed(str(error)) from None
+
+
+def decode_xtext(value: str | None) -> str:
+    """The value of MAIL's AUTH parameter (RFC 4954 section 5, RFC 3461 section 4). Raises LmtpError."""
+    first, *rest = (value or "+").split("+")
+    decoded = [first]
+    for part in rest:
+        if len(part) < 2 or not HEX_DIGITS.issuperset(part[:2]):
+            raise malformed("AUTH must be xtext")
+        decoded += chr(int(part[:2], 16)), part[2:]
+    return "".join(decoded)
 
 
 def parse_chunk_size(argument: str) -> tuple[int, bool]:
@@ -2012,11 +2681,12 @@ class Server:
     """How this process serves a connection, and what it was told on its command line.
 
     uses: connections that a process serves. timeout: seconds it waits for another, 0 for ever.
-    service: the name under which it was started.
+    service: the name under which it was started. tls: the settings for STARTTLS, if it is to be had.
     """
 
-    def __init__(self, config: Config, options: dict[str, Any], service: str) -> None:
+    def __init__(self, config: Config, options: dict[str, Any], service: str, tls: SSLContext | None) -> None:
         self.config, self.service = config, service
+        self._tls = tls
         self.uses: int = options["-U"]
         self.timeout: float = options["-T"]
         self.stop = Stop(f"{config.configdirectory}/msg/shutdown")
@@ -2041,7 +2711,9 @@ class Server:
                 log.warning("connection refused", peer=peer.name, cause=error)
                 return
         trusted = self._trusts_internet or not peer.internet
-        Session(connection, peer, trusted, self._store, self.stop, self.config).serve()
+        authenticator = Authenticator(self.config, self.service)
+        Session(connection, peer, trusted, self._tls, authenticator, self._store, self.stop, self.config).serve()
+        authenticator.close()
 
     def _leave_if_told(self) -> None:
         self.stop.wake()
@@ -2523,9 +3195,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.open(config.syslog_prefix, config.syslog_facility, config.debug)
         for setting in config.unknown:
             log.debug("setting not of lmtpd", where=setting)
+        tls = None if options["-a"] else tls_context(config)  # before root, who alone may read the key, is gone
         drop_privileges(config.cyrus_user)
         os.umask(config.umask)
-        run(Server(config, options, service))
+        run(Server(config, options, service, tls))
     except (DocoptExit, UsageError) as error:
         log.startup_error("usage error", cause=error)
         return refuse_to_start(os.EX_USAGE, str(error))

@@ -21,6 +21,8 @@ setup(
     py_modules=["lmtpd"],
     python_requires=">=3.9",
     install_requires=["docopt", 'systemd-python; sys_platform == "linux"'],
+    # For the option sasl_pwcheck_method: file.
+    extras_require={"auth": ["scramp", "argon2-cffi"]},
     entry_points={"console_scripts": ["lmtpd = lmtpd:main"]},
     data_files=[
         ("share/man/man8", glob.glob("man/*.8")),

@@ -34,7 +34,7 @@ need_venv() {
     [[ $python != /usr/bin/python3 ]] || need_packages python3 python3-venv python3-dev
     [[ $(readlink -f "$venv/bin/python") == $(readlink -f "$python") ]] || "$python" -m venv --clear "$venv"
     # Not in place: what is tested is what an administrator gets.
-    "$venv/bin/pip" install --quiet --disable-pip-version-check --use-pep517 "$@" "$top"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check --use-pep517 "$@" "$top[auth]"
 }
 
 # need_cyrus: the real Cyrus lmtpd, unpacked in a cache folder (its package conflicts with Dovecot's), with
