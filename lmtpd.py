@@ -2796,12 +2796,13 @@ class Worker:
         lock: int = -1,
     ) -> None:
         self._server, self._listeners, self._lock = server, listeners, lock
-        self._report = reporter.report
+        self._report, self._parent = reporter.report, reporter.fd
         self._on_stock = on_stock
         self._served = 0
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self._arrivals = select.epoll()
         self._arrivals.register(server.stop.fd, select.EPOLLIN)
+        self._arrivals.register(self._parent, 0)  # says only that nobody reads the other end any more
         # With a lock only its holder waits, and has to be told of a connection that another did not take.
         exclusive = EPOLLEXCLUSIVE if lock < 0 else 0
         for listener in listeners:
@@ -2849,7 +2850,7 @@ class Worker:
         while not stop.leaving:
             ready = [fd for fd, _ in self._arrivals.poll(patience)]
             stop.wake()
-            if not ready or self._server.is_outdated():
+            if not ready or self._parent in ready or self._server.is_outdated():
                 return None
             for listener in self._listeners:
                 if listener.fileno() in ready and (connection := accept(listener)):
@@ -3029,19 +3030,19 @@ class Pool:
 class Reporter:
     """Tells a parent the state of this worker, as master(8) wants to be told: two native ints, message and process.
 
-    A parent that is gone is a reason to leave.
+    fd: where it is told. A parent that is gone is a reason to leave.
     """
 
     INT_SIZE = 4
 
     def __init__(self, fd: int, stop: Stop) -> None:
-        self._fd, self._stop = fd, stop
+        self.fd, self._stop = fd, stop
 
     def report(self, message: int) -> None:
         """Tells it AVAILABLE, UNAVAILABLE or CONNECTED."""
         try:
             os.write(
-                self._fd, b"".join(number.to_bytes(self.INT_SIZE, sys.byteorder) for number in (message, os.getpid()))
+                self.fd, b"".join(number.to_bytes(self.INT_SIZE, sys.byteorder) for number in (message, os.getpid()))
             )
         except OSError as error:
             log.warning("parent is gone", cause=error)

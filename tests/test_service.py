@@ -223,6 +223,15 @@ class TestPool:
             time.sleep(1)
             assert [cpu_ticks(process) for process in family] == before
 
+    def test_workers_leave_when_their_parent_is_killed(self, site: Site) -> None:
+        site.configure(lmtp_prefork="2")
+        with pool(site, "-T", "0") as starter:
+            open_session(starter).command("QUIT")
+            wait_for(lambda: len(live(starter)) >= 3, "two workers")
+            workers = children(starter.process.pid)
+            os.kill(starter.process.pid, signal.SIGKILL)
+            wait_for(lambda: not any(exists(worker) for worker in workers), "their end")
+
     def test_a_killed_worker_hurts_nobody_else(self, site: Site) -> None:
         with pool(site) as starter:
             victim, other = open_session(starter), open_session(starter)
