@@ -305,7 +305,7 @@ class Config:
     virtdomains = option(as_choice("off", "userid", "on"), "off", "whether the domain belongs to the userid")
 
     files: tuple[str, ...]  # the configuration file, and those it includes
-    partition: str  # the path of the default partition
+    partition: str  # the folder that all Maildirs are in
     unknown: list[str]  # settings that are not of lmtpd, each "file:line: name"
 
     @classmethod
@@ -331,15 +331,16 @@ class Config:
                 raise ConfigError(f"{file}: {name} must be set; add a line '{name}: ...'")
             setattr(config, name, parsed(row.parse, name, (value, where)))
         config.servername = config.servername or socket.gethostname()
+        config.defaultdomain = config.defaultdomain.lower()
         config.partition = default_partition(config, settings, service, file)
         config.unknown = [f"{where}: {name}" for name, (_, where) in settings.items() if "partition-" not in name]
         return config
 
 
 def default_partition(config: Config, settings: dict[str, tuple[str, str]], service: str, file: str) -> str:
-    """The path of the partition where mailboxes are, "" if maildir_path does not need one. Raises ConfigError."""
+    """The folder that all Maildirs are in: the partition, or what maildir_path begins with. Raises ConfigError."""
     if "%p" not in config.maildir_path.replace("%%", ""):
-        return ""
+        return os.path.dirname(config.maildir_path.partition("%")[0])
     names = [name for name in settings if name.startswith("partition-")]
     name = f"partition-{config.defaultpartition.lower() or 'default'}"
     if len(names) == 1 and not config.defaultpartition:
@@ -540,8 +541,9 @@ def keep_stderr_from_client() -> None:
     except OSError:
         pass  # one of them is closed
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    os.dup2(null, 2)
-    os.close(null)
+    if null != 2:
+        os.dup2(null, 2)
+        os.close(null)
 
 
 log = Log()
@@ -685,13 +687,12 @@ class Connection:
         del self._input[: end + len(self.eol)]
         return line
 
-    def read_some(self) -> bytes:
-        """Whatever octets come next, at least one. Raises LmtpError when none come in time, and Disconnected."""
+    def read_some(self, limit: int = READ_SIZE) -> bytes:
+        """Whatever octets come next, up to limit. Raises LmtpError when none come in time, and Disconnected."""
         if not self._input:
-            self.flush()
-            return self._read(self.timeout)
-        data = bytes(self._input)
-        self._input.clear()
+            self._fill(time.monotonic() + self.timeout)
+        data = bytes(self._input[:limit])
+        del self._input[:limit]
         return data
 
     def read_octets(self, size: int) -> bytes:
@@ -822,6 +823,8 @@ class Connection:
         """Whether the descriptor is ready within so many seconds."""
         deadline = time.monotonic() + timeout
         while ready := {fd for fd, _ in poll.poll(max(deadline - time.monotonic(), 0) * 1000)}:
+            if poll is self._writable and self._sink in ready:
+                return True  # a client is told what has been done for it, whatever else there is to do
             if self._wakeup in ready:
                 self.on_wakeup()
             if ready - {self._wakeup}:
@@ -1185,7 +1188,7 @@ class Recipient:
         is_postmaster = self.user.lower() == "postmaster"  # in any case, RFC 5321 section 4.5.1
         if config.lmtp_downcase_rcpt or is_postmaster:
             self.user = self.user.lower()
-        keeps_domain = config.virtdomains != "off" and address.domain != config.defaultdomain.lower()
+        keeps_domain = config.virtdomains != "off" and address.domain != config.defaultdomain
         self.domain = address.domain if keeps_domain else ""
 
     @property
@@ -1279,7 +1282,8 @@ class Message:
 
     refusal: the reply to give instead of delivering it; None while all is well.
     draft: the file that holds it; None while it is in memory, and then content is the whole of it.
-    wire_size: octets received, line ends counted as CR LF. size, lines: octets and line ends as stored.
+    wire_size: octets received, line ends counted as CR LF. size, lines: octets as stored, and the LFs among them that
+    have no CR before them, as an IMAP server will put one there.
     message_id: its Message-ID as text for the log, known once it is complete.
     """
 
@@ -1291,10 +1295,11 @@ class Message:
         self.message_id = ""
         self._trace, self._config, self._open_draft = trace, config, open_draft
         self._received = bytearray()
+        self._ends_in_cr = False
 
     def write(self, data: bytes) -> None:
         """Takes the next octets, with LF at the end of lines. Never raises: what is wrong becomes the refusal."""
-        if self.refusal:
+        if self.refusal or not data:
             return
         self.wire_size += len(data) + data.count(LF)
         if 0 < self._config.maxmessagesize < self.wire_size:
@@ -1342,7 +1347,8 @@ class Message:
 
     def _append(self, data: bytes) -> None:
         self.size += len(data)
-        self.lines += data.count(LF)
+        self.lines += data.count(LF) - data.count(CRLF) - (self._ends_in_cr and data.startswith(LF))
+        self._ends_in_cr = data.endswith(b"\r")
         try:
             if not self.draft:
                 self.draft = self._open_draft()
@@ -1377,7 +1383,7 @@ class Message:
         if body and not header and not body.startswith(LF):
             head.append(LF)
         self.content = b"".join([*head, without_field(header, b"return-path"), body])
-        self.size, self.lines = len(self.content), self.content.count(LF)
+        self.size, self.lines = len(self.content), self.content.count(LF) - self.content.count(CRLF)
 
 
 def header_of(content: bytes) -> bytes:
@@ -1519,9 +1525,11 @@ class Draft:
     def discard(self) -> None:
         """Removes the file, unless it has been moved."""
         try:
-            self._close()
-            if self.path:
-                os.unlink(self.path)
+            try:
+                self._close()
+            finally:
+                if self.path:
+                    os.unlink(self.path)
         except OSError as error:
             log.warning("draft left behind", file=self.path, cause=error)
 
@@ -1555,9 +1563,7 @@ class Maildir:
 
     def open_draft(self) -> Draft:
         """A new draft in this Maildir, which is made if it is missing. Raises OSError."""
-        if self._missing:
-            make_maildir(self.path, self._config.partition)
-            self._missing = False
+        self._make()
         return Draft(self.path)
 
     def deliver(self, message: Message, last: bool) -> Delivered:
@@ -1569,12 +1575,16 @@ class Maildir:
         """
         if not message.draft:
             message.draft = self._finished_draft(lambda draft: draft.write(message.content))
-        elif self._missing:
-            self.open_draft().discard()
+        self._make()
         target = f"{self.path}/new/{unique_name()},S={message.size},W={message.size + message.lines}"
         if not self._place(message.draft, target, last):
             self._copy(message.draft, target)
         return Delivered(target)
+
+    def _make(self) -> None:
+        if self._missing:
+            make_maildir(self.path, self._config.partition)
+            self._missing = False
 
     def _place(self, draft: Draft, target: str, last: bool) -> bool:
         """Moves or links the draft; whether the file systems and the configuration let it."""
@@ -1623,12 +1633,17 @@ class MaildirStore:
         template = self._config.maildir_path
         path = expand(template, {**names, "p": self._config.partition})
         used = (name for letter, name in names.items() if f"%{letter}" in template)
-        if not all(map(is_safe_name, used)) or any(len(part.encode()) > NAME_LIMIT for part in path.split("/")):
+        if (
+            not recipient.user
+            or not all(map(is_safe_name, used))
+            or any(len(part.encode()) > NAME_LIMIT for part in path.split("/"))
+        ):
             raise LmtpError(USER_UNKNOWN)
         try:
             os.stat(f"{path}/new")
         except OSError as error:
-            self._check_absence(path, error)
+            if error.errno != errno.ENOENT or not os.path.isdir(f"{path}/cur"):  # else new/ is lost, not the user
+                self._check_absence(path, error)
             return Maildir(path, self._config, missing=True)
         return Maildir(path, self._config, missing=False)
 
@@ -1645,7 +1660,8 @@ class MaildirStore:
         """Whether there is a spool that can lack a user: one that is empty may be a disk that is not mounted."""
         spool = self._config.partition
         try:
-            return not spool or bool(os.listdir(spool)) or self._config.autocreate_post
+            with os.scandir(spool or "/") as entries:
+                return self._config.autocreate_post or any(entries)
         except OSError:
             return False
 
@@ -2179,18 +2195,20 @@ class Session:
         """Serves until the client leaves, or has to. Never raises."""
         log.session = self.id
         log.info("connected", peer=self._peer.name)
+        reason = ""
         try:
-            parting = self._serve_commands()
-            reason = f"{parting} {parting.text}"
+            self._serve_commands()
         except Disconnected as error:
             reason = str(error)
         finally:
             self._reset()
+        if self._parting:
+            reason = f"{self._parting} {self._parting.text}"
         log.info("disconnected", reason=reason)
         log.session = ""
 
-    def _serve_commands(self) -> Reply:
-        """Serves until a reply closes the connection, which it returns. Raises Disconnected."""
+    def _serve_commands(self) -> None:
+        """Serves until a reply closes the connection. Raises Disconnected."""
         try:
             self._greet()
             while not self._parting:
@@ -2204,7 +2222,6 @@ class Session:
             self._connection.flush()
         else:
             self._connection.linger()
-        return self._parting or INTERNAL_ERROR
 
     def _greet(self) -> None:
         self._connection.peek()
@@ -2240,11 +2257,11 @@ class Session:
         if self._config.chatty:
             log.info("command", line=without_secrets(line))
         verb, _, argument = command.partition(" ")
+        if (notice := self._stop.notice()) and verb.upper() not in USEFUL_WHILE_SHUT:
+            raise LmtpError(Reply(421, "4.3.2", notice))
         method = self.VERBS.get(verb.upper())
         if not method or not verb.isascii() or not command.isprintable():
             raise unreadable
-        if (notice := self._stop.notice()) and verb.upper() not in USEFUL_WHILE_SHUT:
-            raise LmtpError(Reply(421, "4.3.2", notice))
         if self._config.tls_required and not self._is_protected() and verb.upper() not in USEFUL_BEFORE_TLS:
             raise LmtpError(TLS_FIRST)
         method(self, argument)
@@ -2535,10 +2552,7 @@ class Session:
 
     def _chunk(self, size: int) -> Iterator[bytes]:
         while size:
-            data = self._connection.read_some()
-            if len(data) > size:
-                self._connection.unread(data[size:])
-                data = data[:size]
+            data = self._connection.read_some(size)
             size -= len(data)
             yield data
 
@@ -2603,6 +2617,7 @@ def parse_chunk_size(argument: str) -> tuple[int, bool]:
 # Must not know LMTP.
 # ======================================================================
 
+COUNT_LIMIT = 1_000_000  # twice so many seconds are what epoll_wait(2) can wait
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 RELOAD_PATIENCE = 5  # seconds that a pool gives its connections after SIGHUP, for nobody is served meanwhile
 GRACE = 30  # seconds that a transaction in progress gets after SIGTERM
@@ -2661,15 +2676,16 @@ class Stop:
         except OSError:
             return ""
 
-    def _terminate(self, _signal: int, _frame: object) -> None:
+    def _terminate(self, *_: object) -> None:
         self.at_once = self.requested
         self.requested = True
         signal.alarm(GRACE)
-        self._hang_up(_signal, _frame)
+        self._hang_up()
 
-    def _hang_up(self, _signal: int, _frame: object) -> None:
+    def _hang_up(self, *_: object) -> None:
         self.leaving = True
         if self.raises:
+            self.raises = False
             raise Interrupted
 
 
@@ -2736,14 +2752,20 @@ class Server:
         prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY)
         command = debug_command(self.config.debug_command, sys.executable, os.getpid(), self.service) or ""
         null = subprocess.DEVNULL
-        result = subprocess.run(command, shell=True, check=False, stdin=null, stdout=null, stderr=null)
-        log.info("debugger", command=command, status=result.returncode)
+        try:
+            self.stop.raises = True
+            result = subprocess.run(command, shell=True, check=False, stdin=null, stdout=null, stderr=null)
+            log.info("debugger", command=command, status=result.returncode)
+        except Interrupted:
+            log.info("debugger", command=command, status="interrupted")
+        finally:
+            self.stop.raises = False
 
 
 def as_count(value: str, name: str) -> int:
     """The argument of an option; below zero is zero. Raises UsageError."""
     try:
-        return max(int(value), 0)
+        return min(max(int(value), 0), COUNT_LIMIT)
     except ValueError:
         raise UsageError(f"{name} needs a number, not {value!r}") from None
 
@@ -2852,7 +2874,8 @@ class Worker:
             stop.wake()
             if not ready or self._parent in ready or self._server.is_outdated():
                 return None
-            for listener in self._listeners:
+            turn = (os.getpid() + self._served) % len(self._listeners)  # else a busy first one would starve the others
+            for listener in (*self._listeners[turn:], *self._listeners[:turn]):
                 if listener.fileno() in ready and (connection := accept(listener)):
                     return connection
         return None
@@ -2928,7 +2951,7 @@ class Pool:
         poll.register(self._server.stop.fd, select.POLLIN)
         poll.register(self._reports, select.POLLIN)
         wanted = (self._idle_one_left or not self._ready()) and self._may_start()
-        self._idle_one_left = False
+        self._idle_one_left = self._idle_one_left and not wanted
         for listener in self._listeners if wanted else ():
             poll.register(listener, select.POLLIN)
         happened = {fd for fd, _ in poll.poll(self._patience(patience) * 1000)}
@@ -2979,8 +3002,7 @@ class Pool:
             reports = os.read(self._reports, READ_SIZE)
         except BlockingIOError:
             return
-        for start in range(0, len(reports), 8):
-            message, process = (int.from_bytes(reports[at : at + 4], sys.byteorder) for at in (start, start + 4))
+        for message, process in Reporter.parse(reports):
             self._served += message == CONNECTED
             self._busy_at = self._busy_at if message == UNAVAILABLE else time.monotonic()
             if process in self._workers:
@@ -3040,13 +3062,19 @@ class Reporter:
 
     def report(self, message: int) -> None:
         """Tells it AVAILABLE, UNAVAILABLE or CONNECTED."""
+        numbers = (number.to_bytes(self.INT_SIZE, sys.byteorder) for number in (message, os.getpid()))
         try:
-            os.write(
-                self.fd, b"".join(number.to_bytes(self.INT_SIZE, sys.byteorder) for number in (message, os.getpid()))
-            )
+            os.write(self.fd, b"".join(numbers))
         except OSError as error:
             log.warning("parent is gone", cause=error)
             self._stop.leaving = True
+
+    @classmethod
+    def parse(cls, reports: bytes) -> Iterator[tuple[int, int]]:
+        """The messages that have come, each with the process that sent it."""
+        ends = range(cls.INT_SIZE, len(reports) + 1, cls.INT_SIZE)
+        numbers = (int.from_bytes(reports[end - cls.INT_SIZE : end], sys.byteorder) for end in ends)
+        return zip(numbers, numbers)
 
 
 class Notifier:
@@ -3100,7 +3128,7 @@ def run(server: Server) -> None:
     sockets = sockets_from_systemd() if "LISTEN_FDS" in os.environ else []
     if not sockets and is_listening(0):
         sockets = [socket_from_inetd()]
-    if any(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for sock in sockets):
+    if any(is_listening(sock.fileno()) for sock in sockets):
         Pool(server, sockets).run()
         return
     for connection in sockets:
@@ -3147,9 +3175,7 @@ def sockets_from_systemd() -> list[socket.socket]:
     if not all(daemon.is_socket(fd, type=socket.SOCK_STREAM) for fd in fds):
         raise ConfigError("systemd passes something that is no stream socket: see ListenStream= in systemd.socket(5)")
     sockets = [socket.socket(fileno=fd) for fd in fds]
-    if len({sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for sock in sockets}) > 1 or (
-        len(sockets) > 1 and not is_listening(fds[0])
-    ):
+    if len(fds) > 1 and not all(map(is_listening, fds)):
         raise ConfigError("systemd passes a connection together with other sockets")
     for fd in fds:
         os.set_inheritable(fd, False)
@@ -3165,6 +3191,8 @@ def waiting_clients() -> Iterator[socket.socket]:
             listener.setblocking(False)
             while client := accept(listener):
                 yield client
+        elif fd in passed and stat.S_ISSOCK(os.fstat(fd).st_mode):
+            yield socket.socket(fileno=os.dup(fd))
 
 
 def socket_from_inetd() -> socket.socket:

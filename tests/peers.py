@@ -39,23 +39,30 @@ lmtpd     unix  -       n       n       -       -       spawn
 
 DOVECOT_CONF = """\
 mail_location = maildir:/var/spool/imap/%n
-mail_uid = mail
-mail_gid = mail
 first_valid_uid = 8
+userdb {
+  driver = static
+  args = uid=mail gid=mail home=/var/spool/imap/%n
+}
 """
 
 # The same for Dovecot 2.4, which has other names for it.
 DOVECOT_24_CONF = """\
 mail_driver = maildir
 mail_path = /var/spool/imap/%{user | username}
-mail_uid = mail
-mail_gid = mail
 first_valid_uid = 8
+userdb static {
+  fields {
+    uid = mail
+    gid = mail
+    home = /var/spool/imap/%{user | username}
+  }
+}
 """
 
 INETD_CONF = """\
-127.0.0.1:2003 stream tcp nowait mail /usr/local/bin/lmtpd lmtpd -a -C /etc/imapd.conf
-/run/lmtpd.sock stream unix nowait mail /usr/local/bin/lmtpd lmtpd -C /etc/imapd.conf
+127.0.0.1:2003 stream tcp nowait.6000 mail /usr/local/bin/lmtpd lmtpd -a -C /etc/imapd.conf
+/run/lmtpd.sock stream unix nowait.6000 mail /usr/local/bin/lmtpd lmtpd -C /etc/imapd.conf
 """
 
 Address = Union[str, tuple[str, int]]
@@ -422,10 +429,6 @@ passdb {{
   driver = static
   args = password={PASSWORD}
 }}
-userdb {{
-  driver = static
-  args = uid={STORE_USER} gid={STORE_USER} home={self.folder}/home/%n
-}}
 service imap-login {{
   chroot =
   inet_listener imap {{
@@ -454,13 +457,6 @@ ssl = no
 auth_allow_cleartext = yes
 passdb static {{
   password = {PASSWORD}
-}}
-userdb static {{
-  fields {{
-    uid = {STORE_USER}
-    gid = {STORE_USER}
-    home = {self.folder}/home/%{{user | username}}
-  }}
 }}
 service imap-login {{
   chroot =

@@ -14,7 +14,7 @@ need_packages() {
     [[ ${#missing[@]} -eq 0 ]] && return
     local as_root=()
     if [[ $(id -u) -ne 0 ]]; then
-        if ! sudo -n true 2>/dev/null; then
+        if ! { [[ -t 0 ]] && command -v sudo >/dev/null; } && ! sudo -n true 2>/dev/null; then
             printf 'These packages are missing, and neither root nor sudo is there to install them:\n  apt-get install %s\n' "${missing[*]}" >&2
             exit 1
         fi
@@ -28,10 +28,16 @@ need_packages() {
 
 # need_venv NAME...: lmtpd as it is in this tree, and these Python packages, in .venv.
 need_venv() {
-    need_packages gcc libc6-dev pkg-config libsystemd-dev
     # The system's own, for any account can run it; another one may be named by PYTHON.
-    local python=${PYTHON:-/usr/bin/python3}
-    [[ $python != /usr/bin/python3 ]] || need_packages python3 python3-venv python3-dev
+    local python=${PYTHON:-/usr/bin/python3} packages=(gcc libc6-dev pkg-config libsystemd-dev) place
+    [[ $python != /usr/bin/python3 ]] || packages+=(python3 python3-venv python3-dev)
+    need_packages "${packages[@]}"
+    for place in "$top" "$venv" "$top"/build "$top"/*.egg-info; do
+        if [[ -e $place && ! -w $place ]]; then
+            echo "$place belongs to somebody else: remove it, or be that user (sudo)" >&2
+            exit 1
+        fi
+    done
     [[ $(readlink -f "$venv/bin/python") == $(readlink -f "$python") ]] || "$python" -m venv --clear "$venv"
     # Not in place: what is tested is what an administrator gets.
     "$venv/bin/pip" install --quiet --disable-pip-version-check --use-pep517 "$@" "$top[auth]"
@@ -162,7 +168,7 @@ need_inetds() {
     mkdir -p "$folder"
     (
         cd "$folder"
-        apt-get download -qq xinetd || { apt-get update -qq && apt-get download -qq xinetd; }
+        apt-get -qq -o APT::Sandbox::User=root download xinetd || { apt-get update -qq && apt-get -qq -o APT::Sandbox::User=root download xinetd; }
         dpkg-deb --extract xinetd_*.deb .
     )
 }

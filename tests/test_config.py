@@ -369,7 +369,7 @@ def test_defaultpartition_chooses(conf: Conf) -> None:
 
 def test_no_partition_is_needed_when_maildirs_are_elsewhere(conf: Conf) -> None:
     config = conf.load("configdirectory: /lib\nmaildir_path: /home/%n/100%%p\n")
-    assert config.partition == ""
+    assert config.partition == "/home"
 
 
 def test_settings_of_other_programs_are_noted_with_their_place(conf: Conf) -> None:

@@ -98,7 +98,7 @@ def test_for_is_named_only_when_there_is_one_recipient(client: Client, site: Sit
     assert all(b"\tfor <" not in message for message in site.messages("jane"))
 
 
-@pytest.mark.parametrize("content", [MESSAGE, LARGE])
+@pytest.mark.parametrize("content", [MESSAGE, LARGE], ids=["small", "large"])
 def test_the_file_is_named_by_the_rules_of_maildir(client: Client, site: Site, content: bytes) -> None:
     before = time.time()
     client.deliver(content, "jane")
@@ -228,7 +228,7 @@ def test_a_spool_that_is_not_there_has_no_unknown_users(site: Site, autocreate: 
 # One file for many, of any size
 
 
-@pytest.mark.parametrize("content", [MESSAGE, LARGE])
+@pytest.mark.parametrize("content", [MESSAGE, LARGE], ids=["small", "large"])
 def test_a_thousand_recipients_share_one_inode(client: Client, site: Site, content: bytes) -> None:
     users = [f"user{number}" for number in range(1000)]
     site.add_user(*users)
@@ -271,7 +271,7 @@ def test_a_message_of_1_gib_takes_less_than_32_mib_of_memory(site: Site) -> None
     assert site.files("jane")[0].stat().st_size > 1023 * 1024 * 1024
 
 
-@pytest.mark.parametrize("content", [MESSAGE, LARGE[:100_000] + b"\r\n"])
+@pytest.mark.parametrize("content", [MESSAGE, LARGE[:100_000] + b"\r\n"], ids=["small", "large"])
 @pytest.mark.parametrize("recipients", [("jane", "joe"), ("joe", "jane")])
 def test_mailboxes_on_two_file_systems(
     client: Client, site: Site, small_disk: Path, content: bytes, recipients: tuple[str, str]
@@ -284,7 +284,7 @@ def test_mailboxes_on_two_file_systems(
 # Durable before 250
 
 
-@pytest.mark.parametrize("content", [MESSAGE, LARGE])
+@pytest.mark.parametrize("content", [MESSAGE, LARGE], ids=["small", "large"])
 def test_file_and_folder_are_synced_before_250_is_said(site: Site, content: bytes) -> None:
     site.add_user("joe")
     trace = site.root / "strace"
@@ -352,7 +352,7 @@ def failing(site: Site, inject: str, content: bytes, *recipients: str) -> list[s
     return [line.decode() for line in result.stdout.split(b"\r\n")[-2 - len(recipients) : -2]]
 
 
-@pytest.mark.parametrize("content", [MESSAGE, LARGE])
+@pytest.mark.parametrize("content", [MESSAGE, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize(
     ("error", "reply"), [("ENOSPC", "452 4.3.1"), ("EDQUOT", "452 4.3.1"), ("EIO", "451 4.3.0"), ("EROFS", "451 4.3.0")]
 )
@@ -375,7 +375,7 @@ def test_the_fault_of_one_recipient_is_not_the_fault_of_the_next(site: Site) -> 
     assert [len(site.files(user)) for user in ("jane", "joe", "jim")] == [1, 0, 1]
 
 
-@pytest.mark.parametrize("content", [MESSAGE, LARGE])
+@pytest.mark.parametrize("content", [MESSAGE, LARGE], ids=["small", "large"])
 def test_a_mailbox_that_cannot_be_written_does_not_hurt_the_others(client: Client, site: Site, content: bytes) -> None:
     site.add_user("joe", "jim")
     for folder in ("joe/tmp", "joe/new"):
@@ -391,7 +391,7 @@ def test_a_mailbox_that_cannot_be_written_does_not_hurt_the_others(client: Clien
     assert [len(site.files(user, kind="tmp")) for user in ("jane", "joe", "jim")] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("content", [LARGE[:300_000] + b"\r\n", LARGE])
+@pytest.mark.parametrize("content", [LARGE[:300_000] + b"\r\n", LARGE], ids=["at the end", "on the way"])
 def test_a_full_disk_is_a_temporary_failure(client: Client, site: Site, small_disk: Path, content: bytes) -> None:
     assert client.deliver(content, "joe")[0] == "452 4.3.1 Mail storage is full, try again later"
     assert list((small_disk / "new").iterdir()) == list((small_disk / "tmp").iterdir()) == []

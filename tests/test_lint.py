@@ -36,7 +36,7 @@ def test_only_what_every_session_needs_is_imported_at_the_top() -> None:
         for name in (
             [alias.name for alias in node.names]
             if isinstance(node, ast.Import)
-            else [node.module]
+            else [node.module or ""]
             if isinstance(node, ast.ImportFrom)
             else []
         )

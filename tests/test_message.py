@@ -26,6 +26,11 @@ from lmtpd import ChunkDecoder, Config, DotDecoder, Draft, Message, Reply
 EOLS = [pytest.param(b"\r\n", id="CRLF"), pytest.param(b"\n", id="LF")]
 
 
+def line_ends(content: bytes) -> int:
+    """Those that CR LF takes an octet more for: an LF that has a CR before it is left as it is by IMAP servers."""
+    return content.count(b"\n") - content.count(b"\r\n")
+
+
 def pieces(data: bytes, cuts: Iterable[int]) -> list[bytes]:
     """The data cut at these places, as reads may cut it."""
     places = sorted({0, *(cut for cut in cuts if cut < len(data)), len(data)})
@@ -191,7 +196,7 @@ def stored(content: bytes, **options: str) -> bytes:
     """What is stored of it behind the trace headers."""
     message = message_of([content], **options)
     assert message.refusal is None
-    assert (message.size, message.lines) == (len(message.content), message.content.count(b"\n"))
+    assert (message.size, message.lines) == (len(message.content), line_ends(message.content))
     assert message.content.startswith(TRACE)
     return message.content[len(TRACE) :]
 
@@ -235,7 +240,7 @@ def test_message_id_and_date_are_added_only_when_they_are_missing(header: str, m
 
 
 def test_what_is_added_is_well_formed() -> None:
-    before = int(time.time())
+    before = int(time.time()) - 1  # strftime() has a clock of its own, a little behind
     match = ADDED.match(stored(b"Subject: a\n\nb\n"))
     assert match
     date = parsedate_to_datetime(match[2].decode())
@@ -357,7 +362,7 @@ def test_fields_go_and_come_and_everything_else_stays(
     assert [bool(value) for value in match.groups()] == [b"message-id" not in names, b"date" not in names]
     kept = b"".join(field for name, field in fields if name != b"return-path")
     assert message.content[match.end() :] == kept + b"\n" + body
-    assert (message.size, message.lines) == (len(message.content), message.content.count(b"\n"))
+    assert (message.size, message.lines) == (len(message.content), line_ends(message.content))
     assert message.wire_size == len(content.replace(b"\n", b"\r\n"))
 
 
@@ -457,7 +462,7 @@ def test_a_message_over_the_memory_limit_is_spooled(maildir: Path, size: int, sp
     message = spool(pieces(content, range(0, size, 5000)), maildir, lmtpd.MEMORY_LIMIT)
     assert bool(message.draft) == spooled
     assert (drafts(maildir)[0].read_bytes() if spooled else message.content) == TRACE + content
-    assert (message.size, message.lines) == (len(TRACE + content), (TRACE + content).count(b"\n"))
+    assert (message.size, message.lines) == (len(TRACE + content), line_ends(TRACE + content))
     assert (message.content == b"") == spooled
     message.discard()
     assert drafts(maildir) == []

@@ -308,7 +308,7 @@ def test_a_client_that_does_not_read_is_left(site: Site) -> None:
         b"\r\n\0.\r\n"[:2] + b" .\r\n",
     ],
 )
-def test_only_a_dot_on_a_line_of_its_own_ends_data(client: Client, site: Site, false_end: bytes) -> None:
+def test_no_smuggling_only_a_dot_on_a_line_of_its_own_ends_data(client: Client, site: Site, false_end: bytes) -> None:
     smuggled = b"MAIL FROM:<smuggled@example.com>\r\nRCPT TO:<jane>\r\nDATA\r\nSubject: smuggled\r\n\r\n"
     client.command("MAIL FROM:<a@example.com>")
     client.command("RCPT TO:<jane>")

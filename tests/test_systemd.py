@@ -14,7 +14,7 @@ from container import Machine
 from harness import PATIENCE, Client
 
 TOP = Path(__file__).parent.parent
-README_SECTION = "### systemd and Postfix"
+README_SECTIONS = ("## Install", "### systemd and Postfix")
 UNITS = ["lmtpd.socket", "lmtpd@.service", "lmtpd-pool.socket", "lmtpd-pool.service"]
 UNIT_FOLDER = "/etc/systemd/system/"
 MAILDIR = "var/spool/lmtpd/jane"
@@ -22,13 +22,16 @@ MESSAGE = b"From: <sender@example.com>\r\nSubject: one\r\n\r\nHello.\r\n"
 
 
 def readme_commands() -> str:
-    """The commands in the README's section about systemd."""
+    """The commands in the README's sections about installing and about systemd."""
     readme = (TOP / "README.md").read_text()
-    section = readme.partition(f"\n{README_SECTION}\n")[2]
-    section = re.split(r"^#+ ", section, maxsplit=1, flags=re.MULTILINE)[0]
-    commands = re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
-    assert commands, f"README.md has no commands in {README_SECTION!r}"
-    return "".join(commands)
+    found = []
+    for title in README_SECTIONS:
+        section = readme.partition(f"\n{title}\n")[2]
+        section = re.split(r"^#+ ", section, maxsplit=1, flags=re.MULTILINE)[0]
+        commands = re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+        assert commands, f"README.md has no commands in {title!r}"
+        found += commands
+    return "".join(found)
 
 
 def install(machine: Machine) -> None:
