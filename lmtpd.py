@@ -1803,12 +1803,20 @@ def failure(error: Exception, mailbox: Maildir) -> Reply:
 
 PLAINTEXT_MECHANISMS = ("PLAIN", "LOGIN")
 SCRAM_MECHANISMS = ("SCRAM-SHA-256", "SCRAM-SHA-1")
+SALT_MINIMUM, ITERATIONS_MINIMUM = 12, 4096  # octets, and RFC 7677 section 4
 AUTHENTICATION_TIMEOUT = 30  # seconds that saslauthd or Dovecot may take to answer
 TRUSTED_USER = "postman"  # who a client on a trusted connection is to Cyrus
 
 
 class AuthenticationFailed(Exception):
-    """The client has not shown who it is. The text says why, to the log and not to the client."""
+    """The client has not shown who it is. The text says why, to the log and not to the client.
+
+    user: who it claims to be, as far as that is known.
+    """
+
+    def __init__(self, cause: str, user: str = "") -> None:
+        super().__init__(cause)
+        self.user = user
 
 
 class AuthenticationUnavailable(Exception):
@@ -1855,14 +1863,16 @@ def scram(name: str, verifiers: PasswordFile, binding: bytes) -> Mechanism:
         server.set_client_final(response.decode("utf-8"))
         yield server.get_server_final().encode()
     except ScramException as error:
-        raise AuthenticationFailed(str(error)) from None
+        if isinstance(error.__cause__, (AuthenticationFailed, AuthenticationUnavailable)):  # verifier() raised it
+            raise error.__cause__ from None
+        raise AuthenticationFailed(str(error), "".join(users)) from None
     return str(users[0])
 
 
 def authorized(user: str, wanted: str) -> str:
     """The user, if he asks to be nobody else. Raises AuthenticationFailed."""
     if wanted not in ("", user):
-        raise AuthenticationFailed(f"{user} may not act for {wanted}")
+        raise AuthenticationFailed(f"may not act for {wanted}", user)
     return user
 
 
@@ -1886,13 +1896,18 @@ class PasswordFile:
             return
         from hmac import compare_digest
 
-        from scramp import ScramMechanism
+        from scramp import ScramException, ScramMechanism
 
         name = verifier[1:].partition("}")[0]
+        if name not in SCRAM_MECHANISMS:
+            raise self._malformed(user)
         salt, stored_key, _, iterations = self.scram(user, name)
-        _, computed_key, _, _ = ScramMechanism(name).make_auth_info(password, iterations, salt)
+        try:
+            _, computed_key, _, _ = ScramMechanism(name).make_auth_info(password, iterations, salt)
+        except ScramException as error:
+            raise AuthenticationFailed(f"not a password: {error}", user) from None
         if not compare_digest(stored_key, computed_key):
-            raise AuthenticationFailed("wrong password")
+            raise AuthenticationFailed("wrong password", user)
 
     def scram(self, user: str, name: str) -> tuple[bytes, bytes, bytes, int]:
         """The salt, stored key, server key and iterations for the SCRAM mechanism of that name."""
@@ -1901,37 +1916,42 @@ class PasswordFile:
         prefix = f"{{{name}}}"
         verifier = self._verifier(user)
         if name not in SCRAM_MECHANISMS or not verifier.startswith(prefix):
-            raise AuthenticationFailed(f"no verifier for {name}")
+            raise AuthenticationFailed(f"no verifier for {name}", user)
         try:
             iterations, *keys = verifier[len(prefix) :].split(",")
             salt, stored_key, server_key = (b64decode(key, validate=True) for key in keys)
+            if len(salt) < SALT_MINIMUM or int(iterations) < ITERATIONS_MINIMUM:
+                raise self._malformed(user)
             return salt, stored_key, server_key, int(iterations)
         except ValueError:
-            raise AuthenticationUnavailable(f"{self._path}: the verifier of {user} is malformed") from None
+            raise self._malformed(user) from None
 
     def _check_argon2(self, user: str, password: str, verifier: str) -> None:
         from argon2 import PasswordHasher
-        from argon2.exceptions import InvalidHash, VerificationError
+        from argon2.exceptions import InvalidHash, VerificationError, VerifyMismatchError
 
         try:
             PasswordHasher().verify(verifier, password)
-        except VerificationError:
-            raise AuthenticationFailed("wrong password") from None
-        except InvalidHash:
-            raise AuthenticationUnavailable(f"{self._path}: the verifier of {user} is malformed") from None
+        except VerifyMismatchError:
+            raise AuthenticationFailed("wrong password", user) from None
+        except (InvalidHash, VerificationError):
+            raise self._malformed(user) from None
+
+    def _malformed(self, user: str) -> AuthenticationUnavailable:
+        return AuthenticationUnavailable(f"{self._path}: the verifier of {user} is malformed")
 
     def _verifier(self, user: str) -> str:
         try:
             with open(self._path, encoding="utf-8") as file:
-                if os.fstat(file.fileno()).st_mode & stat.S_IROTH:
-                    raise AuthenticationUnavailable(f"{self._path}: everybody can read it; chmod o-r")
+                if os.fstat(file.fileno()).st_mode & (stat.S_IROTH | stat.S_IWOTH):
+                    raise AuthenticationUnavailable(f"{self._path}: open to everybody; chmod o-rw")
                 for line in file:
                     name, _, verifier = line.strip().partition(":")
                     if name == user and verifier and not name.startswith("#"):
                         return verifier
         except (OSError, UnicodeDecodeError) as error:
             raise AuthenticationUnavailable(f"{self._path}: {error}") from None
-        raise AuthenticationFailed("unknown user")
+        raise AuthenticationFailed("unknown user", user)
 
 
 def connect_to_checker(path: str) -> socket.socket:
@@ -1953,7 +1973,7 @@ def check_with_saslauthd(path: str, service: str, user: str, password: str) -> N
     """
     fields = [field.encode() for field in (user, password, service, "")]
     if any(len(field) > 255 for field in fields):
-        raise AuthenticationFailed("user or password is too long")
+        raise AuthenticationFailed("user or password is too long", user)
     with connect_to_checker(path) as sock, sock.makefile("rb") as answers:
         try:
             sock.sendall(b"".join(len(field).to_bytes(2, "big") + field for field in fields))
@@ -1963,7 +1983,7 @@ def check_with_saslauthd(path: str, service: str, user: str, password: str) -> N
     if not answer:
         raise AuthenticationUnavailable(f"{path}: no answer")
     if not answer.startswith(b"OK"):
-        raise AuthenticationFailed(f"saslauthd: {answer.decode('utf-8', 'replace')}")
+        raise AuthenticationFailed(f"saslauthd: {answer.decode('utf-8', 'replace')}", user)
 
 
 class DovecotAuth:
@@ -2348,7 +2368,7 @@ class Session:
             raise LmtpError(AUTHENTICATION_DOWN) from None
         except AuthenticationFailed as error:
             self._failures += 1
-            log.warning("authentication failed", mechanism=name, peer=self._peer.name, cause=error)
+            log.warning("authentication failed", mechanism=name, user=error.user, peer=self._peer.name, cause=error)
             time.sleep(self._failures)
             raise LmtpError(FAILED if self._failures < FAILURES_ALLOWED else FAILED_TOO_OFTEN) from None
         log.info("authenticated", user=self._user, mechanism=name, peer=self._peer.name)

@@ -1,0 +1,444 @@
+"""AUTH: who gets in, with which password, asked of whom; and what the log must never say."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from base64 import b64decode, b64encode
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import Client, Site
+from scramp import ScramClient
+from test_session import MESSAGE, over_tcp
+
+PASSWORD = "a pass,phrase"
+MAIL = "MAIL FROM:<sender@example.com>"
+
+
+def encoded(text: str | bytes) -> str:
+    return b64encode(text.encode() if isinstance(text, str) else text).decode()
+
+
+def plain(user: str, password: str, authorization: str = "") -> str:
+    return encoded(f"{authorization}\0{user}\0{password}")
+
+
+def verifier(scheme: str, password: str = PASSWORD) -> str:
+    """A line's second half, made by the command that the manual page names."""
+    if scheme == "argon2id":
+        command = ["argon2", "saltsaltsalt", "-id", "-e"]
+        return subprocess.run(command, input=password, capture_output=True, text=True, check=True).stdout.strip()
+    command = ["doveadm", "-c", "/dev/null", "pw", "-s", scheme, "-p", password]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+VERIFIERS = {
+    "relay": verifier("argon2id"),
+    "sha1": verifier("SCRAM-SHA-1"),
+    "sha256": verifier("SCRAM-SHA-256"),
+    "guest": verifier("argon2id"),
+    "broken": "{SCRAM-SHA-256}4096,what,is,this",
+    "short": "{SCRAM-SHA-256}1,c2FsdA==,a2V5,a2V5",
+    "garbled": "$argon2id$v=19$m=4096",
+    "strange": "{MD5}1234",
+}
+
+
+def write_passwords(site: Site, mode: int = 0o600) -> Path:
+    file = site.root / "passwords"
+    file.write_text("# who : verifier\n\n" + "".join(f"{user}:{value}\n" for user, value in VERIFIERS.items()))
+    file.chmod(mode)
+    site.give(file)
+    return file
+
+
+@pytest.fixture
+def auth_site(site: Site) -> Site:
+    """A site whose internet clients authenticate in the clear against a password file."""
+    site.configure(
+        sasl_pwcheck_method="file",
+        sasl_password_file=str(write_passwords(site)),
+        allowplaintext="yes",
+        admins="relay sha1 sha256 broken short garbled strange",
+    )
+    return site
+
+
+@pytest.fixture
+def client(auth_site: Site) -> Iterator[Client]:
+    client = over_tcp(auth_site)
+    client.hello()
+    yield client
+    client.close()
+
+
+def offered(client: Client) -> list[str]:
+    """The mechanisms that LHLO lists."""
+    lines = [line[4:].split() for line in client.hello()]
+    found = [words[1:] for words in lines if words[0] == "AUTH"]
+    return found[0] if found else []
+
+
+def scram(client: Client, name: str, user: str, password: str = PASSWORD, binding: object = None) -> str:
+    """The whole exchange as a client of SCRAM has it; the last reply."""
+    peer = ScramClient([name], user, password, channel_binding=binding)
+    reply = client.command(f"AUTH {name} {encoded(peer.get_client_first())}")
+    if not reply.startswith("334 "):
+        return reply
+    peer.set_server_first(b64decode(reply[4:]).decode())
+    reply = client.command(encoded(peer.get_client_final()))
+    if not reply.startswith("334 "):
+        return reply
+    peer.set_server_final(b64decode(reply[4:]).decode())
+    return client.command("")
+
+
+# The dialogue, RFC 4954
+
+
+def test_plain_with_an_initial_response_opens_the_way(auth_site: Site, client: Client) -> None:
+    assert client.command(f"AUTH PLAIN {plain('relay', PASSWORD)}") == "235 2.7.0 Authentication successful"
+    assert client.deliver(MESSAGE, "jane")[0].startswith("250")
+    received = " ".join(auth_site.messages("jane")[0].decode().split())
+    assert "([127.0.0.1]) (authenticated user=relay bits=0) by mx.example.com (lmtpd 0.1.0) with LMTPA id" in received
+    assert "user=relay" in auth_site.log_text()
+
+
+def test_plain_asked_for_its_response(client: Client) -> None:
+    assert client.command("auth plain") == "334 "
+    assert client.command(plain("relay", PASSWORD)).startswith("235")
+
+
+def test_login(client: Client) -> None:
+    assert client.command("AUTH LOGIN") == f"334 {encoded('Username:')}"
+    assert client.command(encoded("relay")) == f"334 {encoded('Password:')}"
+    assert client.command(encoded(PASSWORD)).startswith("235")
+
+
+def test_login_with_an_initial_response(client: Client) -> None:
+    assert client.command(f"AUTH LOGIN {encoded('relay')}") == f"334 {encoded('Password:')}"
+    assert client.command(encoded(PASSWORD)).startswith("235")
+
+
+@pytest.mark.parametrize(("name", "user"), [("SCRAM-SHA-1", "sha1"), ("SCRAM-SHA-256", "sha256")])
+def test_scram(auth_site: Site, client: Client, name: str, user: str) -> None:
+    auth_site.configure(allowplaintext="no")
+    assert scram(client, name, user).startswith("235")
+    assert client.deliver(MESSAGE, "jane")[0].startswith("250")
+
+
+@pytest.mark.parametrize(
+    ("name", "user", "password"),
+    [
+        ("SCRAM-SHA-256", "sha256", "wrong"),
+        ("SCRAM-SHA-256", "nobody", PASSWORD),
+        ("SCRAM-SHA-256", "sha1", PASSWORD),
+        ("SCRAM-SHA-1", "relay", PASSWORD),
+    ],
+    ids=["wrong password", "unknown user", "verifier of another", "argon2"],
+)
+def test_scram_that_fails(client: Client, name: str, user: str, password: str) -> None:
+    assert scram(client, name, user, password)[:9] == "535 5.7.8"
+    assert client.command(MAIL).startswith("430")
+
+
+def test_scram_for_somebody_else_fails(client: Client) -> None:
+    first = ScramClient(["SCRAM-SHA-256"], "sha256", PASSWORD).get_client_first().replace("n,,", "n,a=relay,")
+    assert client.command(f"AUTH SCRAM-SHA-256 {encoded(first)}")[:9] == "535 5.7.8"
+
+
+@pytest.mark.parametrize("user", ["sha1", "sha256"])
+def test_a_scram_verifier_also_serves_plain(client: Client, user: str) -> None:
+    assert client.command(f"AUTH PLAIN {plain(user, 'wrong')}")[:9] == "535 5.7.8"
+    assert client.command(f"AUTH PLAIN {plain(user, PASSWORD)}").startswith("235")
+
+
+@pytest.mark.parametrize(
+    ("command", "reply"),
+    [
+        ("AUTH", "501 5.5.4"),
+        ("AUTH CRAM-MD5", "504 5.5.4"),
+        ("AUTH EXTERNAL", "504 5.5.4"),
+        ("AUTH SCRAM-SHA-256-PLUS", "504 5.5.4"),
+        ("AUTH PLAIN =", "501 5.5.2"),
+        ("AUTH PLAIN *", "501 5.7.0"),
+        ("AUTH PLAIN !", "501 5.5.2"),
+        ("AUTH PLAIN AGE=", "501 5.5.2"),
+        ("AUTH PLAIN /w==", "501 5.5.2"),
+        (f"AUTH PLAIN {plain('relay', PASSWORD)} more", "501 5.5.2"),
+        (f"AUTH PLAIN {plain('relay', PASSWORD, 'jane')}", "535 5.7.8"),
+        (f"AUTH PLAIN {plain('relay', PASSWORD, 'relay')}", "235 2.7.0"),
+        (f"AUTH PLAIN {plain('relay', 'wrong')}", "535 5.7.8"),
+        (f"AUTH PLAIN {plain('relay', '')}", "535 5.7.8"),
+        (f"AUTH PLAIN {plain('', '')}", "535 5.7.8"),
+        (f"AUTH PLAIN {plain('nobody', PASSWORD)}", "535 5.7.8"),
+        (f"AUTH PLAIN {plain('# who ', 'verifier')}", "535 5.7.8"),
+        (f"AUTH PLAIN {plain('sha256', chr(7))}", "535 5.7.8"),
+        (f"AUTH PLAIN {plain('broken', PASSWORD)}", "454 4.7.0"),
+        (f"AUTH PLAIN {plain('short', PASSWORD)}", "454 4.7.0"),
+        (f"AUTH PLAIN {plain('garbled', PASSWORD)}", "454 4.7.0"),
+        (f"AUTH PLAIN {plain('strange', PASSWORD)}", "454 4.7.0"),
+        (f"AUTH SCRAM-SHA-256 {encoded('nonsense')}", "535 5.7.8"),
+        (f"AUTH SCRAM-SHA-256 {encoded('n,,n=broken,r=nonce')}", "454 4.7.0"),
+        (f"AUTH SCRAM-SHA-256 {encoded('n,,n=short,r=nonce')}", "454 4.7.0"),
+    ],
+)
+def test_auth_is_answered(client: Client, command: str, reply: str) -> None:
+    assert client.command(command)[:9] == reply
+    assert client.command("NOOP").startswith("250")
+
+
+@pytest.mark.parametrize(
+    ("response", "reply"),
+    [("*", "501 5.7.0"), ("!", "501 5.5.2"), (b"\xff", "501 5.5.2"), ("a", "501 5.5.2"), ("", "501 5.5.2")],
+)
+def test_the_response_is_answered(client: Client, response: str | bytes, reply: str) -> None:
+    assert client.command("AUTH PLAIN") == "334 "
+    assert client.command(response)[:9] == reply
+    assert client.command(f"AUTH PLAIN {plain('relay', PASSWORD)}").startswith("235")
+
+
+def test_a_response_of_12288_octets_is_read(client: Client) -> None:
+    longest = encoded("\0relay\0" + "x" * (12_288 // 4 * 3 - 7))
+    assert len(longest) == 12_288
+    client.command("AUTH PLAIN")
+    assert client.command(longest)[:9] == "535 5.7.8"
+
+
+@pytest.mark.parametrize("size", [12_292, 100_000, 3_000_000])
+def test_a_longer_response_is_refused(client: Client, size: int) -> None:
+    client.command("AUTH PLAIN")
+    assert client.command("A" * size)[:9] == "500 5.5.6"
+    assert client.command("NOOP").startswith("250")
+
+
+def test_auth_after_auth(client: Client) -> None:
+    client.command(f"AUTH PLAIN {plain('relay', PASSWORD)}")
+    assert client.command(f"AUTH PLAIN {plain('relay', PASSWORD)}")[:9] == "503 5.5.1"
+
+
+def test_the_third_failure_closes_and_each_takes_longer(auth_site: Site, client: Client) -> None:
+    waits = []
+    for reply in ("535 5.7.8", "535 5.7.8", "535 5.7.8"):
+        before = time.monotonic()
+        assert client.command(f"AUTH PLAIN {plain('relay', 'wrong')}")[:9] == reply
+        waits.append(time.monotonic() - before)
+    assert waits[0] >= 1
+    assert waits[1] > waits[0] + 0.5
+    assert waits[2] > waits[1] + 0.5
+    assert client.line() == b""
+    failures = [line for line in auth_site.log_text().splitlines() if "authentication failed" in line]
+    assert len(failures) == 3
+    assert all("relay" in line and "wrong password" in line and "[127.0.0.1]" in line for line in failures)
+
+
+# What is offered, and to whom
+
+
+def test_passwords_are_not_taken_in_the_clear(auth_site: Site) -> None:
+    auth_site.configure(allowplaintext=None)
+    client = over_tcp(auth_site)
+    assert offered(client) == ["SCRAM-SHA-256", "SCRAM-SHA-1"]
+    for command in ("AUTH PLAIN", "AUTH LOGIN", f"AUTH PLAIN {plain('relay', PASSWORD)}"):
+        assert client.command(command)[:10] == "538 5.7.11"
+    assert scram(client, "SCRAM-SHA-256", "sha256").startswith("235")
+
+
+def test_all_mechanisms_are_offered_with_allowplaintext(auth_site: Site) -> None:
+    assert offered(over_tcp(auth_site)) == ["SCRAM-SHA-256", "SCRAM-SHA-1", "PLAIN", "LOGIN"]
+
+
+def test_sasl_mech_list(auth_site: Site) -> None:
+    auth_site.configure(sasl_mech_list="plain SCRAM-SHA-1 GSSAPI")
+    client = over_tcp(auth_site)
+    assert offered(client) == ["SCRAM-SHA-1", "PLAIN"]
+    assert client.command("AUTH LOGIN")[:9] == "504 5.5.4"
+    assert client.command("AUTH SCRAM-SHA-256")[:9] == "504 5.5.4"
+    assert client.command(f"AUTH PLAIN {plain('relay', PASSWORD)}").startswith("235")
+
+
+def test_sasl_minimum_layer_refuses_in_the_clear(auth_site: Site) -> None:
+    auth_site.configure(sasl_minimum_layer="1")
+    client = over_tcp(auth_site)
+    assert offered(client) == []
+    assert client.command("AUTH SCRAM-SHA-256")[:10] == "538 5.7.11"
+
+
+@pytest.mark.parametrize("arguments", [(), ("-a",)], ids=["unix", "internet with -a"])
+def test_trusted_peers_are_offered_only_external(auth_site: Site, arguments: tuple[str, ...]) -> None:
+    client = over_tcp(auth_site, *arguments) if arguments else auth_site.connect()
+    assert offered(client) == ["EXTERNAL"]
+    assert client.command(f"AUTH PLAIN {plain('relay', PASSWORD)}")[:9] == "504 5.5.4"
+    assert client.command("AUTH EXTERNAL =").startswith("235")
+    assert client.deliver(MESSAGE, "jane")[0].startswith("250")
+
+
+@pytest.mark.parametrize(
+    ("identity", "reply"), [("", "235 2.7.0"), ("postman", "235 2.7.0"), ("root", "535 5.7.8"), ("é", "535 5.7.8")]
+)
+def test_external_of_a_trusted_peer(auth_site: Site, identity: str, reply: str) -> None:
+    client = auth_site.connect()
+    client.hello()
+    assert client.command("AUTH EXTERNAL") == "334 "
+    assert client.command(encoded(identity))[:9] == reply
+
+
+# Authenticated is not yet allowed
+
+
+@pytest.mark.parametrize(("soft_noauth", "reply"), [("yes", "430 4.7.0"), ("no", "530 5.7.0")])
+def test_mail_before_auth(auth_site: Site, soft_noauth: str, reply: str) -> None:
+    auth_site.configure(soft_noauth=soft_noauth)
+    client = over_tcp(auth_site)
+    client.hello()
+    assert client.command(MAIL)[:9] == reply
+    client.command(f"AUTH PLAIN {plain('relay', PASSWORD)}")
+    assert client.command(MAIL).startswith("250")
+    assert client.command("AUTH PLAIN")[:9] == "503 5.5.1"
+
+
+@pytest.mark.parametrize(
+    ("options", "user", "reply"),
+    [
+        ({"admins": "relay other"}, "guest", "550 5.7.1"),
+        ({"admins": "rel"}, "relay", "550 5.7.1"),
+        ({"admins": None}, "relay", "550 5.7.1"),
+        ({"admins": "other", "lmtp_admins": "relay"}, "relay", "250 2.1.0"),
+        ({"admins": "relay", "lmtp_admins": "other"}, "relay", "550 5.7.1"),
+    ],
+)
+def test_only_admins_may_deliver(auth_site: Site, options: dict[str, str | None], user: str, reply: str) -> None:
+    auth_site.configure(**options)
+    client = over_tcp(auth_site)
+    client.hello()
+    assert client.command(f"AUTH PLAIN {plain(user, PASSWORD)}").startswith("235")
+    assert client.command(MAIL)[:9] == reply
+
+
+@pytest.mark.parametrize(
+    ("value", "reply", "logged"),
+    [
+        ("<>", "250 2.1.0", "<>"),
+        ("jane@example.com", "250 2.1.0", "jane@example.com"),
+        ("e+3Dmc2@example.com", "250 2.1.0", "e=mc2@example.com"),
+        ("a+0Ab+2Bc", "250 2.1.0", "a\\nb+c"),
+        ("a+3d", "501 5.5.4", ""),
+        ("a+3", "501 5.5.4", ""),
+        ("a+", "501 5.5.4", ""),
+        ("+XY", "501 5.5.4", ""),
+        ("", "501 5.5.4", ""),
+    ],
+)
+def test_the_auth_parameter_of_mail(auth_site: Site, value: str, reply: str, logged: str) -> None:
+    client = auth_site.connect()
+    client.hello()
+    assert client.command(f"{MAIL} AUTH={value}" if value else f"{MAIL} AUTH")[:9] == reply
+    assert not logged or logged in auth_site.log_text()
+    assert client.command("NOOP").startswith("250")
+
+
+# Never in the log
+
+
+def test_no_password_is_ever_logged(auth_site: Site) -> None:
+    auth_site.configure(debug="yes", chatty="yes", sasl_mech_list="PLAIN LOGIN")
+    secret = "Open-Sesame-4711"
+    forms = [secret, encoded(secret), plain("relay", secret), plain("", secret), encoded(secret).rstrip("=")]
+    client = over_tcp(auth_site)
+    client.hello()
+    client.command(f"AUTH PLAIN {plain('relay', secret)}")
+    client.command("AUTH PLAIN")
+    client.command(plain("relay", secret, "jane"))
+    client = over_tcp(auth_site)
+    client.hello()
+    client.command("AUTH LOGIN")
+    client.command(encoded("relay"))
+    client.command(encoded(secret))
+    for line in (
+        f"AUTH PLAIN {plain('relay', secret)} {secret}",
+        f"auth  PLAIN  {plain('relay', secret)}",
+        f" AUTH PLAIN {plain('relay', secret)}",
+        f"AUTH\tPLAIN\t{plain('relay', secret)}",
+        f"AUTH PLAIN\t{plain('relay', secret)}",
+        f"AUTH UNHEARD {plain('relay', secret)}",
+        f"AUTH {plain('relay', secret)}",
+        f"AUTH={plain('relay', secret)}",
+        f"AUTH PLAIN {plain('relay', secret)}\0",
+        f"AUTH PLAIN {plain('relay', secret)}\xff".encode("latin-1"),
+        f"AUTH PLAIN {plain('relay', secret)}" + "=" * 10_000,
+    ):
+        assert client.command(line)[:3] in {"500", "501", "504"}
+    client.command("AUTH PLAIN")
+    client.command(plain("relay", secret) + "=" * 20_000)
+    client.command("AUTH PLAIN")
+    client.command(f"{plain('relay', secret)}!")
+    log = auth_site.log_text()
+    assert log.count("authentication failed") == 3
+    for form in forms:
+        assert form not in log
+        assert form[: len(form) // 4 * 4 - 4] not in log
+
+
+# The password file
+
+
+def refusal(site: Site, user: str = "relay") -> str:
+    client = over_tcp(site)
+    client.hello()
+    return client.command(f"AUTH PLAIN {plain(user, PASSWORD)}")[:9]
+
+
+@pytest.mark.parametrize("mode", [0o604, 0o602, 0o606])
+def test_a_password_file_open_to_others_is_refused(auth_site: Site, mode: int) -> None:
+    write_passwords(auth_site, mode)
+    assert refusal(auth_site) == "454 4.7.0"
+    assert "passwords" in auth_site.log_text()
+    write_passwords(auth_site, 0o640)
+    assert refusal(auth_site) == "235 2.7.0"
+
+
+def test_a_missing_password_file(auth_site: Site) -> None:
+    (auth_site.root / "passwords").unlink()
+    assert refusal(auth_site) == "454 4.7.0"
+    assert "No such file" in auth_site.log_text()
+
+
+def test_a_password_file_of_somebody_else(auth_site: Site) -> None:
+    file = write_passwords(auth_site)
+    shutil.chown(file, "root")
+    assert refusal(auth_site) == "454 4.7.0"
+    assert "Permission denied" in auth_site.log_text()
+
+
+def test_a_password_file_that_is_no_text(auth_site: Site) -> None:
+    (auth_site.root / "passwords").write_bytes(b"\xff\xfe\n")
+    assert refusal(auth_site) == "454 4.7.0"
+
+
+def test_a_password_changed_holds_from_the_next_try(auth_site: Site, client: Client) -> None:
+    file = auth_site.root / "passwords"
+    file.write_text(f"relay:{verifier('argon2id', 'new')}\n")
+    assert client.command(f"AUTH PLAIN {plain('relay', PASSWORD)}")[:9] == "535 5.7.8"
+    assert client.command(f"AUTH PLAIN {plain('relay', 'new')}").startswith("235")
+
+
+def test_a_password_file_that_systemd_passes(auth_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = auth_site.root / "credentials"
+    folder.mkdir()
+    shutil.copy2(auth_site.root / "passwords", folder / "lmtp-users")
+    auth_site.give(folder)
+    auth_site.give(folder / "lmtp-users")
+    auth_site.configure(sasl_password_file="lmtp-users")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(folder))
+    assert refusal(auth_site) == "235 2.7.0"
+
+
+@pytest.mark.parametrize("name", ["lmtp-users", "sub/users"])
+def test_a_credential_that_systemd_does_not_pass(auth_site: Site, name: str) -> None:
+    auth_site.configure(sasl_password_file=name)
+    client = over_tcp(auth_site)
+    assert client.reply()[0].startswith("421 4.3.0")
+    assert auth_site.child.wait() == 78
