@@ -1,0 +1,162 @@
+"""Clients that mean harm, or have gone mad: each comes to a clear end, and costs little until then."""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import PATIENCE, Client, Site
+
+MEMORY_LIMIT = 32 * 1024  # KiB
+GREETING = b"220 mx.example.com lmtpd "
+TRANSACTION = b"LHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<jane>\r\n"
+MESSAGE = b"Subject: a subject\r\n\r\nA body.\r\n"
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_in_tmp(site: Site) -> Iterator[None]:
+    yield
+    assert list(site.spool.glob("**/tmp/*")) == []
+
+
+def peak_memory(site: Site) -> int:
+    """The most memory that the process on the last connection has had, in KiB."""
+    status = Path(f"/proc/{site.child.pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0])
+
+
+def over_tcp(site: Site) -> Client:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        connection, _ = server.accept()
+        with connection:
+            site.start(connection, "-a")
+    return Client(client)
+
+
+def flood(client: Client, data: bytes, times: int = 1) -> bytes:
+    """Sends data that often while it reads what comes back, then reads to the end of file; all that came."""
+    answers = bytearray()
+    client.sock.setblocking(False)
+    waiting = memoryview(data)
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        readable, writable, _ = select.select([client.sock], [client.sock] if times else [], [], PATIENCE)
+        try:
+            if readable:
+                if not (more := client.sock.recv(1 << 20)):
+                    return bytes(answers)
+                answers += more
+            if writable:
+                waiting = waiting[client.sock.send(waiting) :]
+                if not waiting:
+                    times, waiting = times - 1, memoryview(data)
+        except ConnectionError:
+            return bytes(answers)
+    raise TimeoutError
+
+
+# Slow ones
+
+
+def trickle(client: Client, data: bytes) -> list[bytes]:
+    """Sends data octet by octet, one in 0.3 seconds, until the server has had enough; the lines it said."""
+    for octet in data:
+        if select.select([client.sock], [], [], 0.3)[0]:
+            break
+        client.send(bytes([octet]))
+    lines = []
+    while line := client.line():
+        lines.append(line)
+    return lines
+
+
+def test_a_line_that_never_ends_is_not_waited_for_octet_by_octet(site: Site) -> None:
+    site.configure(lmtp_command_timeout="1s")
+    client = site.connect()
+    client.hello()
+    begin = time.monotonic()
+    assert trickle(client, b"NOOP " + b"x" * 100) == [b"421 4.4.2 Nothing heard for too long, closing the connection"]
+    assert 0.9 < time.monotonic() - begin < 3
+    assert site.child.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("start", [b"NOOP\r\n" * 30, b"DATA\r\n", b"BDAT 100 LAST\r\n"])
+def test_a_session_has_a_limit_of_its_own(site: Site, start: bytes) -> None:
+    site.configure(lmtp_command_timeout="1s", lmtp_session_timeout="2s")
+    client = site.connect()
+    client.hello()
+    begin = time.monotonic()
+    if start.startswith(b"NOOP"):
+        while client.command("NOOP") == "250 2.0.0 Ok":
+            time.sleep(0.1)
+        assert client.reply() == []
+    else:
+        for command in (b"MAIL FROM:<>\r\n", b"RCPT TO:<jane>\r\n"):
+            client.send(command)
+            assert client.reply()[0].startswith("250")
+        client.send(start)
+        if start.startswith(b"DATA"):
+            client.reply()
+        last = [b"421 4.4.2 The session takes too long, closing the connection"]
+        assert trickle(client, b"x" * 100) == last
+    assert 1.5 < time.monotonic() - begin < 4
+    assert site.child.wait(PATIENCE) == 0
+    assert site.files("jane") == []
+    assert 'reason="421 4.4.2 The session takes too long, closing the connection"' in site.log_text()
+
+
+def test_a_session_that_is_never_silent_has_its_limit_too(site: Site) -> None:
+    site.configure(lmtp_session_timeout="1s", lmtp_max_idle_commands="0")
+    answers = flood(site.connect(), b"NOOP\r\n" * 1000, 1_000_000)
+    assert answers.endswith(b"\r\n421 4.4.2 The session takes too long, closing the connection\r\n")
+
+
+def test_without_a_limit_a_session_goes_on(site: Site) -> None:
+    site.configure(lmtp_command_timeout="1s")
+    client = site.connect()
+    client.hello()
+    for _ in range(5):
+        time.sleep(0.5)
+        assert client.command("NOOP") == "250 2.0.0 Ok"
+
+
+@pytest.mark.parametrize("session_timeout", ["0", "2s"])
+def test_a_window_that_never_opens(site: Site, session_timeout: str) -> None:
+    site.configure(
+        lmtp_command_timeout="1s" if session_timeout == "0" else "1d",
+        lmtp_session_timeout=session_timeout,
+        lmtp_max_idle_commands="0",
+    )
+    client = over_tcp(site)
+    client.sock.settimeout(1)
+    with pytest.raises((ConnectionError, TimeoutError)):
+        client.send(b"HELP\r\n" * 1_000_000)
+    memory = peak_memory(site)
+    assert site.child.wait(PATIENCE) == 0
+    assert memory < MEMORY_LIMIT
+    assert 'reason="the client does not read our replies"' in site.log_text()
+
+
+# Endless ones
+
+
+def test_endless_commands_without_a_message(site: Site) -> None:
+    site.configure(lmtp_max_idle_commands="5")
+    client = site.connect()
+    client.hello()
+    for _ in range(2):  # a message sets the count to 0, its own commands do not count
+        for command in ("NOOP", "VRFY jane", "TRACE x", "RCPT TO:<jane>"):
+            assert client.command(command)[:3] in ("250", "252", "503")
+        assert client.deliver(MESSAGE, *["jane"] * 10) != []
+    for command in ("NOOP", "RSET", "HELP", "LHLO x", "MAIL FROM:<>"):
+        assert client.command(command)[:3] in ("250", "214")
+    assert client.command("RCPT TO:<nobody>").startswith("550")
+    assert client.command("RSET").startswith("250")
+    assert client.reply() == ["421 4.7.0 Too many commands without a message, closing the connection"]
+    assert client.reply() == []
+    assert len(site.files("jane")) == 20
