@@ -256,9 +256,13 @@ class Config:
     )
     lmtp_downcase_rcpt = option(as_switch, "yes", "lower the user part of recipients")
     lmtp_max_bad_commands = option(as_number, "50", "malformed commands that a client may send; 0: no limit")
+    lmtp_max_idle_commands = option(
+        as_number, "1000", "commands between messages that bring no message nearer; 0: no limit"
+    )
     lmtp_max_recipients = option(limited(as_number, "1", "999999"), "1000", "recipients that a transaction may have")
     lmtp_maxchild = option(limited(as_number, "1", "100000"), "50", "connections that a listening lmtpd serves at once")
     lmtp_prefork = option(as_number, "0", "idle workers that a listening lmtpd keeps ready")
+    lmtp_session_timeout = option(as_duration, "0", "how long a session may take; 0: no limit")
     lmtp_strict_rfc2821 = option(as_switch, "yes", "refuse 8-bit addresses where SMTPUTF8 was not asked for")
     maildir_path = option(as_template("pund"), "%p/%u", "where a user's Maildir is")
     maxmessagesize = option(as_octets, "0", "the largest message taken; 0: no limit")
@@ -603,6 +607,7 @@ class LmtpError(Exception):
 
 
 TIMED_OUT = Reply(421, "4.4.2", "Nothing heard for too long, closing the connection")
+SESSION_TOO_LONG = Reply(421, "4.4.2", "The session takes too long, closing the connection")
 SHUTTING_DOWN = Reply(421, "4.3.2", "Shutting down, try again later")
 INTERNAL_ERROR = Reply(421, "4.3.0", "Internal error, try again later")
 LINE_TOO_LONG = Reply(500, "5.5.2", "Line too long")
@@ -628,6 +633,7 @@ WRITE_SIZE = 4096  # what a descriptor that polls writable takes without blockin
 OUTPUT_LIMIT = 65536
 LINE_LIMIT = 8192  # octets of a command line with its end
 LINGER = 2.0  # seconds
+FOREVER = float("inf")
 PROXY_V1_LIMIT = 105  # octets of the longest header without its end
 PROXY_V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 PROXY_V2_LOCAL, PROXY_V2_PROXY = 0x20, 0x21
@@ -642,6 +648,7 @@ class Connection:
     """Buffered octets on two descriptors: a socket, a pipe, a file or a terminal.
 
     timeout: seconds that a line may take to arrive, and any octets to arrive or to leave.
+    limit: seconds that all of it may take, with a little more for our last words; 0 for ever.
     wakeup: a descriptor that, when readable, interrupts a wait: on_wakeup is called, which
     empties it and may raise to end the wait for good.
     tls: the encryption, None while there is none.
@@ -649,9 +656,10 @@ class Connection:
     between that and LF, for the person at a shell.
     """
 
-    def __init__(self, source: int, sink: int, timeout: float, wakeup: int) -> None:
+    def __init__(self, source: int, sink: int, timeout: float, limit: float, wakeup: int) -> None:
         self.eol = CRLF
         self.timeout = timeout
+        self._end = time.monotonic() + limit if limit else FOREVER
         self.on_wakeup: Callable[[], None] = lambda: None
         self._source, self._sink = source, sink
         self._readable, self._writable = select.poll(), select.poll()
@@ -762,6 +770,7 @@ class Connection:
                 sock.shutdown(socket.SHUT_WR)
             except OSError as error:
                 raise Disconnected(error.strerror) from None
+        self._end = FOREVER
         deadline = time.monotonic() + LINGER
         while (patience := deadline - time.monotonic()) > 0 and self._wait(self._readable, patience):
             self._receive(0)
@@ -788,7 +797,7 @@ class Connection:
 
     def _send(self, data: bytearray) -> None:
         while data:
-            if not self._wait(self._writable, self.timeout):
+            if not self._wait(self._writable, min(self.timeout, self._end + LINGER - time.monotonic())):
                 raise Disconnected("the client does not read our replies")
             try:
                 written = os.write(self._sink, data[:WRITE_SIZE])
@@ -807,8 +816,11 @@ class Connection:
         return self.tls.decrypt()
 
     def _receive(self, timeout: float) -> bytes:
-        if not self._wait(self._readable, timeout):
-            raise LmtpError(TIMED_OUT)
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise LmtpError(SESSION_TOO_LONG)
+        if not self._wait(self._readable, min(timeout, left)):
+            raise LmtpError(TIMED_OUT if timeout < left else SESSION_TOO_LONG)
         try:
             data = os.read(self._source, READ_SIZE)
         except BlockingIOError:
@@ -2137,6 +2149,7 @@ USEFUL_BEFORE_TLS = ("LHLO", "NOOP", "STARTTLS", "QUIT")
 RESPONSE_LIMIT = 12_290  # octets of a SASL response with its end, RFC 4954 section 4
 FAILURES_ALLOWED = 3
 MALFORMED = (500, 501, 555)  # codes of replies to commands that count as bad
+STEPS = (b"MAIL", b"RCPT", b"DATA", b"BDAT")  # bring a message nearer when they succeed
 
 OK = Reply(250, "2.0.0", "Ok")
 BYE = Reply(221, "2.0.0", "Bye", closes=True)
@@ -2154,6 +2167,7 @@ CHUNKING_BEGUN = Reply(503, "5.5.1", "BDAT has begun this message, only BDAT can
 TOO_MANY_RECIPIENTS = Reply(452, "4.5.3", "Too many recipients, send the message to the others separately")
 TOO_MANY_ERRORS = Reply(421, "4.7.0", "Too many bad commands, closing the connection")
 NOT_ASCII = Reply(553, "5.6.7", "Addresses beyond ASCII need the SMTPUTF8 parameter of MAIL")
+TOO_MANY_COMMANDS = Reply(421, "4.7.0", "Too many commands without a message, closing the connection")
 READY_FOR_TLS = Reply(220, "2.0.0", "Ready to start TLS")
 AUTHENTICATED = Reply(235, "2.7.0", "Authentication successful")
 AUTHENTICATION_DOWN = Reply(454, "4.7.0", "Authentication is not possible now, try again later")
@@ -2206,7 +2220,7 @@ class Session:
         self._failures = 0
         self._client = "unknown"
         self._transaction: Transaction | None = None
-        self._bad_commands = 0
+        self._bad_commands = self._idle_commands = 0
         self._idle = False
         self._parting: Reply | None = None
         connection.on_wakeup = self._on_wakeup
@@ -2253,12 +2267,18 @@ class Session:
         try:
             line = self._next_line()
             self._dispatch(line)
+            self._idle_commands += line[:4].upper() not in STEPS
         except LmtpError as error:
             log.info("refused", command=without_secrets(line), reply=error)
             self._reply(error.reply)
             self._bad_commands += error.reply.code in MALFORMED
-            if 0 < self._config.lmtp_max_bad_commands < self._bad_commands:
-                self._reply(TOO_MANY_ERRORS)
+            self._idle_commands += error.reply is not TOO_MANY_RECIPIENTS
+        if self._parting:
+            return
+        if 0 < self._config.lmtp_max_bad_commands < self._bad_commands:
+            self._reply(TOO_MANY_ERRORS)
+        elif 0 < self._config.lmtp_max_idle_commands < self._idle_commands:
+            self._reply(TOO_MANY_COMMANDS)
 
     def _next_line(self) -> bytes:
         self._idle = True
@@ -2580,7 +2600,7 @@ class Session:
         message.complete()
         for reply in deliver(message, transaction, Reply(250, "2.1.5", f"Ok SESSIONID=<{self.id}>")):
             self._reply(reply)
-        self._bad_commands = 0
+        self._bad_commands = self._idle_commands = 0
         self._reset()
 
 
@@ -2736,7 +2756,7 @@ class Server:
     def serve(self) -> None:
         """Serves the connection that standard input and output are: a socket, pipe, file or terminal."""
         peer = Peer.of(0)
-        connection = Connection(0, 1, self.config.lmtp_command_timeout, self.stop.fd)
+        connection = Connection(0, 1, self.config.lmtp_command_timeout, self.config.lmtp_session_timeout, self.stop.fd)
         if peer.internet and self.config.tcp_keepalive:
             keep_alive(0, self.config)
         if self._proxied:
