@@ -62,6 +62,7 @@ def test_lhlo_lists_the_extensions(site: Site) -> None:
         "250-LIMITS RCPTMAX=7",
         "250-IGNOREQUOTA",
         "250-TRACE",
+        "250-AUTH EXTERNAL",
     ]
     assert re.fullmatch(r"250 Ok SESSIONID=<[!-~]+>", last)
 
@@ -122,7 +123,7 @@ def test_help_lists_the_verbs_with_the_code_on_every_line(client: Client) -> Non
     client.send(b"HELP\r\n")
     lines = client.reply()
     assert all(line[4:].startswith("2.0.0 ") for line in lines)
-    assert "LHLO MAIL RCPT DATA BDAT" in lines[0]
+    assert "LHLO STARTTLS AUTH MAIL RCPT DATA BDAT" in lines[0]
 
 
 # The transaction
