@@ -945,6 +945,8 @@ def make_tls_context(config: Config) -> SSLContext:
     """The settings for STARTTLS. Raises OSError (also ssl.SSLError) and ValueError."""
     import ssl
 
+    if not {"tls1_2", "tls1_3"}.intersection(config.tls_versions):
+        raise ValueError("tls_versions needs tls1_2 or tls1_3")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2 if "tls1_2" in config.tls_versions else ssl.TLSVersion.TLSv1_3
     context.maximum_version = ssl.TLSVersion.TLSv1_3 if "tls1_3" in config.tls_versions else ssl.TLSVersion.TLSv1_2
@@ -2017,33 +2019,31 @@ class DovecotAuth:
             if words[0] == "MECH" and "private" not in words:
                 self.mechanisms.append(words[1].upper())
 
-    def mechanism(self, name: str, service: str, secured: bool) -> Mechanism:
-        """The mechanism of that name."""
+    def mechanism(self, name: str, service: str, secured: bool, has_initial: bool) -> Mechanism:
+        """The mechanism of that name. Without an initial response, the first challenge is Dovecot's."""
         self._requests += 1
         identity = str(self._requests)
-        response = yield b""
-        self._say("AUTH", identity, name, f"service={service}", *(["secured"] if secured else []), self._resp(response))
+        response = [f"resp={to_base64((yield b''))}"] if has_initial else []
+        self._say("AUTH", identity, name, f"service={service}", *(["secured"] if secured else []), *response)
         while True:
             verdict, *words = self._hear()
             if not words or words[0] != identity:
                 continue
             if verdict == "CONT":
-                response = yield from_base64(words[1].encode())
-                self._say("CONT", identity, to_base64(response))
+                answer = yield from_base64(words[1].encode())
+                self._say("CONT", identity, to_base64(answer))
             elif verdict == "OK":
                 return next(word[5:] for word in words if word.startswith("user="))
             elif "temp" in words:
                 raise AuthenticationUnavailable(f"{self._path}: temporary failure")
             else:
-                raise AuthenticationFailed("dovecot: " + " ".join(words[1:]))
+                user = next((word[5:] for word in words if word.startswith("user=")), "")
+                raise AuthenticationFailed("dovecot: " + " ".join(words[1:]), user)
 
     def close(self) -> None:
         """Ends the connection."""
         self._answers.close()
         self._sock.close()
-
-    def _resp(self, response: bytes) -> str:
-        return f"resp={to_base64(response)}"
 
     def _say(self, *words: str) -> None:
         try:
@@ -2072,7 +2072,7 @@ class Authenticator:
         self._dovecot: DovecotAuth | None = None
 
     def names(self, tls: Tls | None) -> list[str]:
-        """The mechanisms there are. tls: the encryption of the connection."""
+        """The mechanisms there are. tls: the encryption of the connection. Raises AuthenticationUnavailable."""
         names = ["EXTERNAL"] if tls and tls.identity else []
         if self._config.sasl_pwcheck_method == "dovecot":
             return names + self._dovecot_mechanisms()
@@ -2083,12 +2083,15 @@ class Authenticator:
             names += [*bound, *SCRAM_MECHANISMS]
         return [*names, *PLAINTEXT_MECHANISMS]
 
-    def mechanism(self, name: str, tls: Tls | None) -> Mechanism:
-        """The mechanism of that name, which is one of names(), or EXTERNAL. Raises AuthenticationUnavailable."""
+    def mechanism(self, name: str, tls: Tls | None, has_initial: bool) -> Mechanism:
+        """The mechanism of that name, which is one of names(), or EXTERNAL. Raises AuthenticationUnavailable.
+
+        has_initial: whether the client has sent its first response already.
+        """
         if name == "EXTERNAL":
             return external(tls.identity if tls else TRUSTED_USER)
         if self._dovecot:
-            return self._dovecot.mechanism(name, self._service, secured=tls is not None)
+            return self._dovecot.mechanism(name, self._service, tls is not None, has_initial)
         if name == "PLAIN":
             return plain(self._check)
         if name == "LOGIN":
@@ -2108,11 +2111,7 @@ class Authenticator:
             check_with_saslauthd(self._config.sasl_saslauthd_path, self._service, user, password)
 
     def _dovecot_mechanisms(self) -> list[str]:
-        try:
-            self._dovecot = self._dovecot or DovecotAuth(self._config.sasl_auth_socket_path)
-        except AuthenticationUnavailable as error:
-            log.error("authentication unavailable", cause=error)
-            return []
+        self._dovecot = self._dovecot or DovecotAuth(self._config.sasl_auth_socket_path)
         return [name for name in self._dovecot.mechanisms if name not in ("EXTERNAL", "ANONYMOUS")]
 
 
@@ -2147,6 +2146,8 @@ BODY_TYPES = ("7BIT", "8BITMIME")
 USEFUL_WHILE_SHUT = ("LHLO", "NOOP", "QUIT")
 USEFUL_BEFORE_TLS = ("LHLO", "NOOP", "STARTTLS", "QUIT")
 RESPONSE_LIMIT = 12_290  # octets of a SASL response with its end, RFC 4954 section 4
+MECHANISM_LIMIT = 20  # characters of a mechanism's name, RFC 4422 section 3.1
+MECHANISM = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ-_" + DIGITS)
 FAILURES_ALLOWED = 3
 MALFORMED = (500, 501, 555)  # codes of replies to commands that count as bad
 STEPS = (b"MAIL", b"RCPT", b"DATA", b"BDAT")  # bring a message nearer when they succeed
@@ -2171,6 +2172,7 @@ TOO_MANY_COMMANDS = Reply(421, "4.7.0", "Too many commands without a message, cl
 READY_FOR_TLS = Reply(220, "2.0.0", "Ready to start TLS")
 AUTHENTICATED = Reply(235, "2.7.0", "Authentication successful")
 AUTHENTICATION_DOWN = Reply(454, "4.7.0", "Authentication is not possible now, try again later")
+RESPONSE_TOO_LONG = Reply(500, "5.5.6", "Authentication exchange line is too long")
 MALFORMED_RESPONSE = Reply(501, "5.5.2", "Malformed response")
 CANCELLED = Reply(501, "5.7.0", "Authentication cancelled")
 NOT_NOW = Reply(503, "5.5.1", "Not within a transaction, and once only")
@@ -2253,7 +2255,7 @@ class Session:
             log.traceback("internal error")
             self._reply(INTERNAL_ERROR)
         if self._parting is BYE:
-            self._connection.flush()
+            self._connection.end()
         else:
             self._connection.linger()
 
@@ -2353,7 +2355,7 @@ class Session:
             "IGNOREQUOTA",
             "TRACE",
             *(["STARTTLS"] if self._tls and not self._is_protected() else []),
-            *([f"AUTH {' '.join(mechanisms)}"] if (mechanisms := self._mechanisms()) else []),
+            *([f"AUTH {' '.join(mechanisms)}"] if (mechanisms := self._offered_mechanisms()) else []),
             f"Ok SESSIONID=<{self.id}>",
         ]
         self._reply(Reply(250, "", "\n".join(extensions)))
@@ -2378,13 +2380,15 @@ class Session:
             raise malformed("AUTH needs a mechanism")
         if self._user or self._transaction:
             raise LmtpError(NOT_NOW)
-        if name not in self._mechanisms():
-            possible = name in PLAINTEXT_MECHANISMS or self._config.sasl_minimum_layer
-            raise LmtpError(ENCRYPTION_FIRST if possible and not self._is_protected() else UNKNOWN_MECHANISM)
+        if self._is_wanted(name) and self._is_too_weak_for(name):
+            raise LmtpError(ENCRYPTION_FIRST)
         try:
-            self._user = self._converse(self._authenticator.mechanism(name, self._connection.tls), initial)
+            if name not in self._mechanisms():
+                raise LmtpError(UNKNOWN_MECHANISM)
+            self._user = self._converse(name, initial)
         except (AuthenticationUnavailable, ImportError) as error:  # the latter: see setup.py, extras_require
             log.error("authentication unavailable", mechanism=name, cause=error)
+            self._authenticator.close()  # the next attempt may find the checker back
             raise LmtpError(AUTHENTICATION_DOWN) from None
         except AuthenticationFailed as error:
             self._failures += 1
@@ -2529,27 +2533,42 @@ class Session:
     }
 
     def _mechanisms(self) -> list[str]:
-        """The mechanisms that may be used now."""
+        """The mechanisms that may be used now. Raises AuthenticationUnavailable."""
         if self._trusted:
             return ["EXTERNAL"]
-        tls = self._connection.tls
-        if (tls.bits if tls else 0) < self._config.sasl_minimum_layer:
-            return []
-        names = self._authenticator.names(tls)
-        if not tls and not self._config.allowplaintext:
-            names = [name for name in names if name not in PLAINTEXT_MECHANISMS]
-        wanted = [name.upper() for name in self._config.sasl_mech_list]
-        return [name for name in names if not wanted or name in wanted]
+        names = self._authenticator.names(self._connection.tls)
+        return [name for name in names if self._is_wanted(name) and not self._is_too_weak_for(name)]
 
-    def _converse(self, mechanism: Mechanism, initial: str) -> str:
+    def _offered_mechanisms(self) -> list[str]:
+        try:
+            return self._mechanisms()
+        except AuthenticationUnavailable as error:
+            log.error("authentication unavailable", cause=error)
+            return []
+
+    def _is_wanted(self, name: str) -> bool:
+        wanted = self._config.sasl_mech_list
+        return not wanted or name in (wish.upper() for wish in wanted)
+
+    def _is_too_weak_for(self, name: str) -> bool:
+        """Whether the connection, as it is encrypted, must not carry that mechanism."""
+        if self._trusted:
+            return False
+        tls = self._connection.tls
+        if not tls and name in PLAINTEXT_MECHANISMS and not self._config.allowplaintext:
+            return True
+        return (tls.bits if tls else 0) < self._config.sasl_minimum_layer
+
+    def _converse(self, name: str, initial: str) -> str:
         """Lets the client and the mechanism talk; the user. Raises what the mechanism raises, and LmtpError."""
+        mechanism = self._authenticator.mechanism(name, self._connection.tls, bool(initial))
         try:
             response = self._decoded(initial.encode()) if initial else None
             challenge = next(mechanism)
             while True:
                 if response is None:
                     self._reply(Reply(334, "", to_base64(challenge)))
-                    response = self._decoded(self._connection.read_line(RESPONSE_LIMIT))
+                    response = self._decoded(self._read_response())
                 challenge = mechanism.send(response)
                 response = None
         except StopIteration as done:
@@ -2558,6 +2577,12 @@ class Session:
             raise LmtpError(MALFORMED_RESPONSE) from None
         finally:
             mechanism.close()
+
+    def _read_response(self) -> bytes:
+        try:
+            return self._connection.read_line(RESPONSE_LIMIT)
+        except LmtpError as error:
+            raise LmtpError(RESPONSE_TOO_LONG) if error.reply is LINE_TOO_LONG else error from None
 
     def _decoded(self, response: bytes) -> bytes:
         if response == b"*":
@@ -2605,9 +2630,14 @@ class Session:
 
 
 def without_secrets(line: bytes) -> str:
-    """A command for the log: what follows the mechanism of AUTH may be a password."""
-    words = line.decode("utf-8", "replace").split(" ", 2)
-    return " ".join([*words[:2], "..."] if len(words) > 2 and words[0].upper() == "AUTH" else words)
+    """A command for the log: whatever follows AUTH, however badly it is put, may be a password."""
+    text = line.decode("utf-8", "replace")
+    if not text.lstrip().upper().startswith("AUTH"):
+        return text
+    verb, _, argument = text.partition(" ")
+    name = argument.partition(" ")[0]
+    is_name = verb.upper() == "AUTH" and len(name) <= MECHANISM_LIMIT and MECHANISM.issuperset(name)
+    return f"AUTH {name}" if is_name else "AUTH ..."
 
 
 def malformed(text: str) -> LmtpError:

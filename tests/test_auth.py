@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hmac
+import os
 import shutil
+import signal
 import subprocess
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from harness import Client, Site
+from peers import PASSWORD as EVERYBODYS
+from peers import Dovecot, Peer, answers, program
 from scramp import ScramClient
 from test_session import MESSAGE, over_tcp
 
@@ -442,3 +448,150 @@ def test_a_credential_that_systemd_does_not_pass(auth_site: Site, name: str) -> 
     client = over_tcp(auth_site)
     assert client.reply()[0].startswith("421 4.3.0")
     assert auth_site.child.wait() == 78
+
+
+# saslauthd
+
+
+class Saslauthd(Peer):
+    """saslauthd(8), which asks an IMAP server."""
+
+    name = "saslauthd"
+
+    def __init__(self, folder: Path, imap: tuple[str, int]) -> None:
+        super().__init__(folder)
+        self.folder.chmod(0o755)
+        self.path = str(folder / "mux")
+        self._server = f"{imap[0]}/{imap[1]}"
+
+    def start(self) -> None:
+        command = [program("saslauthd"), "-d", "-a", "rimap", "-O", self._server, "-m", str(self.folder), "-n", "1"]
+        self.run(command, lambda: answers(self.path))
+
+
+@pytest.fixture
+def dovecot(auth_site: Site) -> Iterator[AuthDovecot]:
+    with AuthDovecot(auth_site) as dovecot:
+        yield dovecot
+
+
+class AuthDovecot(Dovecot):
+    """Dovecot with its authentication service on a socket that anybody may use, and every mechanism we can test."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.path = str(self.folder / "auth-client")
+        mechanisms = "plain login scram-sha-1 scram-sha-256 cram-md5"
+        self.conf.write_text(
+            self.conf.read_text() + f"auth_mechanisms = {mechanisms}\nauth_failure_delay = 0\n"
+            f"service auth {{\n  unix_listener {self.path} {{\n    mode = 0666\n  }}\n}}\n"
+        )
+        self.folder.chmod(0o755)
+
+
+@pytest.fixture
+def saslauthd(auth_site: Site, dovecot: AuthDovecot) -> Iterator[Saslauthd]:
+    with Saslauthd(auth_site.root / "saslauthd", dovecot.address) as saslauthd:
+        auth_site.configure(sasl_pwcheck_method="saslauthd", sasl_saslauthd_path=saslauthd.path)
+        yield saslauthd
+
+
+def greeted(site: Site) -> Client:
+    client = over_tcp(site)
+    client.hello()
+    return client
+
+
+def test_saslauthd_offers_what_needs_the_password(auth_site: Site, saslauthd: Saslauthd) -> None:
+    assert offered(over_tcp(auth_site)) == ["PLAIN", "LOGIN"]
+
+
+def test_saslauthd_knows_right_from_wrong(auth_site: Site, saslauthd: Saslauthd) -> None:
+    client = greeted(auth_site)
+    assert client.command(f"AUTH PLAIN {plain('relay', 'wrong')}")[:9] == "535 5.7.8"
+    assert client.command(f"AUTH PLAIN {plain('relay', 'x' * 300)}")[:9] == "535 5.7.8"
+    client = greeted(auth_site)
+    assert client.command(f"AUTH PLAIN {plain('relay', EVERYBODYS)}").startswith("235")
+    assert client.deliver(MESSAGE, "jane")[0].startswith("250")
+    client = greeted(auth_site)
+    assert client.command(f"AUTH LOGIN {encoded('relay')}").startswith("334")
+    assert client.command(encoded(EVERYBODYS)).startswith("235")
+
+
+def test_saslauthd_that_is_down_and_comes_back(auth_site: Site, saslauthd: Saslauthd) -> None:
+    client = greeted(auth_site)
+    saslauthd.close()
+    assert client.command(f"AUTH PLAIN {plain('relay', EVERYBODYS)}")[:9] == "454 4.7.0"
+    assert "authentication unavailable" in auth_site.log_text()
+    saslauthd.start()
+    assert client.command(f"AUTH PLAIN {plain('relay', EVERYBODYS)}").startswith("235")
+
+
+# Dovecot's authentication service
+
+
+@pytest.fixture
+def dovecot_site(auth_site: Site, dovecot: AuthDovecot) -> Site:
+    auth_site.configure(sasl_pwcheck_method="dovecot", sasl_auth_socket_path=dovecot.path)
+    return auth_site
+
+
+def test_dovecot_s_mechanisms_are_offered(dovecot_site: Site) -> None:
+    assert sorted(offered(over_tcp(dovecot_site))) == ["CRAM-MD5", "LOGIN", "PLAIN", "SCRAM-SHA-1", "SCRAM-SHA-256"]
+    dovecot_site.configure(allowplaintext="no")
+    client = over_tcp(dovecot_site)
+    assert sorted(offered(client)) == ["CRAM-MD5", "SCRAM-SHA-1", "SCRAM-SHA-256"]
+    assert client.command("AUTH PLAIN")[:10] == "538 5.7.11"
+    assert client.command("AUTH DIGEST-MD5")[:9] == "504 5.5.4"
+
+
+@pytest.mark.parametrize(("password", "reply"), [(EVERYBODYS, "235 2.7.0"), ("wrong", "535 5.7.8")])
+@pytest.mark.parametrize("name", ["PLAIN", "PLAIN initial", "LOGIN", "CRAM-MD5", "SCRAM-SHA-1", "SCRAM-SHA-256"])
+def test_every_mechanism_of_dovecot(dovecot_site: Site, name: str, password: str, reply: str) -> None:
+    client = greeted(dovecot_site)
+    if name == "PLAIN initial":
+        answer = client.command(f"AUTH PLAIN {plain('relay', password)}")
+    elif name == "PLAIN":
+        assert client.command("AUTH PLAIN") == "334 "
+        answer = client.command(plain("relay", password))
+    elif name == "LOGIN":
+        assert client.command("AUTH LOGIN") == f"334 {encoded('Username:')}"
+        assert client.command(encoded("relay")) == f"334 {encoded('Password:')}"
+        answer = client.command(encoded(password))
+    elif name == "CRAM-MD5":
+        challenge = client.command("AUTH CRAM-MD5")
+        assert challenge.startswith("334 ")
+        digest = hmac.new(password.encode(), b64decode(challenge[4:]), "md5").hexdigest()
+        answer = client.command(encoded(f"relay {digest}"))
+    else:
+        answer = scram(client, name, "relay", password)
+    assert answer[:9] == reply
+    if reply.startswith("235"):
+        assert client.deliver(MESSAGE, "jane")[0].startswith("250")
+    else:
+        assert "user=relay" in dovecot_site.log_text()
+
+
+def test_dovecot_goes_on_after_a_cancelled_exchange(dovecot_site: Site) -> None:
+    client = greeted(dovecot_site)
+    for name in ("CRAM-MD5", "LOGIN", "SCRAM-SHA-256"):
+        assert client.command(f"AUTH {name}").startswith("334")
+        assert client.command("*")[:9] == "501 5.7.0"
+    assert scram(client, "SCRAM-SHA-256", "relay", EVERYBODYS).startswith("235")
+
+
+def test_dovecot_that_is_down_and_comes_back(dovecot_site: Site, dovecot: AuthDovecot) -> None:
+    client = greeted(dovecot_site)
+    # Its processes may outlive their master for a moment, and what we are connected to is one of them.
+    with suppress(ProcessLookupError):
+        os.killpg(dovecot.process.pid, signal.SIGKILL)
+    dovecot.close()
+    for _ in range(2):
+        assert client.command(f"AUTH PLAIN {plain('relay', EVERYBODYS)}")[:9] == "454 4.7.0"
+    later = over_tcp(dovecot_site)
+    assert offered(later) == []
+    assert later.command("AUTH CRAM-MD5")[:9] == "454 4.7.0"
+    assert "authentication unavailable" in dovecot_site.log_text()
+    dovecot.start()
+    for each in (client, later):
+        assert each.command(f"AUTH PLAIN {plain('relay', EVERYBODYS)}").startswith("235")
