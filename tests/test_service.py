@@ -214,6 +214,43 @@ class TestPool:
             )
             assert server_of(open_session(starter)) in children(parent)
 
+    def test_a_connection_wakes_one_worker_only(self, site: Site) -> None:
+        site.configure(lmtp_prefork="5")
+        with pool(site) as starter:
+            open_session(starter).command("QUIT")
+            parent = starter.process.pid
+            wait_for(lambda: len(children(parent)) >= 5, "the workers")
+            time.sleep(0.5)  # until each has got as far as to wait
+            for _ in range(10):
+                before = {worker: switches(worker) for worker in children(parent)}
+                client = open_session(starter)
+                woken = {worker for worker, count in before.items() if switches(worker) != count}
+                assert woken == {server_of(client)}
+                client.command("QUIT")
+                client.close()
+                wait_for(lambda: len(children(parent)) >= 5, "the workers")
+                time.sleep(0.2)
+
+    def test_systemd_is_told_how_it_goes(self, site: Site) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.bind(str(site.root / "notify"))
+            manager.settimeout(PATIENCE)
+            os.chmod(site.root / "notify", 0o777)
+            environment = (f"NOTIFY_SOCKET={site.root}/notify", "WATCHDOG_USEC=400000")
+            address = str(site.root / "lmtp")
+            with SocketActivate(logged(site), address=address, environment=environment) as starter:
+                client = open_session(starter)
+                told: list[str] = []
+                while (
+                    told.count("WATCHDOG=1") < 3 or "STATUS=0 workers ready, 1 busy, 1 connections served" not in told
+                ):
+                    told.append(manager.recv(4096).decode())
+                client.command("QUIT")
+                starter.process.terminate()
+                while told[-1] != "STOPPING=1":
+                    told.append(manager.recv(4096).decode())
+        assert told[0] == "READY=1"
+
     def test_nothing_is_done_while_nothing_happens(self, site: Site) -> None:
         site.configure(lmtp_prefork="2")
         with pool(site) as starter:
@@ -309,6 +346,13 @@ class TestPool:
 
 def live(starter: Starter) -> list[int]:
     return [starter.process.pid, *children(starter.process.pid)]
+
+
+def switches(process: int) -> int:
+    """How often it has slept."""
+    found = re.search(r"^voluntary_ctxt_switches:\t(\d+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1])
 
 
 def cpu_ticks(process: int) -> int:
