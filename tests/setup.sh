@@ -43,12 +43,12 @@ need_venv() {
     "$venv/bin/pip" install --quiet --disable-pip-version-check --use-pep517 "$@" "$top[auth]"
 }
 
-# need_cyrus: the real Cyrus lmtpd, unpacked in a cache folder (its package conflicts with Dovecot's), with
+# need_cyrus: the real Cyrus lmtpd and lmtptest, unpacked in a cache folder (its package conflicts with Dovecot's), with
 # those of its libraries that are not installed; nothing of it gets into the system.
 cyrus=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests-cyrus
 need_cyrus() {
     cyrus_runs && return
-    local packages=(cyrus-imapd cyrus-common) next library
+    local packages=(cyrus-imapd cyrus-common cyrus-clients) next library
     [[ -n $(apt-cache show cyrus-imapd 2>/dev/null) ]] || update_package_lists
     for ((next = 0; next < ${#packages[@]}; next++)); do
         while read -r library; do
@@ -88,12 +88,13 @@ update_package_lists() {
 
 cyrus_ldd() {
     LD_LIBRARY_PATH=$(find "$cyrus" -name '*.so.*' -printf '%h\n' | sort -u | paste -sd:) \
-        ldd "$cyrus"/usr/lib/cyrus/bin/{master,lmtpd} 2>&1
+        ldd "$cyrus"/usr/lib/cyrus/bin/{master,lmtpd,imtest} 2>&1
 }
 
 # cyrus_runs: whether it is unpacked with every library it needs.
 cyrus_runs() {
-    [[ -x $cyrus/usr/lib/cyrus/bin/lmtpd && -x $cyrus/usr/lib/cyrus/bin/master ]] && ! cyrus_ldd | grep -q 'not found'
+    [[ -x $cyrus/usr/lib/cyrus/bin/lmtpd && -x $cyrus/usr/lib/cyrus/bin/master &&
+        -x $cyrus/usr/lib/cyrus/bin/lmtptest ]] && ! cyrus_ldd | grep -q 'not found'
 }
 
 # The Debian root that tests/container.py boots copies of. LMTPD_TEST_ROOT is its path.

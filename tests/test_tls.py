@@ -1,0 +1,581 @@
+"""STARTTLS, certificates, and the clients that administrators have in front of lmtpd."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import smtplib
+import ssl
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from authority import Authority, secure
+from harness import PATIENCE, Client, Site
+from peers import Postfix, wait_for
+from starters import Inetd
+from test_auth import MAIL, PASSWORD, VERIFIERS, encoded, plain, scram, write_passwords
+from test_session import MESSAGE, over_tcp
+
+
+@pytest.fixture
+def authority(site: Site) -> Authority:
+    return Authority(site)
+
+
+@pytest.fixture
+def tls_site(site: Site, authority: Authority) -> Site:
+    """A site with STARTTLS, and a key that only root can read."""
+    certificate, key = authority.sign("mx.example.com")
+    key.chmod(0o600)
+    site.configure(
+        allowstarttls="yes",
+        tls_server_cert=str(certificate),
+        tls_server_key=str(key),
+        tls_client_ca_file=str(authority.file),
+        sasl_pwcheck_method="file",
+        sasl_password_file=str(write_passwords(site)),
+        admins="relay sha1 sha256",
+    )
+    return site
+
+
+@pytest.fixture
+def context(authority: Authority) -> ssl.SSLContext:
+    return authority.client_context()
+
+
+def secured(site: Site, context: ssl.SSLContext) -> Client:
+    """A client that has started TLS and said LHLO, twice."""
+    client = over_tcp(site)
+    client.hello()
+    secure(client, context)
+    client.send(b"LHLO client.example\r\n")
+    client.reply()
+    return client
+
+
+def extensions(client: Client) -> str:
+    client.send(b"LHLO client.example\r\n")
+    return "\n".join(client.reply())
+
+
+def received(site: Site) -> str:
+    return " ".join(site.messages("jane")[-1].decode().partition("\n\n")[0].split())
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_mail_over_tls(tls_site: Site, context: ssl.SSLContext, version: ssl.TLSVersion) -> None:
+    context.minimum_version = context.maximum_version = version
+    client = over_tcp(tls_site)
+    client.reply()
+    before = extensions(client)
+    assert "250-STARTTLS" in before
+    assert "PLAIN" not in before
+    sock = secure(client, context)
+    after = extensions(client)
+    assert "STARTTLS" not in after
+    assert "PLAIN LOGIN" in after
+    assert client.command("STARTTLS")[:9] == "503 5.5.1"
+    assert client.command(f"AUTH PLAIN {plain('relay', PASSWORD)}").startswith("235")
+    assert client.deliver(MESSAGE, "jane")[0].startswith("250")
+    cipher = sock.cipher()
+    assert cipher
+    assert (
+        f"([127.0.0.1]) (authenticated user=relay bits={cipher[2]}) by mx.example.com (lmtpd 0.1.0) "
+        f"with LMTPSA ({sock.version()} with cipher {cipher[0]} ({cipher[2]} bits)) id" in received(tls_site)
+    )
+    assert client.command("QUIT").startswith("221")
+    sock.suppress_ragged_eofs = False
+    assert sock.recv(1) == b""
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1])
+def test_old_versions_are_refused(tls_site: Site, context: ssl.SSLContext, version: ssl.TLSVersion) -> None:
+    tls_site.configure(tls_versions="tls1_0 tls1_1 tls1_2 tls1_3")
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    context.minimum_version = context.maximum_version = version
+    client = over_tcp(tls_site)
+    client.hello()
+    with pytest.raises(ssl.SSLError):
+        secure(client, context)
+    assert tls_site.child.wait(PATIENCE) == 0
+    assert "TLS: " in tls_site.log_text()
+
+
+@pytest.mark.parametrize(
+    ("versions", "agreed"), [("tls1_2", "TLSv1.2"), ("tls1_3", "TLSv1.3"), ("tls1_2 tls1_3", "TLSv1.3")]
+)
+def test_tls_versions(tls_site: Site, context: ssl.SSLContext, versions: str, agreed: str) -> None:
+    tls_site.configure(tls_versions=versions)
+    client = over_tcp(tls_site)
+    client.hello()
+    assert secure(client, context).version() == agreed
+
+
+def test_tls_ciphers(tls_site: Site, context: ssl.SSLContext) -> None:
+    tls_site.configure(tls_ciphers="ECDHE-ECDSA-AES256-GCM-SHA384", tls_versions="tls1_2")
+    client = over_tcp(tls_site)
+    client.hello()
+    assert secure(client, context).cipher() == ("ECDHE-ECDSA-AES256-GCM-SHA384", "TLSv1.2", 256)
+
+
+def test_the_layer_can_be_too_weak(tls_site: Site, context: ssl.SSLContext) -> None:
+    tls_site.configure(tls_ciphers="ECDHE-ECDSA-AES128-GCM-SHA256", tls_versions="tls1_2", sasl_minimum_layer="256")
+    client = secured(tls_site, context)
+    assert "AUTH" not in extensions(client)
+    assert client.command("AUTH PLAIN")[:10] == "538 5.7.11"
+
+
+# Client certificates
+
+
+@pytest.mark.parametrize("where", ["file", "folder"])
+@pytest.mark.parametrize("demand", ["optional", "require"])
+def test_a_certificate_authenticates(tls_site: Site, authority: Authority, where: str, demand: str) -> None:
+    if where == "folder":
+        tls_site.configure(tls_client_ca_file=None, tls_client_ca_dir=str(authority.hashed()))
+    tls_site.configure(tls_client_certs=demand)
+    client = secured(tls_site, authority.client_context(authority.sign("relay")))
+    assert "AUTH EXTERNAL " in extensions(client)
+    assert client.command(f"AUTH EXTERNAL {encoded('sha1')}")[:9] == "535 5.7.8"
+    assert client.command("AUTH EXTERNAL =").startswith("235")
+    assert client.deliver(MESSAGE, "jane")[0].startswith("250")
+    assert "authenticated user=relay" in received(tls_site)
+
+
+def test_a_certificate_of_no_admin(tls_site: Site, authority: Authority) -> None:
+    client = secured(tls_site, authority.client_context(authority.sign("stranger")))
+    assert client.command(MAIL)[:9] == "430 4.7.0"
+    assert client.command("AUTH EXTERNAL =").startswith("235")
+    assert client.command(MAIL)[:9] == "550 5.7.1"
+
+
+@pytest.mark.parametrize(("demand", "certificate"), [("off", True), ("optional", False)])
+def test_no_certificate_no_external(tls_site: Site, authority: Authority, demand: str, certificate: bool) -> None:
+    tls_site.configure(tls_client_certs=demand)
+    client = secured(tls_site, authority.client_context(authority.sign("relay") if certificate else None))
+    assert "EXTERNAL" not in extensions(client)
+    assert client.command("AUTH EXTERNAL =")[:9] == "504 5.5.4"
+
+
+def refuses(site: Site, context: ssl.SSLContext) -> bool:
+    """Whether TLS fails; in TLS 1.3 the client learns it when it reads."""
+    try:
+        secured(site, context).close()
+    except (ssl.SSLError, ConnectionError):
+        site.child.wait(PATIENCE)
+        return "TLS: " in site.log_text()
+    return False
+
+
+@pytest.mark.parametrize("demand", ["optional", "require"])
+def test_certificates_that_are_refused(tls_site: Site, authority: Authority, demand: str) -> None:
+    good, bad = authority.sign("relay"), authority.sign("thief")
+    tls_site.configure(tls_client_certs=demand, tls_crl_file=str(authority.revoked(bad[0])))
+    context = authority.client_context(good)
+    assert not refuses(tls_site, context)
+    context.load_cert_chain(*bad)
+    assert refuses(tls_site, context)
+
+
+def test_a_certificate_that_is_required(tls_site: Site, context: ssl.SSLContext) -> None:
+    tls_site.configure(tls_client_certs="require")
+    assert refuses(tls_site, context)
+
+
+@pytest.mark.parametrize(("name", "user"), [("SCRAM-SHA-1-PLUS", "sha1"), ("SCRAM-SHA-256-PLUS", "sha256")])
+def test_scram_is_bound_to_the_channel(tls_site: Site, context: ssl.SSLContext, name: str, user: str) -> None:
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    client = secured(tls_site, context)
+    assert isinstance(client.sock, ssl.SSLSocket)
+    binding = client.sock.get_channel_binding("tls-unique")
+    assert binding
+    assert f" {name} " in extensions(client)
+    assert scram(client, name, user, binding=("tls-unique", bytes(len(binding))))[:9] == "535 5.7.8"
+    assert scram(client, name, user, binding=("tls-unique", binding)).startswith("235")
+    client = secured(tls_site, context)
+    assert scram(client, name.removesuffix("-PLUS"), user).startswith("235")
+
+
+# Hostile clients
+
+
+def test_what_was_sent_in_the_clear_is_thrown_away(tls_site: Site, context: ssl.SSLContext) -> None:
+    client = over_tcp(tls_site)
+    client.hello()
+    client.send(b"STARTTLS\r\nTRACE injected\r\nMAIL FROM:<>\r\n")
+    assert client.reply()[0].startswith("220")
+    client.sock = context.wrap_socket(client.sock, server_hostname="mx.example.com")
+    assert client.command("NOOP") == "250 2.0.0 Ok"
+    assert "injected" not in client.command("TRACE mine")
+
+
+def test_authentication_and_name_are_forgotten(tls_site: Site, context: ssl.SSLContext) -> None:
+    client = over_tcp(tls_site)
+    client.hello()
+    assert scram(client, "SCRAM-SHA-256", "sha256").startswith("235")
+    secure(client, context)
+    assert client.command(MAIL)[:9] == "430 4.7.0"
+    assert client.command(f"AUTH PLAIN {plain('relay', PASSWORD)}").startswith("235")
+    client.deliver(MESSAGE, "jane")
+    assert "client.example" not in received(tls_site)
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01\x02\x00"])
+def test_a_handshake_that_stalls_is_cut_off(tls_site: Site, sent: bytes) -> None:
+    tls_site.configure(lmtp_command_timeout="1s")
+    client = over_tcp(tls_site)
+    client.hello()
+    client.command("STARTTLS")
+    client.send(sent)
+    before = time.monotonic()
+    assert client.line() == b""
+    assert time.monotonic() - before < 10
+    assert tls_site.child.wait(PATIENCE) == 0
+    assert "the handshake takes too long" in tls_site.log_text()
+
+
+def test_a_handshake_in_drops_is_cut_off(tls_site: Site) -> None:
+    tls_site.configure(lmtp_command_timeout="2s")
+    client = over_tcp(tls_site)
+    client.hello()
+    client.command("STARTTLS")
+    before = time.monotonic()
+    with pytest.raises(OSError):
+        for octet in b"\x16\x03\x01\x02\x00" + bytes(100):
+            client.send(bytes([octet]))
+            time.sleep(0.2)
+    assert time.monotonic() - before < 10
+
+
+@pytest.mark.parametrize("sent", [b"NOOP\r\n" * 3, b"\x16\x03\x01\xff\xff" + b"x" * 70_000, b"\0" * 100])
+def test_nonsense_instead_of_a_handshake(tls_site: Site, sent: bytes) -> None:
+    client = over_tcp(tls_site)
+    client.hello()
+    client.command("STARTTLS")
+    with pytest.raises(OSError):
+        client.send(sent)
+        while client.line():
+            pass
+        raise ConnectionError
+    assert tls_site.child.wait(PATIENCE) == 0
+    assert "internal error" not in tls_site.log_text()
+
+
+@pytest.mark.parametrize("count", [1, 20_000])
+def test_pipelines_are_answered_in_full(tls_site: Site, context: ssl.SSLContext, count: int) -> None:
+    client = secured(tls_site, context)
+    client.send(b"NOOP\r\n" * count)
+    assert [client.reply() for _ in range(count)] == [["250 2.0.0 Ok"]] * count
+
+
+@pytest.mark.parametrize("bdat", [False, True])
+def test_large_messages(tls_site: Site, context: ssl.SSLContext, bdat: bool) -> None:
+    client = secured(tls_site, context)
+    client.command(f"AUTH PLAIN {plain('relay', PASSWORD)}")
+    body = MESSAGE + b"A line of a large message, again and again.\r\n" * 200_000
+    if bdat:
+        client.command(MAIL)
+        client.command("RCPT TO:<jane>")
+        client.send(b"BDAT 3000000\r\n" + body[:3_000_000])
+        assert client.reply()[0].startswith("250")
+        client.send(b"BDAT %d LAST\r\n" % (len(body) - 3_000_000) + body[3_000_000:])
+        assert client.reply()[0].startswith("250")
+    else:
+        assert client.deliver(body, "jane")[0].startswith("250")
+    assert tls_site.messages("jane")[0].endswith(b"\n\n" + body.replace(b"\r\n", b"\n").partition(b"\n\n")[2])
+
+
+# Settings
+
+
+def test_the_key_is_readable_by_root_only(tls_site: Site, context: ssl.SSLContext) -> None:
+    status = os.stat(tls_site.options["tls_server_key"])
+    assert (stat.S_IMODE(status.st_mode), status.st_uid) == (0o600, 0)
+    assert tls_site.options["cyrus_user"] == "mail"
+    client = secured(tls_site, context)
+    status_file = Path(f"/proc/{tls_site.child.pid}/status").read_text()
+    assert not re.search(r"^Uid:.*\b0\b", status_file, re.MULTILINE)
+    client.close()
+
+
+def break_settings(site: Site, what: str) -> None:
+    key = Path(site.options["tls_server_key"])
+    if what == "no key":
+        key.unlink()
+    elif what == "encrypted key":
+        command = ["openssl", "pkcs8", "-topk8", "-in", str(key), "-out", f"{key}.new", "-passout", "pass:secret"]
+        subprocess.run(command, check=True)
+        shutil.move(f"{key}.new", key)
+    elif what == "no certificate":
+        site.configure(tls_server_cert=str(site.root / "none"))
+    elif what == "another key":
+        command = ["openssl", "genpkey", "-algorithm", "ed25519", "-out", str(key)]
+        subprocess.run(command, check=True)
+    else:
+        name, value = what.split(": ")
+        site.configure(**{name: value})
+
+
+BROKEN = [
+    "no key",
+    "encrypted key",
+    "no certificate",
+    "another key",
+    "tls_ciphers: nonsense",
+    "tls_versions: tls1_0 tls1_1",
+    "tls_client_ca_file: /nowhere",
+    "tls_crl_file: /nowhere",
+]
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_starttls_that_cannot_be_offered(tls_site: Site, what: str) -> None:
+    break_settings(tls_site, what)
+    client = over_tcp(tls_site)
+    client.reply()
+    assert "STARTTLS" not in extensions(client)
+    assert client.command("STARTTLS")[:3] == "500"
+    assert "STARTTLS not offered" in tls_site.log_text()
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_tls_that_is_required_and_cannot_be_had(tls_site: Site, what: str) -> None:
+    tls_site.configure(tls_required="yes")
+    break_settings(tls_site, what)
+    client = over_tcp(tls_site)
+    assert client.reply()[0].startswith("421 4.3.0")
+    assert tls_site.child.wait(PATIENCE) == 78
+
+
+def test_tls_that_is_required(tls_site: Site, context: ssl.SSLContext) -> None:
+    tls_site.configure(tls_required="yes", allowplaintext="yes")
+    client = over_tcp(tls_site)
+    client.hello()
+    for command in (
+        MAIL,
+        "RCPT TO:<jane>",
+        "DATA",
+        "RSET",
+        "VRFY x",
+        "HELP",
+        "TRACE x",
+        "AUTH PLAIN",
+        "AUTH PLAIN AGEAYg==",
+    ):
+        assert client.command(command)[:9] == "530 5.7.0"
+    assert client.command("NOOP").startswith("250")
+    secure(client, context)
+    assert client.command(f"AUTH PLAIN {plain('relay', PASSWORD)}").startswith("235")
+    assert client.deliver(MESSAGE, "jane")[0].startswith("250")
+
+
+def test_no_starttls_for_trusted_peers(tls_site: Site) -> None:
+    tls_site.configure(tls_required="yes")
+    for client in (tls_site.connect(), over_tcp(tls_site, "-a")):
+        client.reply()
+        assert "STARTTLS" not in extensions(client)
+        assert client.command("STARTTLS")[:3] == "500"
+        assert client.deliver(MESSAGE, "jane")[0].startswith("250")
+
+
+def test_a_key_that_systemd_passes(tls_site: Site, context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = Path(tls_site.options["tls_server_key"])
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(key.parent))
+    tls_site.configure(tls_server_key=key.name)
+    assert secured(tls_site, context).command("NOOP").startswith("250")
+
+
+# Real clients
+
+
+@pytest.fixture
+def port(tls_site: Site) -> Iterator[int]:
+    """A port behind which lmtpd trusts nobody."""
+    with Inetd(tls_site.command()) as inetd:
+        assert isinstance(inetd.address, int)
+        yield inetd.address
+
+
+def run(command: list[str], said: str = "", **environment: str) -> str:
+    """All that the command prints. A client may end otherwise than well: it is the mail that counts."""
+    result = subprocess.run(
+        command,
+        input=said.encode(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=PATIENCE,
+        env={**os.environ, **environment},
+    )
+    return result.stdout.decode(errors="replace")
+
+
+@pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
+def test_openssl(tls_site: Site, authority: Authority, port: int, version: str) -> None:
+    certificate, key = authority.sign("relay")
+    said = run(
+        [
+            *[
+                "openssl",
+                "s_client",
+                "-starttls",
+                "lmtp",
+                "-connect",
+                f"127.0.0.1:{port}",
+                "-crlf",
+                "-ign_eof",
+                version,
+            ],
+            *["-CAfile", str(authority.file), "-verify_return_error", "-verify_hostname", "mx.example.com"],
+            *["-cert", str(certificate), "-key", str(key)],
+        ],
+        f"AUTH EXTERNAL =\n{MAIL}\nRCPT TO:<jane>\nDATA\nSubject: s_client\n\nHello\n.\nquit\n",
+    )
+    assert "Verification: OK" in said
+    assert "235 2.7.0" in said
+    assert tls_site.messages("jane")[0].endswith(b"Subject: s_client\n\nHello\n")
+    assert "with LMTPSA (TLSv1." in received(tls_site)
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN"])
+def test_swaks(tls_site: Site, authority: Authority, port: int, mechanism: str) -> None:
+    command = ["swaks", "--protocol", "LMTP", "--server", f"127.0.0.1:{port}", "--from", "sender@example.com"]
+    command += [
+        "--to",
+        "jane",
+        "--tls",
+        "--tls-ca-path",
+        str(authority.file),
+        "--tls-verify",
+        "--tls-sni",
+        "other.example",
+    ]
+    said = run([*command, "--auth", mechanism, "--auth-user", "relay", "--auth-password", PASSWORD])
+    assert "235 2.7.0" in said
+    assert len(tls_site.messages("jane")) == 1, said
+    assert "with LMTPSA (TLSv1.3" in received(tls_site)
+    said = run([*command, "--auth", mechanism, "--auth-user", "relay", "--auth-password", "wrong"])
+    assert "535 5.7.8" in said
+    assert len(tls_site.messages("jane")) == 1
+
+
+def cyrus_program(name: str) -> tuple[str, str]:
+    """A program of Cyrus as tests/setup.sh has unpacked it, and the folders of its libraries."""
+    unpacked = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lmtpd-tests-cyrus")
+    folders = {str(library.parent) for library in unpacked.rglob("*.so.*")}
+    return str(unpacked / "usr/lib/cyrus/bin" / name), ":".join(sorted(folders))
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "user"),
+    [("plain", "relay"), ("login", "relay"), ("scram-sha-1", "sha1"), ("scram-sha-256", "sha256")],
+)
+@pytest.mark.parametrize("tls", [True, False])
+def test_lmtptest(tls_site: Site, port: int, mechanism: str, user: str, tls: bool) -> None:
+    if not tls:
+        tls_site.configure(allowplaintext="yes")
+    lmtptest, libraries = cyrus_program("lmtptest")
+    command = [
+        lmtptest,
+        "-m",
+        mechanism,
+        "-a",
+        user,
+        "-u",
+        user,
+        "-w",
+        PASSWORD,
+        "-p",
+        str(port),
+        *(["-t", ""] if tls else []),
+    ]
+    with subprocess.Popen(
+        [*command, "127.0.0.1"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "LD_LIBRARY_PATH": libraries},
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        said = b""
+        for awaited, line in (
+            (b"Authenticated.", MAIL),
+            (b"250 2.1.0", "RCPT TO:<jane>"),
+            (b"250 2.1.5", "DATA"),
+            (b"354", "Subject: lmtptest\r\n\r\nHello\r\n."),
+            (b"250 2.1.5 Ok", "QUIT"),
+        ):
+            while awaited not in said:
+                more = process.stdout.readline()
+                assert more, said
+                said += more
+            process.stdin.write(f"{line}\r\n".encode())
+            process.stdin.flush()
+            said = b""
+        process.stdin.close()
+        assert b"221" in process.stdout.read()
+    assert tls_site.messages("jane")[0].endswith(b"Subject: lmtptest\n\nHello\n")
+    assert ("with LMTPSA (TLSv1." if tls else "with LMTPA id") in received(tls_site)
+
+
+class TlsPostfix(Postfix):
+    """Postfix whose lmtp(8) shows a password and believes only in the authority."""
+
+    def __init__(self, site: Site, authority: Authority, port: int, password: str, **settings: str) -> None:
+        super().__init__(site)
+        passwords = self.conf / "passwords"
+        passwords.write_text(f"[127.0.0.1]:{port} relay:{password}\n")
+        own = {
+            "virtual_transport": f"lmtp:[127.0.0.1]:{port}",
+            "lmtp_tls_security_level": "verify",
+            "lmtp_tls_verify_cert_match": "mx.example.com",
+            "lmtp_tls_CAfile": str(authority.file),
+            "lmtp_tls_loglevel": "1",
+            "lmtp_sasl_auth_enable": "yes",
+            "lmtp_sasl_password_maps": f"texthash:{passwords}",
+            "lmtp_sasl_tls_security_options": "noanonymous",
+            "notify_classes": "",
+            **settings,
+        }
+        with (self.conf / "main.cf").open("a") as file:
+            file.write("".join(f"{name} = {value}\n" for name, value in own.items()))
+
+    def submit(self) -> None:
+        with smtplib.SMTP(*self.address, timeout=PATIENCE) as smtp:
+            smtp.sendmail("sender@example.org", "jane@example.com", MESSAGE)
+
+
+@pytest.mark.parametrize("mechanism", ["plain", "login", "scram-sha-256"])
+def test_postfix(tls_site: Site, authority: Authority, port: int, mechanism: str) -> None:
+    (tls_site.root / "passwords").write_text(
+        (tls_site.root / "passwords").read_text().replace("relay:", "old:") + f"relay:{VERIFIERS['sha256']}\n"
+    )
+    with TlsPostfix(tls_site, authority, port, PASSWORD, lmtp_sasl_mechanism_filter=mechanism) as postfix:
+        postfix.submit()
+        postfix.wait_until_sent()
+        log = postfix.log.read_text()
+    assert "Verified TLS connection established to 127.0.0.1" in log
+    assert "status=sent" in log
+    assert re.search(r"authenticated user=relay bits=\d+\) by .* with LMTPSA \(TLSv1.3", received(tls_site))
+
+
+def test_postfix_with_a_wrong_password_keeps_the_mail(tls_site: Site, authority: Authority, port: int) -> None:
+    with TlsPostfix(tls_site, authority, port, "wrong") as postfix:
+        postfix.submit()
+        wait_for(lambda: "status=deferred" in postfix.log.read_text(), "Postfix to give up for now", postfix.log)
+        assert postfix.queued()
+    assert not tls_site.messages("jane")
+
+
+def test_postfix_that_does_not_know_us_keeps_the_mail(tls_site: Site, authority: Authority, port: int) -> None:
+    with TlsPostfix(tls_site, authority, port, PASSWORD, lmtp_tls_verify_cert_match="other.example.com") as postfix:
+        postfix.submit()
+        wait_for(lambda: "status=deferred" in postfix.log.read_text(), "Postfix to give up for now", postfix.log)
+    assert not tls_site.messages("jane")
