@@ -86,7 +86,7 @@ def test_mail_over_tls(tls_site: Site, context: ssl.SSLContext, version: ssl.TLS
         f"with LMTPSA ({sock.version()} with cipher {cipher[0]} ({cipher[2]} bits)) id" in received(tls_site)
     )
     assert client.command("QUIT").startswith("221")
-    sock.suppress_ragged_eofs = False
+    sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
     assert sock.recv(1) == b""
 
 
