@@ -5,20 +5,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import smtplib
 import ssl
 import stat
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from authority import Authority, secure
 from harness import PATIENCE, Client, Site
-from peers import Postfix, wait_for
-from starters import Inetd
-from test_auth import MAIL, PASSWORD, VERIFIERS, encoded, plain, scram, write_passwords
+from test_auth import MAIL, PASSWORD, encoded, plain, scram, write_passwords
 from test_session import MESSAGE, over_tcp
 
 
@@ -90,7 +86,7 @@ def test_mail_over_tls(tls_site: Site, context: ssl.SSLContext, version: ssl.TLS
         f"with LMTPSA ({sock.version()} with cipher {cipher[0]} ({cipher[2]} bits)) id" in received(tls_site)
     )
     assert client.command("QUIT").startswith("221")
-    sock.suppress_ragged_eofs = False
+    sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
     assert sock.recv(1) == b""
 
 
@@ -247,7 +243,7 @@ def test_a_handshake_in_drops_is_cut_off(tls_site: Site) -> None:
     client.hello()
     client.command("STARTTLS")
     before = time.monotonic()
-    with pytest.raises(OSError):
+    with pytest.raises(OSError):  # noqa: PT011, PT012
         for octet in b"\x16\x03\x01\x02\x00" + bytes(100):
             client.send(bytes([octet]))
             time.sleep(0.2)
@@ -259,7 +255,7 @@ def test_nonsense_instead_of_a_handshake(tls_site: Site, sent: bytes) -> None:
     client = over_tcp(tls_site)
     client.hello()
     client.command("STARTTLS")
-    with pytest.raises(OSError):
+    with pytest.raises(OSError):  # noqa: PT011, PT012
         client.send(sent)
         while client.line():
             pass
@@ -390,192 +386,3 @@ def test_a_key_that_systemd_passes(tls_site: Site, context: ssl.SSLContext, monk
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(key.parent))
     tls_site.configure(tls_server_key=key.name)
     assert secured(tls_site, context).command("NOOP").startswith("250")
-
-
-# Real clients
-
-
-@pytest.fixture
-def port(tls_site: Site) -> Iterator[int]:
-    """A port behind which lmtpd trusts nobody."""
-    with Inetd(tls_site.command()) as inetd:
-        assert isinstance(inetd.address, int)
-        yield inetd.address
-
-
-def run(command: list[str], said: str = "", **environment: str) -> str:
-    """All that the command prints. A client may end otherwise than well: it is the mail that counts."""
-    result = subprocess.run(
-        command,
-        input=said.encode(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=PATIENCE,
-        env={**os.environ, **environment},
-    )
-    return result.stdout.decode(errors="replace")
-
-
-@pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
-def test_openssl(tls_site: Site, authority: Authority, port: int, version: str) -> None:
-    certificate, key = authority.sign("relay")
-    said = run(
-        [
-            *[
-                "openssl",
-                "s_client",
-                "-starttls",
-                "lmtp",
-                "-connect",
-                f"127.0.0.1:{port}",
-                "-crlf",
-                "-ign_eof",
-                version,
-            ],
-            *["-CAfile", str(authority.file), "-verify_return_error", "-verify_hostname", "mx.example.com"],
-            *["-cert", str(certificate), "-key", str(key)],
-        ],
-        f"AUTH EXTERNAL =\n{MAIL}\nRCPT TO:<jane>\nDATA\nSubject: s_client\n\nHello\n.\nquit\n",
-    )
-    assert "Verification: OK" in said
-    assert "235 2.7.0" in said
-    assert tls_site.messages("jane")[0].endswith(b"Subject: s_client\n\nHello\n")
-    assert "with LMTPSA (TLSv1." in received(tls_site)
-
-
-@pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN"])
-def test_swaks(tls_site: Site, authority: Authority, port: int, mechanism: str) -> None:
-    command = ["swaks", "--protocol", "LMTP", "--server", f"127.0.0.1:{port}", "--from", "sender@example.com"]
-    command += [
-        "--to",
-        "jane",
-        "--tls",
-        "--tls-ca-path",
-        str(authority.file),
-        "--tls-verify",
-        "--tls-sni",
-        "other.example",
-    ]
-    said = run([*command, "--auth", mechanism, "--auth-user", "relay", "--auth-password", PASSWORD])
-    assert "235 2.7.0" in said
-    assert len(tls_site.messages("jane")) == 1, said
-    assert "with LMTPSA (TLSv1.3" in received(tls_site)
-    said = run([*command, "--auth", mechanism, "--auth-user", "relay", "--auth-password", "wrong"])
-    assert "535 5.7.8" in said
-    assert len(tls_site.messages("jane")) == 1
-
-
-def cyrus_program(name: str) -> tuple[str, str]:
-    """A program of Cyrus as tests/setup.sh has unpacked it, and the folders of its libraries."""
-    unpacked = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lmtpd-tests-cyrus")
-    folders = {str(library.parent) for library in unpacked.rglob("*.so.*")}
-    return str(unpacked / "usr/lib/cyrus/bin" / name), ":".join(sorted(folders))
-
-
-@pytest.mark.parametrize(
-    ("mechanism", "user"),
-    [("plain", "relay"), ("login", "relay"), ("scram-sha-1", "sha1"), ("scram-sha-256", "sha256")],
-)
-@pytest.mark.parametrize("tls", [True, False])
-def test_lmtptest(tls_site: Site, port: int, mechanism: str, user: str, tls: bool) -> None:
-    if not tls:
-        tls_site.configure(allowplaintext="yes")
-    lmtptest, libraries = cyrus_program("lmtptest")
-    command = [
-        lmtptest,
-        "-m",
-        mechanism,
-        "-a",
-        user,
-        "-u",
-        user,
-        "-w",
-        PASSWORD,
-        "-p",
-        str(port),
-        *(["-t", ""] if tls else []),
-    ]
-    with subprocess.Popen(
-        [*command, "127.0.0.1"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "LD_LIBRARY_PATH": libraries},
-    ) as process:
-        assert process.stdin
-        assert process.stdout
-        said = b""
-        for awaited, line in (
-            (b"Authenticated.", MAIL),
-            (b"250 2.1.0", "RCPT TO:<jane>"),
-            (b"250 2.1.5", "DATA"),
-            (b"354", "Subject: lmtptest\r\n\r\nHello\r\n."),
-            (b"250 2.1.5 Ok", "QUIT"),
-        ):
-            while awaited not in said:
-                more = process.stdout.readline()
-                assert more, said
-                said += more
-            process.stdin.write(f"{line}\r\n".encode())
-            process.stdin.flush()
-            said = b""
-        process.stdin.close()
-        assert b"221" in process.stdout.read()
-    assert tls_site.messages("jane")[0].endswith(b"Subject: lmtptest\n\nHello\n")
-    assert ("with LMTPSA (TLSv1." if tls else "with LMTPA id") in received(tls_site)
-
-
-class TlsPostfix(Postfix):
-    """Postfix whose lmtp(8) shows a password and believes only in the authority."""
-
-    def __init__(self, site: Site, authority: Authority, port: int, password: str, **settings: str) -> None:
-        super().__init__(site)
-        passwords = self.conf / "passwords"
-        passwords.write_text(f"[127.0.0.1]:{port} relay:{password}\n")
-        own = {
-            "virtual_transport": f"lmtp:[127.0.0.1]:{port}",
-            "lmtp_tls_security_level": "verify",
-            "lmtp_tls_verify_cert_match": "mx.example.com",
-            "lmtp_tls_CAfile": str(authority.file),
-            "lmtp_tls_loglevel": "1",
-            "lmtp_sasl_auth_enable": "yes",
-            "lmtp_sasl_password_maps": f"texthash:{passwords}",
-            "lmtp_sasl_tls_security_options": "noanonymous",
-            "notify_classes": "",
-            **settings,
-        }
-        with (self.conf / "main.cf").open("a") as file:
-            file.write("".join(f"{name} = {value}\n" for name, value in own.items()))
-
-    def submit(self) -> None:
-        with smtplib.SMTP(*self.address, timeout=PATIENCE) as smtp:
-            smtp.sendmail("sender@example.org", "jane@example.com", MESSAGE)
-
-
-@pytest.mark.parametrize("mechanism", ["plain", "login", "scram-sha-256"])
-def test_postfix(tls_site: Site, authority: Authority, port: int, mechanism: str) -> None:
-    (tls_site.root / "passwords").write_text(
-        (tls_site.root / "passwords").read_text().replace("relay:", "old:") + f"relay:{VERIFIERS['sha256']}\n"
-    )
-    with TlsPostfix(tls_site, authority, port, PASSWORD, lmtp_sasl_mechanism_filter=mechanism) as postfix:
-        postfix.submit()
-        postfix.wait_until_sent()
-        log = postfix.log.read_text()
-    assert "Verified TLS connection established to 127.0.0.1" in log
-    assert "status=sent" in log
-    assert re.search(r"authenticated user=relay bits=\d+\) by .* with LMTPSA \(TLSv1.3", received(tls_site))
-
-
-def test_postfix_with_a_wrong_password_keeps_the_mail(tls_site: Site, authority: Authority, port: int) -> None:
-    with TlsPostfix(tls_site, authority, port, "wrong") as postfix:
-        postfix.submit()
-        wait_for(lambda: "status=deferred" in postfix.log.read_text(), "Postfix to give up for now", postfix.log)
-        assert postfix.queued()
-    assert not tls_site.messages("jane")
-
-
-def test_postfix_that_does_not_know_us_keeps_the_mail(tls_site: Site, authority: Authority, port: int) -> None:
-    with TlsPostfix(tls_site, authority, port, PASSWORD, lmtp_tls_verify_cert_match="other.example.com") as postfix:
-        postfix.submit()
-        wait_for(lambda: "status=deferred" in postfix.log.read_text(), "Postfix to give up for now", postfix.log)
-    assert not tls_site.messages("jane")
