@@ -266,6 +266,7 @@ def test_nonsense_instead_of_a_handshake(tls_site: Site, sent: bytes) -> None:
 
 @pytest.mark.parametrize("count", [1, 20_000])
 def test_pipelines_are_answered_in_full(tls_site: Site, context: ssl.SSLContext, count: int) -> None:
+    tls_site.configure(lmtp_max_idle_commands="0")
     client = secured(tls_site, context)
     client.send(b"NOOP\r\n" * count)
     assert [client.reply() for _ in range(count)] == [["250 2.0.0 Ok"]] * count
