@@ -17,7 +17,7 @@ LMTPD = str(Path(sys.executable).parent / "lmtpd")
 AS_ROOT = os.geteuid() == 0
 # The account that owns the store when the tests run as root; every Debian has it.
 STORE_USER = "mail"
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 
 def config_of(**options: str) -> Config:
