@@ -2223,6 +2223,7 @@ class Session:
         self._store, self._stop, self._config = store, stop, config
         self._user = ""
         self._failures = 0
+        self._auth_refused = False
         self._client = "unknown"
         self._transaction: Transaction | None = None
         self._bad_commands = self._idle_commands = 0
@@ -2274,7 +2275,8 @@ class Session:
             self._dispatch(line)
             self._idle_commands += line[:4].upper() not in STEPS
         except LmtpError as error:
-            log.info("refused", command=without_secrets(line), reply=error)
+            log.info("refused", command=self._loggable(line), reply=error)
+            self._auth_refused |= line.lstrip()[:4].upper() == b"AUTH"
             self._reply(error.reply)
             self._bad_commands += error.reply.code in MALFORMED
             self._idle_commands += error.reply is not TOO_MANY_RECIPIENTS
@@ -2284,6 +2286,11 @@ class Session:
             self._reply(TOO_MANY_ERRORS)
         elif 0 < self._config.lmtp_max_idle_commands < self._idle_commands:
             self._reply(TOO_MANY_COMMANDS)
+
+    def _loggable(self, line: bytes) -> str:
+        """The line for the log; after a refused AUTH what is no command may be a response to it, and so a password."""
+        verb = line.partition(b" ")[0].decode("utf-8", "replace").upper()
+        return "..." if self._auth_refused and verb not in self.VERBS else without_secrets(line)
 
     def _next_line(self) -> bytes:
         self._idle = True
@@ -2300,7 +2307,7 @@ class Session:
         except UnicodeDecodeError:
             raise unreadable from None
         if self._config.chatty:
-            log.info("command", line=without_secrets(line))
+            log.info("command", line=self._loggable(line))
         verb, _, argument = command.partition(" ")
         if (notice := self._stop.notice()) and verb.upper() not in USEFUL_WHILE_SHUT:
             raise LmtpError(Reply(421, "4.3.2", notice))

@@ -381,6 +381,10 @@ def test_no_password_is_ever_logged(auth_site: Site) -> None:
     client.command(plain("relay", secret) + "=" * 20_000)
     client.command("AUTH PLAIN")
     client.command(f"{plain('relay', secret)}!")
+    client = over_tcp(auth_site)
+    client.hello()
+    client.send(f"AUTH CRAM-MD5\r\n{plain('relay', secret)}\r\nAUTH CRAM-MD5\r\n{encoded(secret)}\r\nNOOP\r\n".encode())
+    assert [client.reply()[0][:3] for _ in range(5)] == ["504", "500", "504", "500", "250"]  # pipelined all the same
     log = auth_site.log_text()
     assert log.count("authentication failed") == 3
     for form in forms:
