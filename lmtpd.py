@@ -1492,22 +1492,78 @@ NAME_LIMIT = 255  # octets of a name in a file system
 USER_UNKNOWN = Reply(550, "5.1.1", "User unknown")
 NAMES_MADE = itertools.count(1)
 NO_HARD_LINK = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP)
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Identity:
+    """A user's rights: while a "with" block lasts, the process acts with his user and group ids, and with no others.
+
+    own: whether they are the process's anyway, and nothing changes. Blocks of one identity may be nested.
+    Raises OSError where root is needed for it. Source: credentials(7).
+    """
+
+    def __init__(self, uid: int, gid: int, groups: Sequence[int]) -> None:
+        self.uid, self.gid, self._groups = uid, gid, groups
+        self.own = (uid, gid) == (os.geteuid(), os.getegid())
+        self._depth = 0
+        self._before: tuple[int, int, Sequence[int]] = (-1, -1, ())
+
+    @classmethod
+    def of_process(cls) -> Identity:
+        """The identity that the process has."""
+        return cls(os.geteuid(), os.getegid(), ())
+
+    def may_share_with(self, other: Identity) -> bool:
+        """Whether a file of the one may also be a file of the other."""
+        return (self.uid, self.gid) == (other.uid, other.gid)
+
+    def __enter__(self) -> None:
+        if self.own:
+            return
+        if not self._depth:
+            self._before = os.geteuid(), os.getegid(), os.getgroups()
+            try:
+                take_ids(self.uid, self.gid, self._groups)
+            except OSError:
+                take_ids(*self._before)
+                raise
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        if self.own:
+            return
+        self._depth -= 1
+        if not self._depth:
+            take_ids(*self._before)
+
+
+def take_ids(uid: int, gid: int, groups: Sequence[int]) -> None:
+    """Makes these the effective ids of the process, which root must have started. Raises OSError."""
+    if uid == os.geteuid() and gid == os.getegid():
+        return
+    os.seteuid(0)
+    os.setgroups(groups)
+    os.setegid(gid)
+    os.seteuid(uid)
 
 
 class Draft:
     """A message file in the tmp/ of a Maildir, where nobody looks yet.
 
+    folder: a descriptor of the tmp/, which is closed with the draft. identity: whose file it is.
     Raises OSError, save for discard(). Source: maildir(5).
     """
 
-    def __init__(self, maildir: str) -> None:
-        self.path = f"{maildir}/tmp/{unique_name()}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    def __init__(self, folder: int, identity: Identity) -> None:
+        self.identity = identity
+        self._name = unique_name()
+        self._folder = folder
         try:
-            self._fd = os.open(self.path, flags, 0o666)
-        except FileNotFoundError:
-            os.mkdir(f"{maildir}/tmp")  # lost to a tool that drops empty folders
-            self._fd = os.open(self.path, flags, 0o666)
+            self._fd = os.open(self._name, NEW_FILE, 0o666, dir_fd=folder)
+        except OSError:
+            os.close(folder)
+            raise
 
     def write(self, data: bytes) -> None:
         """Appends data."""
@@ -1518,115 +1574,136 @@ class Draft:
 
     def copy(self, other: Draft) -> None:
         """Appends the whole of another draft."""
-        with open(other.path, "rb", buffering=0) as source:
-            while data := source.read(READ_SIZE):
-                self.write(data)
+        offset = 0
+        while data := os.pread(other._fd, READ_SIZE, offset):
+            self.write(data)
+            offset += len(data)
 
     def sync(self) -> None:
         """Ends the writing: when this returns, all octets are on the disk."""
         os.fsync(self._fd)
-        self._close()
 
-    def link(self, target: str) -> None:
-        """Gives the file the second name target."""
-        os.link(self.path, target)
+    def link(self, folder: int, name: str) -> None:
+        """Gives the file a second name in another folder, of which this is a descriptor."""
+        os.link(self._name, name, src_dir_fd=self._folder, dst_dir_fd=folder, follow_symlinks=False)
 
-    def move(self, target: str) -> None:
-        """Gives the file the name target instead of its own."""
-        os.rename(self.path, target)
-        self.path = ""
+    def move(self, folder: int, name: str) -> None:
+        """Gives the file that name, in that folder, instead of its own."""
+        os.rename(self._name, name, src_dir_fd=self._folder, dst_dir_fd=folder)
+        self._name = ""
 
     def discard(self) -> None:
-        """Removes the file, unless it has been moved."""
+        """Ends it, and removes the file, unless it has been moved."""
         try:
-            try:
-                self._close()
-            finally:
-                if self.path:
-                    os.unlink(self.path)
+            os.close(self._fd)
+            if self._name:
+                with self.identity:
+                    os.unlink(self._name, dir_fd=self._folder)
         except OSError as error:
-            log.warning("draft left behind", file=self.path, cause=error)
-
-    def _close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+            log.warning("draft left behind", file=self._name, cause=error)
+        finally:
+            os.close(self._folder)
 
 
 class Delivered:
-    """A message in a mailbox, where it can be seen; after sync() it is there for good. path: its file."""
+    """A message in a mailbox, where it can be seen; after sync() it is there for good. name: its file's."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, mailbox: Maildir, folder: int, name: str) -> None:
+        self.name = name
+        self._mailbox, self._folder = mailbox, folder
 
     def sync(self) -> None:
-        """Makes it durable, or else takes it back and raises OSError."""
+        """Makes it durable, or else takes it back and raises OSError. To be called once."""
         try:
-            sync_folder(os.path.dirname(self.path))
+            os.fsync(self._folder)
         except OSError:
-            os.unlink(self.path)
+            with self._mailbox.identity:
+                os.unlink(self.name, dir_fd=self._folder)
             raise
+        finally:
+            os.close(self._folder)
 
 
 class Maildir:
-    """A user's Maildir. missing: whether it has yet to be made."""
+    """A user's Maildir. identity: whose files are in it. missing: whether it has yet to be made."""
 
-    def __init__(self, path: str, config: Config, missing: bool) -> None:
-        self.path = path
+    def __init__(self, path: str, identity: Identity, config: Config, missing: bool) -> None:
+        self.path, self.identity = path, identity
         self._config, self._missing = config, missing
+
+    def make(self) -> None:
+        """Makes it, if it is missing. Raises OSError."""
+        if not self._missing:
+            return
+        with self.identity:
+            make_maildir(self.path, self._config.partition, not self.identity.own)
+        self._missing = False
 
     def open_draft(self) -> Draft:
         """A new draft in this Maildir, which is made if it is missing. Raises OSError."""
-        self._make()
-        return Draft(self.path)
+        self.make()
+        with self.identity:
+            return Draft(self._open_part("tmp"), self.identity)
 
-    def deliver(self, message: Message, last: bool) -> Delivered:
+    def deliver(self, message: Message, last: bool = True) -> Delivered:
         """Puts the message into new/; the caller has yet to sync() the result.
 
         One file, with hard links, serves all mailboxes where that is possible. last: nobody asks after
         this one, so the draft may be moved.
         Raises OSError, and then nothing is left in new/.
         """
+        self.make()
         if not message.draft:
-            message.draft = self._finished_draft(lambda draft: draft.write(message.content))
-        self._make()
-        target = f"{self.path}/new/{unique_name()},S={message.size},W={message.size + message.lines}"
-        if not self._place(message.draft, target, last):
-            self._copy(message.draft, target)
-        return Delivered(target)
+            message.draft = self._finished_draft(message)
+        with self.identity:
+            name = f"{unique_name()},S={message.size},W={message.size + message.lines}"
+            part = self._open_part("new")
+            try:
+                if not self._share(message.draft, part, name, last):
+                    self._copy(message, part, name)
+            except OSError:
+                os.close(part)
+                raise
+        return Delivered(self, part, name)
 
-    def _make(self) -> None:
-        if self._missing:
-            make_maildir(self.path, self._config.partition)
-            self._missing = False
+    def _open_part(self, part: str) -> int:
+        """A descriptor of tmp/, new/ or cur/; one is made again that was lost to a tool that drops empty folders."""
+        guarded = not self.identity.own
+        try:
+            return open_folder(f"{self.path}/{part}", guarded)
+        except FileNotFoundError:
+            make_folder(self.path, part, guarded)
+            return open_folder(f"{self.path}/{part}", guarded)
 
-    def _place(self, draft: Draft, target: str, last: bool) -> bool:
-        """Moves or links the draft; whether the file systems and the configuration let it."""
-        if not last and not self._config.singleinstancestore:
+    def _share(self, draft: Draft, folder: int, name: str, last: bool) -> bool:
+        """Moves or links the draft; whether its owner, the file systems and the configuration let it."""
+        if not self.identity.may_share_with(draft.identity) or not (last or self._config.singleinstancestore):
             return False
         try:
             if last:
-                draft.move(target)
+                draft.move(folder, name)
             else:
-                draft.link(target)
+                draft.link(folder, name)
         except OSError as error:
             if error.errno in NO_HARD_LINK:
                 return False
             raise
         return True
 
-    def _copy(self, draft: Draft, target: str) -> None:
-        copy = self._finished_draft(lambda copy: copy.copy(draft))
+    def _copy(self, message: Message, folder: int, name: str) -> None:
+        draft = self._finished_draft(message)
         try:
-            copy.move(target)
-        except OSError:
-            copy.discard()
-            raise
+            draft.move(folder, name)
+        finally:
+            draft.discard()
 
-    def _finished_draft(self, fill: Callable[[Draft], None]) -> Draft:
+    def _finished_draft(self, message: Message) -> Draft:
         draft = self.open_draft()
         try:
-            fill(draft)
+            if message.draft:
+                draft.copy(message.draft)
+            else:
+                draft.write(message.content)
             draft.sync()
         except OSError:
             draft.discard()
@@ -1639,6 +1716,7 @@ class MaildirStore:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._identity = Identity.of_process()
 
     def find(self, recipient: Recipient) -> Maildir:
         """The recipient's mailbox. Raises LmtpError: he is unknown, or it can't be found out."""
@@ -1658,8 +1736,8 @@ class MaildirStore:
         except OSError as error:
             if error.errno != errno.ENOENT or not os.path.isdir(f"{path}/cur"):  # else new/ is lost, not the user
                 self._check_absence(path, error)
-            return Maildir(path, self._config, missing=True)
-        return Maildir(path, self._config, missing=False)
+            return Maildir(path, self._identity, self._config, missing=True)
+        return Maildir(path, self._identity, self._config, missing=False)
 
     def _check_absence(self, path: str, error: OSError) -> None:
         """Raises LmtpError unless the Maildir is really absent, and may be made."""
@@ -1685,32 +1763,55 @@ def is_safe_name(name: str) -> bool:
     return bool(name) and not name.startswith(".") and "/" not in name and name.isprintable()
 
 
-def make_maildir(path: str, spool: str) -> None:
+def open_folder(path: str, guarded: bool) -> int:
+    """A descriptor of the folder at an absolute path. Raises OSError.
+
+    guarded: a symbolic link is followed only where nobody but root can have put it.
+    """
+    if not guarded:
+        return os.open(path, FOLDER)
+    fd = os.open("/", FOLDER)
+    parts = [part for part in path.split("/") if part]
+    for part in parts:
+        status = os.fstat(fd)
+        trusted = status.st_uid == 0 and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        flags = FOLDER if part is parts[-1] else FOLDER | os.O_PATH  # to pass through, no right to read is needed
+        try:
+            below = os.open(part, flags if trusted else flags | os.O_NOFOLLOW, dir_fd=fd)
+        except NotADirectoryError:
+            raise OSError(errno.ELOOP, "no folder, and if it is a symbolic link, not followed", path) from None
+        finally:
+            os.close(fd)
+        fd = below
+    return fd
+
+
+def make_maildir(path: str, spool: str, guarded: bool) -> None:
     """Makes a Maildir for good, with the folders above it but not the spool itself. Raises OSError."""
-    make_folder(path, spool)
+    make_folders(path, spool, guarded)
     for part in ("tmp", "cur", "new"):  # new/ last: with it the Maildir exists
-        make_folder(f"{path}/{part}", spool)
+        make_folder(path, part, guarded)
 
 
-def make_folder(path: str, spool: str) -> None:
+def make_folders(path: str, spool: str, guarded: bool) -> None:
     """Makes a folder for good, and those between it and the spool. Raises OSError."""
-    parent = os.path.dirname(path)
+    parent, name = os.path.split(path)
     if parent not in (spool, "/") and not os.path.isdir(parent):
-        make_folder(parent, spool)
+        make_folders(parent, spool, guarded)
+    make_folder(parent, name, guarded)
+
+
+def make_folder(parent: str, name: str, guarded: bool) -> None:
+    """Makes a folder of that name for good. Raises OSError."""
+    folder = open_folder(parent, guarded)
     try:
-        os.mkdir(path, 0o777)
+        os.mkdir(name, 0o777, dir_fd=folder)
     except FileExistsError:
         pass  # made by another process for another message, and perhaps not yet synced
-    sync_folder(parent)
-
-
-def sync_folder(path: str) -> None:
-    """Makes the names in a folder durable. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        os.fsync(folder)
     finally:
-        os.close(fd)
+        os.close(folder)
 
 
 def unique_name() -> str:
@@ -1727,61 +1828,72 @@ def unique_name() -> str:
 # Must not know the wire.
 # ======================================================================
 
+BATCH = 200  # mailboxes that are open at a time, of which each needs a descriptor
+
+
+class Destination:
+    """Where a recipient's copy goes."""
+
+    def __init__(self, recipient: Recipient, mailbox: Maildir) -> None:
+        self.recipient, self.mailbox = recipient, mailbox
+
 
 class Envelope:
-    """A transaction's sender and recipients. reverse_path: None for <>. recipients: each with his mailbox."""
+    """A transaction's sender and recipients. reverse_path: None for <>."""
 
     def __init__(self, reverse_path: Address | None) -> None:
         self.reverse_path = reverse_path
-        self.recipients: list[tuple[Recipient, Maildir]] = []
+        self.destinations: list[Destination] = []
 
     def open_draft(self) -> Draft:
         """A draft in the first mailbox that can have one. Raises OSError."""
-        for index, (_, mailbox) in enumerate(self.recipients, 1):
+        for index, destination in enumerate(self.destinations, 1):
             try:
-                return mailbox.open_draft()
+                return destination.mailbox.open_draft()
             except OSError as error:
-                if index == len(self.recipients):
+                if index == len(self.destinations):
                     raise
-                log.warning("spooling elsewhere", mailbox=mailbox.path, cause=error)
+                log.warning("spooling elsewhere", mailbox=destination.mailbox.path, cause=error)
         raise AssertionError("an envelope without recipients")
 
 
 def deliver(message: Message, envelope: Envelope, delivered: Reply) -> list[Reply]:
     """Delivers to every recipient; for each, in order, the reply: delivered, or what went wrong with his.
 
-    The message is placed in all mailboxes before the first is synced, so that the file system can
+    The message is placed in many mailboxes before the first is synced, so that the file system can
     commit its journal once for all of them.
     """
     started = time.monotonic()
-    last = len(envelope.recipients) - 1
-    placed = [place(message, mailbox, index == last) for index, (_, mailbox) in enumerate(envelope.recipients)]
     replies = []
-    for (recipient, mailbox), result in zip(envelope.recipients, placed):
-        reply = settle(result, mailbox, delivered)
-        replies.append(reply)
-        log.info(
-            "delivered" if reply is delivered else "not delivered",
-            msgid=message.message_id,
-            size=message.size,
-            sender=f"<{envelope.reverse_path or ''}>",
-            recipient=f"<{recipient.address}>",
-            mailbox=mailbox.path,
-            file=os.path.basename(result.path) if isinstance(result, Delivered) else "",
-            reply=reply,
-            ms=round((time.monotonic() - started) * 1000),
-        )
+    destinations = envelope.destinations
+    for start in range(0, len(destinations), BATCH):
+        batch = destinations[start : start + BATCH]
+        results = [place(message, destination, destination is destinations[-1]) for destination in batch]
+        for destination, result in zip(batch, results):
+            reply = settle(result, destination.mailbox, delivered)
+            replies.append(reply)
+            log.info(
+                "delivered" if reply is delivered else "not delivered",
+                msgid=message.message_id,
+                size=message.size,
+                sender=f"<{envelope.reverse_path or ''}>",
+                recipient=f"<{destination.recipient.address}>",
+                mailbox=destination.mailbox.path,
+                file=result.name if isinstance(result, Delivered) else "",
+                reply=reply,
+                ms=round((time.monotonic() - started) * 1000),
+            )
     return replies
 
 
-def place(message: Message, mailbox: Maildir, last: bool) -> Delivered | Reply:
+def place(message: Message, destination: Destination, last: bool) -> Delivered | Reply:
     """Puts the message into the mailbox, or says why not."""
     if message.refusal:
         return message.refusal
     try:
-        return mailbox.deliver(message, last)
+        return destination.mailbox.deliver(message, last)
     except Exception as error:
-        return failure(error, mailbox)
+        return failure(error, destination.mailbox)
 
 
 def settle(result: Delivered | Reply, mailbox: Maildir, delivered: Reply) -> Reply:
@@ -2446,12 +2558,12 @@ class Session:
             if keyword != "IGNOREQUOTA" or value is not None:
                 raise unsupported(keyword)
         self._check_characters(address, transaction.utf8)
-        if len(transaction.recipients) >= self._config.lmtp_max_recipients:
+        if len(transaction.destinations) >= self._config.lmtp_max_recipients:
             raise LmtpError(TOO_MANY_RECIPIENTS)
         if address is None:
             raise LmtpError(USER_UNKNOWN)
         recipient = Recipient(address, self._config)
-        transaction.recipients.append((recipient, self._store.find(recipient)))
+        transaction.destinations.append(Destination(recipient, self._store.find(recipient)))
         self._reply(RECIPIENT_OK)
 
     def _data(self, argument: str) -> None:
@@ -2459,7 +2571,7 @@ class Session:
         if argument:
             raise malformed("DATA takes none")
         transaction = self._transaction
-        if not transaction or not transaction.recipients:
+        if not transaction or not transaction.destinations:
             raise LmtpError(NO_RECIPIENTS)
         if transaction.message:
             raise LmtpError(CHUNKING_BEGUN)
@@ -2475,7 +2587,7 @@ class Session:
         """RFC 3030 section 2; for LMTP, every recipient gets a reply to the last chunk"""
         size, last = parse_chunk_size(argument)
         transaction = self._transaction
-        if not transaction or not transaction.recipients:
+        if not transaction or not transaction.destinations:
             for _ in self._chunk(size):
                 pass
             raise LmtpError(NO_RECIPIENTS)
@@ -2620,7 +2732,7 @@ class Session:
             peer=f"({self._peer.name}){authenticated}",
             protocol=f"{'UTF8' if transaction.utf8 else ''}LMTP{letters}{encrypted}",
             session=self.id,
-            recipient=transaction.recipients[0][0].address if len(transaction.recipients) == 1 else None,
+            recipient=transaction.destinations[0].recipient.address if len(transaction.destinations) == 1 else None,
             config=self._config,
         )
         return Message(trace, self._config, transaction.open_draft)

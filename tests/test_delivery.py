@@ -301,11 +301,11 @@ def test_file_and_folder_are_synced_before_250_is_said(site: Site, content: byte
     assert result.stdout.count(b"250 2.1.5 Ok SESSIONID") == 2
     lines = trace.read_text().splitlines()
     steps = [
-        r"openat\(.*/jane/tmp/.*O_EXCL",
+        r"openat\(.*/jane/tmp>, .*O_EXCL",
         r"write\(\d+<.*/jane/tmp/",
         r"fsync\(\d+<.*/jane/tmp/.* = 0",
-        r"link(at)?\(.*/jane/tmp/.*/jane/new/.* = 0",
-        r"rename(at2?)?\(.*/jane/tmp/.*/joe/new/.* = 0",
+        r"linkat\(.*/jane/tmp>, .*/jane/new>, .* = 0",
+        r"renameat2?\(.*/jane/tmp>, .*/joe/new>, .* = 0",
         r"fsync\(\d+<.*/jane/new>\) = 0",
         r"fsync\(\d+<.*/joe/new>\) = 0",
     ]

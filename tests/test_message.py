@@ -441,10 +441,14 @@ def maildir() -> Iterator[Path]:
         yield Path(name)
 
 
+def open_draft(maildir: Path) -> Draft:
+    return Draft(lmtpd.open_folder(f"{maildir}/tmp", guarded=False), lmtpd.Identity.of_process())
+
+
 def spool(reads: Iterable[bytes], maildir: Path, limit: int, **options: str) -> Message:
     """The message when no more than limit octets of it are kept in memory."""
     with mock.patch.object(lmtpd, "MEMORY_LIMIT", limit):
-        message = Message(TRACE, cached_config(tuple(options.items())), lambda: Draft(str(maildir)))
+        message = Message(TRACE, cached_config(tuple(options.items())), lambda: open_draft(maildir))
         for data in reads:
             message.write(data)
         message.complete()
@@ -483,7 +487,7 @@ def test_a_spooled_message_is_the_same_as_one_in_memory(
         in_memory = message_of([content], **options)
         message = spool(pieces(content, cuts), maildir, limit, **options)
     assert bool(message.draft) == (len(content) > limit)
-    stored = Path(message.draft.path).read_bytes() if message.draft else message.content
+    stored = drafts(maildir)[0].read_bytes() if message.draft else message.content
     assert stored == in_memory.content
     for name in ("size", "lines", "wire_size", "message_id"):
         assert getattr(message, name) == getattr(in_memory, name)
