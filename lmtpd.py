@@ -34,6 +34,7 @@ import time
 TYPE_CHECKING = False  # A type checker takes any constant of this name for True.
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
+    from sqlite3 import Connection as Database
     from ssl import SSLContext
     from typing import Any, NoReturn, TypeVar
 
@@ -68,6 +69,9 @@ FACILITIES = {  # syslog(3)
 }
 
 
+XLIST = "xlist-"  # before the special use, in the name of an option
+
+
 class ConfigError(Exception):
     """The configuration cannot be used; the text says where and what to do."""
 
@@ -98,9 +102,31 @@ def as_file(value: str) -> str:
     return f"{folder}/{value}"
 
 
+def optional(parse: Callable[[str], str]) -> Callable[[str], str]:
+    """The same type, or "" for none."""
+
+    def parse_optional(value: str) -> str:
+        return parse(value) if value else ""
+
+    parse_optional.__qualname__ = parse.__qualname__
+    return parse_optional
+
+
+def as_delimiters(value: str) -> str:
+    """Characters of which any may divide user and detail, such as + or +-."""
+    if not value.isascii() or not value.isprintable() or any(c.isalnum() or c in ' "@/.<>' for c in value):
+        raise ValueError("must be punctuation that may stand in an address, such as + or -")
+    return value
+
+
 def as_names(value: str) -> tuple[str, ...]:
     """Names divided by white space."""
     return tuple(value.split())
+
+
+def as_folders(value: str) -> tuple[str, ...]:
+    """Names of folders divided by |, which may have white space in them."""
+    return tuple(name.strip() for name in value.split("|") if name.strip())
 
 
 def as_switch(value: str) -> bool:
@@ -159,6 +185,18 @@ def as_octets(value: str) -> int:
     return int(digits) * factor
 
 
+def as_kibioctets(value: str) -> int:
+    """A size in units of 1024 octets, or with a unit of its own such as 20M, as octets; -1 for none."""
+    if value == "-1":
+        return -1
+    return as_octets(f"{value}K" if value.isdigit() else value)
+
+
+def as_count_or_none(value: str) -> int:
+    """A whole number, 0 or more, or -1 for none."""
+    return -1 if value == "-1" else as_number(value)
+
+
 def as_choice(*allowed: str) -> Callable[[str], str]:
     """One of the words given, in any case."""
 
@@ -187,7 +225,7 @@ def as_template(letters: str) -> Callable[[str], str]:
 
     def parse(value: str) -> str:
         expand(value, dict.fromkeys(letters, ""))
-        if not value.startswith(("/", "%p/")):
+        if not value.startswith(("/", "%p/", "%h/")):
             raise ValueError("must be an absolute path")
         return value
 
@@ -243,30 +281,60 @@ class Config:
     admins = option(as_names, "", "the users who may deliver when they have authenticated")
     allowplaintext = option(as_switch, "no", "take passwords in the clear without TLS")
     allowstarttls = option(as_switch, "no", "offer STARTTLS to clients that are not trusted")
+    autocreate_inbox_folders = option(as_folders, "", "the folders that a new Maildir gets")
     autocreate_post = option(as_switch, "no", "make the Maildir of an unknown user when mail for him arrives")
+    autocreate_quota = option(as_kibioctets, "-1", "the quota of a new Maildir in units of 1024 octets; -1: none")
+    autocreate_quota_messages = option(as_count_or_none, "-1", "the messages that a new Maildir may have; -1: no limit")
+    autocreate_subscribe_folders = option(as_folders, "", "those of its folders to which a new user is subscribed")
+    autocreate_users = option(as_names, "anyone", "whose Maildirs are made: userids, group:NAME, anyone")
     chatty = option(as_switch, "no", "log every command")
     configdirectory = option(as_path, None, "the folder for what lmtpd itself keeps")
     cyrus_user = option(as_text, "", "the account to run as when started by root")
     debug = option(as_switch, "no", "log what helps to find a fault")
     debug_command = option(as_command, "", "the command that -D runs, given the program, process id and service")
+    default_quota = option(as_octets, "0", "the quota of Maildirs for which nobody has set one; 0: none")
+    default_quota_messages = option(as_number, "0", "the messages that such Maildirs may have; 0: no limit")
     defaultdomain = option(as_text, "", "the domain whose users are known without a domain")
     defaultpartition = option(as_text, "", "the partition of the Maildirs; needed only when there are several")
+    duplicate_db_path = option(
+        optional(as_path), "", "the database of messages delivered; by default deliver.db in configdirectory"
+    )
+    duplicate_expiry = option(as_duration, "3d", "how long a message that was delivered is remembered")
+    duplicatesuppression = option(as_switch, "yes", "do not store a message that the mailbox has got already")
+    lmtp_catchall_mailbox = option(as_text, "", "the user who gets mail for unknown users")
     lmtp_command_timeout = option(
         limited(as_duration, "1s", "1d"), "360s", "how long a client may take to send a line or read a reply"
     )
+    lmtp_detail_create = option(as_switch, "no", "make the folder that a sub-address names")
     lmtp_downcase_rcpt = option(as_switch, "yes", "lower the user part of recipients")
+    lmtp_exclude_specialuse = option(
+        as_names, r"\Drafts \Scheduled \Snoozed", "special uses of folders to which no sub-address leads"
+    )
+    lmtp_fuzzy_mailbox_match = option(
+        as_switch, "no", "let a sub-address lead to the folder with the most similar name, or to its parent"
+    )
     lmtp_max_bad_commands = option(as_number, "50", "malformed commands that a client may send; 0: no limit")
     lmtp_max_idle_commands = option(
         as_number, "1000", "commands between messages that bring no message nearer; 0: no limit"
     )
     lmtp_max_recipients = option(limited(as_number, "1", "999999"), "1000", "recipients that a transaction may have")
     lmtp_maxchild = option(limited(as_number, "1", "100000"), "50", "connections that a listening lmtpd serves at once")
+    lmtp_over_quota_perm_failure = option(as_switch, "no", "refuse mail for a full mailbox for good (552), not for now")
     lmtp_prefork = option(as_number, "0", "idle workers that a listening lmtpd keeps ready")
     lmtp_session_timeout = option(as_duration, "0", "how long a session may take; 0: no limit")
+    lmtp_strict_quota = option(
+        as_switch, "no", "refuse what would make a mailbox too full, not only mail for a full one"
+    )
     lmtp_strict_rfc2821 = option(as_switch, "yes", "refuse 8-bit addresses where SMTPUTF8 was not asked for")
-    maildir_path = option(as_template("pund"), "%p/%u", "where a user's Maildir is")
+    maildir_path = option(as_template("pundh"), "%p/%u", "where a user's Maildir is")
     maxmessagesize = option(as_octets, "0", "the largest message taken; 0: no limit")
     munge8bit = option(as_switch, "no", "write X over 8-bit octets in message headers")
+    passwd_min_uid = option(as_number, "1000", "accounts with a lower number have no mailbox in userdb: passwd")
+    postmaster = option(as_text, "postmaster", "the user who gets mail for postmaster")
+    postuser = option(as_text, "", "the user part of addresses of shared folders")
+    quota_exclude_deleted = option(as_switch, "no", "whether messages marked as deleted do not count in a quota")
+    quota_exclude_folders = option(as_folders, "", "folders that do not count in a quota")
+    recipient_delimiter = option(as_delimiters, "+", "characters that divide the user from the detail of an address")
     reject8bit = option(as_switch, "no", "refuse messages with 8-bit octets in the header")
     sasl_auth_socket_path = option(
         as_path, "/run/dovecot/auth-client", "the socket of Dovecot's authentication service"
@@ -280,6 +348,7 @@ class Config:
     sasl_saslauthd_path = option(as_path, "/run/saslauthd/mux", "the socket of saslauthd")
     serverinfo = option(as_choice("on", "min", "off"), "on", "what greeting and trace header say of the product")
     servername = option(as_text, "", "the name of this host in replies and headers; by default the system's")
+    shared_maildir = option(optional(as_path), "", "the Maildir whose folders are those that are shared")
     singleinstancestore = option(as_switch, "yes", "store a message as one file with hard links for its recipients")
     soft_noauth = option(as_switch, "yes", "refuse unauthenticated clients for now (430), not for good (530)")
     syslog_facility = option(as_choice(*FACILITIES), "mail", "the facility of lines sent to syslog")
@@ -306,10 +375,14 @@ class Config:
         as_words(*TLS_VERSIONS), "tls1_2 tls1_3", "the versions of TLS; those before 1.2 are never used"
     )
     umask = option(limited(as_octal, "0", "777"), "077", "the file creation mask")
+    unixhierarchysep = option(as_switch, "yes", "whether / divides the parts of a folder's name; if not, a dot does")
+    userdb = option(as_choice("maildir", "passwd", "dovecot"), "maildir", "who knows the users")
+    userdb_socket_path = option(as_path, "/run/dovecot/auth-userdb", "the socket of Dovecot's user database")
     virtdomains = option(as_choice("off", "userid", "on"), "off", "whether the domain belongs to the userid")
 
     files: tuple[str, ...]  # the configuration file, and those it includes
     partition: str  # the folder that all Maildirs are in
+    special_uses: dict[str, str]  # folders that have one (RFC 6154), from the options xlist-USE
     unknown: list[str]  # settings that are not of lmtpd, each "file:line: name"
 
     @classmethod
@@ -337,6 +410,9 @@ class Config:
         config.servername = config.servername or socket.gethostname()
         config.defaultdomain = config.defaultdomain.lower()
         config.partition = default_partition(config, settings, service, file)
+        config.special_uses = {
+            settings.pop(name)[0]: f"\\{name[len(XLIST) :]}" for name in list(settings) if name.startswith(XLIST)
+        }
         config.unknown = [f"{where}: {name}" for name, (_, where) in settings.items() if "partition-" not in name]
         return config
 
@@ -1047,6 +1123,66 @@ def proxied_peer_v2(version: int, family: int, address: bytes, proxy: Peer) -> P
 
 
 # ======================================================================
+# Local services
+#
+# Owns how daemons on this host are asked over unix sockets.
+# Must not know what about.
+# ======================================================================
+
+SERVICE_TIMEOUT = 30  # seconds that a daemon may take to answer
+
+
+class Unavailable(Exception):
+    """It cannot be found out now. The text says why, to the log and not to the client."""
+
+
+def connect_to_service(path: str) -> socket.socket:
+    """A connection to a local daemon. Raises Unavailable."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(SERVICE_TIMEOUT)
+    try:
+        sock.connect(path)
+    except OSError as error:
+        sock.close()
+        raise Unavailable(f"{path}: {error}") from None
+    return sock
+
+
+class DovecotService:
+    """A connection to one of Dovecot's daemons, which are asked in lines of fields divided by tabs.
+
+    Everything raises Unavailable. Source: Dovecot's documentation of its authentication protocol.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._sock = connect_to_service(path)
+        self._answers = self._sock.makefile("rb")
+
+    def say(self, *fields: str) -> None:
+        """Sends a line."""
+        try:
+            self._sock.sendall(("\t".join(fields) + "\n").encode())
+        except OSError as error:
+            raise Unavailable(f"{self.path}: {error}") from None
+
+    def hear(self) -> list[str]:
+        """The fields of the next line."""
+        try:
+            line = self._answers.readline(LINE_LIMIT * 2)
+        except OSError as error:
+            raise Unavailable(f"{self.path}: {error}") from None
+        if not line.endswith(b"\n"):
+            raise Unavailable(f"{self.path}: the connection was closed")
+        return line[:-1].decode("utf-8", "replace").split("\t")
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._answers.close()
+        self._sock.close()
+
+
+# ======================================================================
 # Addresses
 #
 # Owns the syntax of paths and parameters, and what of a recipient is user, detail
@@ -1059,6 +1195,7 @@ DIGITS = "0123456789"
 DOT_STRING = frozenset(LETTERS + DIGITS + "!#$%&'*+-/=?^_`{|}~.")  # RFC 5322 atext, and the dot
 DOMAIN = frozenset(LETTERS + DIGITS + "-._")  # the underscore is no host's, but is in use
 KEYWORD = frozenset(LETTERS + DIGITS + "-")
+DECIMAL = frozenset(DIGITS)
 
 
 class Address:
@@ -1190,18 +1327,22 @@ def parse_parameters(text: str) -> dict[str, str | None]:
 class Recipient:
     """Whom a forward-path means here.
 
-    user, detail: the local-part before and after its first "+". domain: "" where it does not belong to the
-    userid. address: as the client gave it.
+    user, detail: the local-part before and after the first delimiter. domain: "" where it does not belong to the
+    userid. address: as the client gave it. is_postmaster: whether it is the address that every host must have
+    (RFC 5321 section 4.5.1). is_shared: whether the detail names a shared folder, and not a user's.
     """
 
-    __slots__ = ("address", "detail", "domain", "user")
+    __slots__ = ("address", "detail", "domain", "is_postmaster", "is_shared", "user")
 
     def __init__(self, address: Address, config: Config) -> None:
         self.address = address
-        self.user, _, self.detail = address.local.partition("+")
-        is_postmaster = self.user.lower() == "postmaster"  # in any case, RFC 5321 section 4.5.1
-        if config.lmtp_downcase_rcpt or is_postmaster:
+        ends = [end for delimiter in config.recipient_delimiter if (end := address.local.find(delimiter)) >= 0]
+        end = min(ends, default=len(address.local))
+        self.user, self.detail = address.local[:end], address.local[end + 1 :]
+        self.is_postmaster = self.user.lower() == "postmaster"
+        if config.lmtp_downcase_rcpt or self.is_postmaster:
             self.user = self.user.lower()
+        self.is_shared = bool(self.detail) and self.user == config.postuser
         keeps_domain = config.virtdomains != "off" and address.domain != config.defaultdomain
         self.domain = address.domain if keeps_domain else ""
 
@@ -1298,7 +1439,7 @@ class Message:
     draft: the file that holds it; None while it is in memory, and then content is the whole of it.
     wire_size: octets received, line ends counted as CR LF. size, lines: octets as stored, and the LFs among them that
     have no CR before them, as an IMAP server will put one there.
-    message_id: its Message-ID as text for the log, known once it is complete.
+    message_id: its Message-ID as text, known once it is complete. has_message_id: whether it came with that.
     """
 
     def __init__(self, trace: bytes, config: Config, open_draft: Callable[[], Draft]) -> None:
@@ -1306,7 +1447,7 @@ class Message:
         self.draft: Draft | None = None
         self.content = b""
         self.wire_size = self.size = self.lines = 0
-        self.message_id = ""
+        self.message_id, self.has_message_id = "", False
         self._trace, self._config, self._open_draft = trace, config, open_draft
         self._received = bytearray()
         self._ends_in_cr = False
@@ -1388,7 +1529,7 @@ class Message:
                 header = header.translate(EIGHT_BIT_TO_X)
         head = [self._trace]
         if span := next(field_spans(header, b"message-id"), None):
-            self.message_id = field_body(header[slice(*span)])
+            self.message_id, self.has_message_id = field_body(header[slice(*span)]), True
         else:
             self.message_id = f"<lmtpd.{time.time_ns()}.{os.getpid()}@{self._config.servername}>"
             head.append(f"Message-ID: {self.message_id}\n".encode())
@@ -1494,6 +1635,18 @@ NAMES_MADE = itertools.count(1)
 NO_HARD_LINK = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP)
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+OLD_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a user may have put a FIFO there
+INBOX = ""
+QUOTA_FILE, KEYWORD_FILE, LOCK_FILE = "maildirsize", "dovecot-keywords", "dovecot-uidlist.lock"
+QUOTA_FILE_LIMIT = 5120  # octets after which it is written anew
+QUOTA_STALE = 15 * 60  # seconds after which it is not reason enough to refuse mail
+RECOUNTS = 3  # times that a Maildir is counted which changes meanwhile
+FLAG_LETTERS = {r"\draft": "D", r"\flagged": "F", r"\answered": "R", r"\seen": "S", r"\deleted": "T"}
+KEYWORD_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+LOCK_PATIENCE, LOCK_STALE = 30, 120  # seconds
+DOVECOT_ESCAPES = {"0": "\0", "1": "\1", "t": "\t", "r": "\r", "n": "\n"}
+MAILBOX_FULL = Reply(452, "4.2.2", "Mailbox is full, try again later")
+MAILBOX_FULL_FOR_GOOD = Reply(552, "5.2.2", "Mailbox is full")
 
 
 class Identity:
@@ -1540,8 +1693,6 @@ class Identity:
 
 def take_ids(uid: int, gid: int, groups: Sequence[int]) -> None:
     """Makes these the effective ids of the process, which root must have started. Raises OSError."""
-    if uid == os.geteuid() and gid == os.getegid():
-        return
     os.seteuid(0)
     os.setgroups(groups)
     os.setegid(gid)
@@ -1583,6 +1734,12 @@ class Draft:
         """Ends the writing: when this returns, all octets are on the disk."""
         os.fsync(self._fd)
 
+    def make_newer(self, seconds: float) -> None:
+        """Gives the file a time that is later by a second, if it is not later anyway."""
+        now = time.time()
+        if now < seconds + 1:
+            os.utime(self._fd, (now, seconds + 1))
+
     def link(self, folder: int, name: str) -> None:
         """Gives the file a second name in another folder, of which this is a descriptor."""
         os.link(self._name, name, src_dir_fd=self._folder, dst_dir_fd=folder, follow_symlinks=False)
@@ -1608,8 +1765,9 @@ class Draft:
 class Delivered:
     """A message in a mailbox, where it can be seen; after sync() it is there for good. name: its file's."""
 
-    def __init__(self, mailbox: Maildir, folder: int, name: str) -> None:
+    def __init__(self, mailbox: Maildir, folder: int, name: str, size: int) -> None:
         self.name = name
+        self._size = size
         self._mailbox, self._folder = mailbox, folder
 
     def sync(self) -> None:
@@ -1619,61 +1777,525 @@ class Delivered:
         except OSError:
             with self._mailbox.identity:
                 os.unlink(self.name, dir_fd=self._folder)
+            self._mailbox.count(-self._size, -1)
             raise
         finally:
             os.close(self._folder)
 
 
-class Maildir:
-    """A user's Maildir. identity: whose files are in it. missing: whether it has yet to be made."""
+class Tree:
+    """The folders and files of a Maildir, as the file system knows them. Everything raises OSError.
 
-    def __init__(self, path: str, identity: Identity, config: Config, missing: bool) -> None:
+    guarded: a symbolic link is followed only where nobody but root can have put it, see open_folder().
+    """
+
+    def __init__(self, path: str, identity: Identity) -> None:
+        self.path, self.guarded = path, not identity.own
+        self._identity = identity
+
+    def open(self, folder: str) -> int:
+        """A descriptor of a folder below it, "" for itself."""
+        return open_folder(f"{self.path}/{folder}", self.guarded)
+
+    def open_or_make(self, folder: str) -> int:
+        """The same; the folder is made if it is missing, but not those above it."""
+        try:
+            return self.open(folder)
+        except FileNotFoundError:
+            self.make(folder)
+            return self.open(folder)
+
+    def make(self, folder: str) -> None:
+        """Makes a folder for good."""
+        parent, name = os.path.split(f"{self.path}/{folder}")
+        make_folder(parent, name, self.guarded)
+
+    def folders(self) -> list[str]:
+        """The names of all folders in it."""
+        place = self.open("")
+        try:
+            with os.scandir(place) as entries:
+                return [entry.name for entry in entries if entry.is_dir(follow_symlinks=not self.guarded)]
+        finally:
+            os.close(place)
+
+    def open_file(self, folder: str, name: str, flags: int) -> int:
+        """A descriptor of a plain file in the folder."""
+        place = self.open(folder)
+        try:
+            fd = os.open(name, flags | OLD_FILE, 0o666, dir_fd=place)
+        finally:
+            os.close(place)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "not a plain file", name)
+        return fd
+
+    def write_file(self, folder: str, name: str, flags: int, content: bytes) -> None:
+        """Writes to a plain file in the folder, which these flags of open(2) say how to open."""
+        fd = self.open_file(folder, name, os.O_WRONLY | flags)
+        try:
+            os.write(fd, content)
+        finally:
+            os.close(fd)
+
+    def add_file(self, folder: str, name: str, content: bytes) -> None:
+        """Makes a file in the folder, unless there is one of that name."""
+        try:
+            self.write_file(folder, name, os.O_CREAT | os.O_EXCL, content)
+        except FileExistsError:
+            return
+
+    def replace_file(self, folder: str, name: str, content: bytes, newer_than: float = 0) -> None:
+        """Replaces a file in the folder by another, which gets a later time than the one given."""
+        draft = Draft(self.open_or_make(f"{folder}/tmp"), self._identity)
+        try:
+            draft.write(content)
+            draft.make_newer(newer_than)
+            place = self.open(folder)
+            try:
+                draft.move(place, name)
+            finally:
+                os.close(place)
+        finally:
+            draft.discard()
+
+
+class Usage:
+    """What of a quota is used. limits, used: octets and messages; a limit of 0 is none.
+
+    doubtful: whether it has to be counted before mail is refused for it. Source: Maildir++ quota.
+    """
+
+    def __init__(self, limits: tuple[int, int], used: tuple[int, int], doubtful: bool) -> None:
+        self.limits, self.used, self.doubtful = limits, used, doubtful
+
+    @classmethod
+    def parse(cls, content: bytes, age: float) -> Usage:
+        """What the file maildirsize says, which is so many seconds old. Raises ValueError."""
+        definition, *changes, rest = content.decode("ascii").split("\n")
+        if rest or not changes or len(content) >= QUOTA_FILE_LIMIT:
+            raise ValueError("is cut short, or too long")
+        octets = messages = 0
+        for change in changes:
+            more_octets, more_messages = change.split()
+            octets, messages = octets + int(more_octets), messages + int(more_messages)
+        if octets < 0 or messages < 0:
+            raise ValueError("has less than nothing")
+        return cls(parse_limits(definition), (octets, messages), len(changes) > 1 or age > QUOTA_STALE)
+
+    def render(self) -> bytes:
+        """A file maildirsize that says so."""
+        (octets, messages), used = self.limits, self.used
+        limits = [f"{octets}S"] if octets or not messages else []
+        limits += [f"{messages}C"] if messages else []
+        return f"{','.join(limits)}\n{used[0]} {used[1]}\n".encode()
+
+    def has_room_for(self, octets: int, messages: int) -> bool:
+        """Whether so much more is within the limits."""
+        more = octets, messages
+        return all(not limit or used + new <= limit for limit, used, new in zip(self.limits, self.used, more))
+
+
+def parse_limits(definition: str) -> tuple[int, int]:
+    """The octets and messages of a quota definition such as "1000000S,1000C". Raises ValueError."""
+    limits = {"S": 0, "C": 0}
+    for limit in definition.strip().split(","):
+        if limit[-1:] not in limits:
+            raise ValueError("is no quota definition")
+        limits[limit[-1]] = as_number(limit[:-1])
+    return limits["S"], limits["C"]
+
+
+class Quota:
+    """The quota of a Maildir, kept in its file maildirsize. Everything raises OSError.
+
+    limits: the octets and messages it may have; None if that file says so. Source: Maildir++ quota.
+    """
+
+    def __init__(self, tree: Tree, limits: tuple[int, int] | None, config: Config) -> None:
+        self._tree, self._limits, self._config = tree, limits, config
+        self._default = config.default_quota, config.default_quota_messages
+
+    def begin(self) -> None:
+        """Begins the file of a new Maildir, which is empty."""
+        config = self._config
+        wanted = max(config.autocreate_quota, 0), max(config.autocreate_quota_messages, 0)
+        limits = self._limits or (wanted if any(wanted) else self._default)
+        if any(limits):
+            self._tree.add_file(INBOX, QUOTA_FILE, Usage(limits, (0, 0), doubtful=False).render())
+
+    def usage(self) -> Usage | None:
+        """What the file says, or if it can't be relied on, a count; None if there is no quota."""
+        try:
+            fd = self._tree.open_file(INBOX, QUOTA_FILE, os.O_RDONLY)
+        except FileNotFoundError:
+            limits = self._limits or self._default
+            return self.count(limits) if any(limits) else None
+        try:
+            age = time.time() - os.fstat(fd).st_mtime
+            content = os.read(fd, QUOTA_FILE_LIMIT)
+        finally:
+            os.close(fd)
+        try:
+            usage = Usage.parse(content, age)
+        except ValueError:
+            return self.count(self._limits or self._limits_in(content))
+        if self._limits and usage.limits != self._limits:
+            return self.count(self._limits)
+        return usage
+
+    def add(self, octets: int, messages: int) -> None:
+        """Adds to what is used, if there is a quota."""
+        try:
+            self._tree.write_file(INBOX, QUOTA_FILE, os.O_APPEND, f"{octets} {messages}\n".encode())
+        except FileNotFoundError:
+            return
+
+    def count(self, limits: tuple[int, int]) -> Usage:
+        """Counts all messages and writes the file anew; again, if the Maildir has changed meanwhile."""
+        for _ in range(RECOUNTS):
+            parts = self._counted_parts()
+            sizes = [size for part in parts for size in self._sizes_in(part)]
+            usage = Usage(limits, (sum(sizes), len(sizes)), doubtful=False)
+            self._tree.replace_file(INBOX, QUOTA_FILE, usage.render())
+            if self._counted_parts() == parts:
+                break
+        return usage
+
+    def _limits_in(self, content: bytes) -> tuple[int, int]:
+        """The limits in a file whose other lines are of no use."""
+        try:
+            return parse_limits(content.partition(LF)[0].decode("ascii"))
+        except ValueError as error:
+            log.warning("quota lost", mailbox=self._tree.path, cause=error)
+            return self._default
+
+    def _counted_parts(self) -> dict[str, int]:
+        """The parts of the Maildir whose messages count, and when each was changed."""
+        excluded = [folder_directory(folder_parts(name, self._config)) for name in self._config.quota_exclude_folders]
+        folders = [folder for folder in self._tree.folders() if folder.startswith(".") and folder not in excluded]
+        changed = {}
+        for part in (f"{folder}/{part}" for folder in (INBOX, *folders) for part in ("new", "cur")):
+            try:
+                fd = self._tree.open(part)
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # no folder of messages
+            changed[part] = os.fstat(fd).st_mtime_ns
+            os.close(fd)
+        return changed
+
+    def _sizes_in(self, part: str) -> Iterator[int]:
+        fd = self._tree.open(part)
+        try:
+            with os.scandir(fd) as entries:
+                for entry in entries:
+                    deleted = FLAG_LETTERS[r"\deleted"] in entry.name.partition(":2,")[2]
+                    if not entry.name.startswith(".") and not (deleted and self._config.quota_exclude_deleted):
+                        yield size_of(entry)
+        finally:
+            os.close(fd)
+
+
+def size_of(message: os.DirEntry[str]) -> int:
+    """The octets of a message file, which its name has as ",S=octets" if a Maildir++ writer gave it. Raises OSError."""
+    after = message.name.partition(",S=")[2]
+    digits = after[: len(after) - len(after.lstrip(DIGITS))]
+    if digits and after[len(digits) :][:1] in ("", ",", ":"):
+        return int(digits)
+    return message.stat(follow_symlinks=False).st_size
+
+
+class Keywords:
+    """The keywords of a folder, to each of which Dovecot gives a letter in its file dovecot-keywords.
+
+    Everything raises OSError. Source: Dovecot's documentation of its Maildir format.
+    """
+
+    def __init__(self, tree: Tree, folder: str) -> None:
+        self._tree, self._folder = tree, folder
+
+    def letters(self, keywords: Sequence[str]) -> set[str]:
+        """The letters of these keywords. New ones are added, while there are letters; the others have none."""
+        known = self._read()[0]
+        if not all(keyword.lower() in known for keyword in keywords):
+            with DovecotLock(self._tree, self._folder):
+                known = self._add(keywords)
+        return {KEYWORD_LETTERS[known[keyword.lower()][0]] for keyword in keywords if keyword.lower() in known}
+
+    def _add(self, keywords: Sequence[str]) -> dict[str, tuple[int, str]]:
+        known, changed = self._read()
+        unused = sorted(set(range(len(KEYWORD_LETTERS))) - {number for number, _ in known.values()})
+        for keyword in keywords:
+            if keyword.lower() in known:
+                continue
+            if not unused:
+                log.warning("no letter for keyword", keyword=keyword, mailbox=f"{self._tree.path}/{self._folder}")
+                continue
+            known[keyword.lower()] = unused.pop(0), keyword
+        lines = [f"{number} {name}\n" for number, name in sorted(known.values())]
+        # Dovecot looks at the time, in seconds, to see whether the file has changed.
+        self._tree.replace_file(self._folder, KEYWORD_FILE, "".join(lines).encode(), newer_than=changed)
+        return known
+
+    def _read(self) -> tuple[dict[str, tuple[int, str]], float]:
+        """The number and name of each keyword, by the name in lower case; and when the file was changed."""
+        try:
+            fd = self._tree.open_file(self._folder, KEYWORD_FILE, os.O_RDONLY)
+        except FileNotFoundError:
+            return {}, 0
+        with open(fd, encoding="utf-8", errors="surrogateescape") as file:
+            lines = [line.rstrip("\n").partition(" ") for line in file]
+            changed = os.fstat(fd).st_mtime
+        numbered = [(int(number), name) for number, _, name in lines if name and DECIMAL.issuperset(number)]
+        return {name.lower(): (number, name) for number, name in numbered if number < len(KEYWORD_LETTERS)}, changed
+
+
+class DovecotLock:
+    """The lock by which Dovecot's processes keep each other from changing a folder; as a context, held while it lasts.
+
+    Raises OSError, TimeoutError among them.
+    """
+
+    def __init__(self, tree: Tree, folder: str) -> None:
+        self._tree, self._folder = tree, folder
+
+    def __enter__(self) -> None:
+        deadline = time.monotonic() + LOCK_PATIENCE
+        content = f"{os.getpid()}:{socket.gethostname()}".encode()
+        while True:
+            try:
+                self._tree.write_file(self._folder, LOCK_FILE, os.O_CREAT | os.O_EXCL, content)
+            except FileExistsError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(errno.ETIMEDOUT, "locked for too long", LOCK_FILE) from None
+                self._break_if_stale()
+                time.sleep(0.02)
+            else:
+                return
+
+    def __exit__(self, *_: object) -> None:
+        self._remove()
+
+    def _break_if_stale(self) -> None:
+        """Removes the lock of a process that is no more, or that has not been heard of for too long."""
+        try:
+            fd = self._tree.open_file(self._folder, LOCK_FILE, os.O_RDONLY)
+        except FileNotFoundError:
+            return
+        try:
+            age = time.time() - os.fstat(fd).st_mtime
+            process, _, host = os.read(fd, LINE_LIMIT).decode("utf-8", "replace").partition(":")
+        finally:
+            os.close(fd)
+        is_gone = host == socket.gethostname() and process.isdigit() and not os.path.exists(f"/proc/{process}")
+        if is_gone or age > LOCK_STALE:
+            log.warning("stale lock removed", file=f"{self._tree.path}/{self._folder}/{LOCK_FILE}", process=process)
+            self._remove()
+
+    def _remove(self) -> None:
+        place = self._tree.open(self._folder)
+        try:
+            os.unlink(LOCK_FILE, dir_fd=place)
+        except FileNotFoundError:
+            return
+        finally:
+            os.close(place)
+
+
+def folder_parts(name: str, config: Config) -> tuple[str, ...]:
+    """The parts of a folder's name, () for the INBOX; ValueError for a name that no folder can have."""
+    if name.upper() == "INBOX":
+        return ()
+    parts = tuple(name.split("/" if config.unixhierarchysep else "."))
+    for part in parts:
+        if not part or not part.isprintable() or "/" in part or "." in part:
+            raise ValueError(f"{name!r} cannot be a folder's name")
+    if len(folder_directory(parts)) > NAME_LIMIT:
+        raise ValueError(f"{name!r} is too long for a folder's name")
+    return parts
+
+
+def folder_directory(parts: Sequence[str]) -> str:
+    """The name of a folder's directory in a Maildir++."""
+    return "".join(f".{to_modified_utf7(part)}" for part in parts)
+
+
+def to_modified_utf7(text: str) -> str:
+    """The text in ASCII, as IMAP has it. Source: RFC 3501 section 5.1.3."""
+    encoded, foreign = [], ""
+    for character in f"{text}\0":
+        if character == "\0" or " " <= character <= "~":
+            if foreign:
+                encoded.append(f"&{modified_base64(foreign)}-")
+                foreign = ""
+            encoded.append("&-" if character == "&" else character)
+        else:
+            foreign += character
+    return "".join(encoded)[:-1]
+
+
+def modified_base64(text: str) -> str:
+    """The UTF-16 of a text in the base64 of RFC 3501 section 5.1.3."""
+    from binascii import b2a_base64
+
+    octets = text.encode("utf-16-be", "surrogatepass")
+    return b2a_base64(octets, newline=False).decode("ascii").rstrip("=").replace("/", ",")
+
+
+def from_modified_utf7(text: str) -> str:
+    """The text that to_modified_utf7() has made ASCII; what is malformed stays as it is."""
+    from binascii import a2b_base64
+
+    first, *rest = text.split("&")
+    decoded = [first]
+    for part in rest:
+        encoded, _, after = part.partition("-")
+        padding = "=" * (-len(encoded) % 4)
+        try:
+            octets = a2b_base64(encoded.replace(",", "/") + padding)
+            decoded.append((octets.decode("utf-16-be") if encoded else "&") + after)
+        except ValueError:
+            decoded.append(f"&{part}")
+    return "".join(decoded)
+
+
+class Maildir:
+    """A user's Maildir, with its folders (Maildir++).
+
+    identity: whose files are in it. missing: whether it has yet to be made. limits: the octets and messages it may
+    have, None if its file maildirsize says so. A folder is given as the name of its directory, INBOX for the Maildir
+    itself.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        identity: Identity,
+        config: Config,
+        missing: bool = False,
+        limits: tuple[int, int] | None = None,
+    ) -> None:
         self.path, self.identity = path, identity
         self._config, self._missing = config, missing
+        self._tree = Tree(path, identity)
+        self._quota = Quota(self._tree, limits, config)
 
     def make(self) -> None:
-        """Makes it, if it is missing. Raises OSError."""
+        """Makes it, if it is missing, with what the options autocreate_* say. Raises OSError."""
         if not self._missing:
             return
         with self.identity:
-            make_maildir(self.path, self._config.partition, not self.identity.own)
+            make_folders(self.path, self._config.partition, self._tree.guarded)
+            for folder in ("tmp", "cur"):
+                self._tree.make(folder)
+            for name in self._config.autocreate_inbox_folders:
+                self._make_folder(folder_directory(folder_parts(name, self._config)))
+            self._subscribe()
+            self._quota.begin()
+            self._tree.make("new")  # with it the Maildir exists
         self._missing = False
+
+    def has_folder(self, folder: str) -> bool:
+        """Whether there is that folder. Raises OSError."""
+        with self.identity:
+            try:
+                os.close(self._tree.open(f"{folder}/cur"))
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+        return True
+
+    def folders(self) -> list[str]:
+        """All folders but the INBOX. Raises OSError."""
+        with self.identity:
+            return sorted(folder for folder in self._tree.folders() if folder.startswith("."))
 
     def open_draft(self) -> Draft:
         """A new draft in this Maildir, which is made if it is missing. Raises OSError."""
         self.make()
         with self.identity:
-            return Draft(self._open_part("tmp"), self.identity)
+            return Draft(self._tree.open_or_make("tmp"), self.identity)
 
-    def deliver(self, message: Message, last: bool = True) -> Delivered:
-        """Puts the message into new/; the caller has yet to sync() the result.
+    def check_quota(self, octets: int, messages: int) -> None:
+        """Raises LmtpError if with so much more the mailbox would be over its quota.
 
-        One file, with hard links, serves all mailboxes where that is possible. last: nobody asks after
-        this one, so the draft may be moved.
-        Raises OSError, and then nothing is left in new/.
+        A quota that cannot be found out does not keep mail out.
+        """
+        if self._missing:
+            return
+        try:
+            with self.identity:
+                usage = self._quota.usage()
+                if usage and usage.doubtful and not usage.has_room_for(octets, messages):
+                    usage = self._quota.count(usage.limits)
+        except OSError as error:
+            log.warning("quota unknown", mailbox=self.path, cause=error)
+            return
+        if usage and not usage.has_room_for(octets, messages):
+            raise LmtpError(MAILBOX_FULL_FOR_GOOD if self._config.lmtp_over_quota_perm_failure else MAILBOX_FULL)
+
+    def count(self, octets: int, messages: int) -> None:
+        """Adds to what of the quota is used, if there is one."""
+        try:
+            with self.identity:
+                self._quota.add(octets, messages)
+        except OSError as error:
+            log.warning("quota unknown", mailbox=self.path, cause=error)
+
+    def deliver(self, message: Message, folder: str = INBOX, flags: Sequence[str] = (), last: bool = True) -> Delivered:
+        """Puts the message into the folder, with these flags and keywords; the caller has yet to sync() the result.
+
+        A folder that is missing is made. One file, with hard links, serves all mailboxes where that is possible.
+        last: nobody asks after this one, so the draft may be moved.
+        Raises OSError, and then nothing is left where it can be seen; ValueError for a flag that is none.
         """
         self.make()
-        if not message.draft:
-            message.draft = self._finished_draft(message)
         with self.identity:
-            name = f"{unique_name()},S={message.size},W={message.size + message.lines}"
-            part = self._open_part("new")
+            if not message.draft:
+                message.draft = self._finished_draft(message)
+            part, info = self._open_part(folder, flags)
+            name = f"{unique_name()},S={message.size},W={message.size + message.lines}{info}"
             try:
                 if not self._share(message.draft, part, name, last):
                     self._copy(message, part, name)
             except OSError:
                 os.close(part)
                 raise
-        return Delivered(self, part, name)
+        self.count(message.size, 1)
+        return Delivered(self, part, name, message.size)
 
-    def _open_part(self, part: str) -> int:
-        """A descriptor of tmp/, new/ or cur/; one is made again that was lost to a tool that drops empty folders."""
-        guarded = not self.identity.own
+    def _open_part(self, folder: str, flags: Sequence[str]) -> tuple[int, str]:
+        """A descriptor of where a message with these flags goes, and what they add to its name."""
+        if folder != INBOX and not self.has_folder(folder):
+            self._make_folder(folder)
+        if not flags:
+            return self._tree.open_or_make(f"{folder}/new"), ""
+        keywords = [flag for flag in flags if not flag.startswith("\\")]
         try:
-            return open_folder(f"{self.path}/{part}", guarded)
-        except FileNotFoundError:
-            make_folder(self.path, part, guarded)
-            return open_folder(f"{self.path}/{part}", guarded)
+            letters = {FLAG_LETTERS[flag.lower()] for flag in flags if flag not in keywords}
+        except KeyError as error:
+            raise ValueError(f"there is no flag {error}") from None
+        if keywords:
+            letters |= Keywords(self._tree, folder).letters(keywords)
+        return self._tree.open_or_make(f"{folder}/cur"), f":2,{''.join(sorted(letters))}"
+
+    def _make_folder(self, folder: str) -> None:
+        self._tree.make(folder)
+        self._tree.add_file(folder, "maildirfolder", b"")
+        for part in ("tmp", "new", "cur"):  # with cur/ the folder exists
+            self._tree.make(f"{folder}/{part}")
+
+    def _subscribe(self) -> None:
+        """Writes the files in which Dovecot and Courier keep the folders that a user is subscribed to."""
+        folders = [folder_parts(name, self._config) for name in self._config.autocreate_subscribe_folders]
+        if not folders:
+            return
+        for_dovecot = ["\t".join(map(to_modified_utf7, parts)) for parts in folders]
+        for_courier = [f"INBOX{folder_directory(parts)}" for parts in folders]
+        self._tree.add_file(
+            INBOX, "subscriptions", "".join(f"{line}\n" for line in ("V\t2", "", *for_dovecot)).encode()
+        )
+        self._tree.add_file(INBOX, "courierimapsubscribed", "".join(f"{line}\n" for line in for_courier).encode())
 
     def _share(self, draft: Draft, folder: int, name: str, last: bool) -> bool:
         """Moves or links the draft; whether its owner, the file systems and the configuration let it."""
@@ -1711,42 +2333,242 @@ class Maildir:
         return draft
 
 
+class Account:
+    """Who a recipient is to a user database.
+
+    known: whether it says that he exists; if not, only his Maildir can tell. home, path: his home directory and
+    Maildir, "" if it does not say. limits: the octets and messages that his Maildir may have, None if it does not say.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        known: bool = True,
+        home: str = "",
+        path: str = "",
+        limits: tuple[int, int] | None = None,
+    ) -> None:
+        self.identity, self.known, self.home, self.path, self.limits = identity, known, home, path, limits
+
+
+class MaildirUsers:
+    """The user database of a store where who has a Maildir is a user."""
+
+    def __init__(self) -> None:
+        self._account = Account(Identity.of_process(), known=False)
+
+    def find(self, _userid: str) -> Account:
+        """The user's account."""
+        return self._account
+
+
+class PasswdUsers:
+    """The accounts of this host, see getpwnam(3). min_uid: those with a lower number are not users."""
+
+    def __init__(self, min_uid: int) -> None:
+        self._min_uid = min_uid
+
+    def find(self, userid: str) -> Account:
+        """The user's account. Raises LmtpError."""
+        import pwd
+
+        try:
+            entry = pwd.getpwnam(userid)
+        except KeyError:
+            raise LmtpError(USER_UNKNOWN) from None
+        if entry.pw_uid < max(self._min_uid, 1):
+            raise LmtpError(USER_UNKNOWN)
+        groups = os.getgrouplist(userid, entry.pw_gid)
+        return Account(Identity(entry.pw_uid, entry.pw_gid, groups), home=entry.pw_dir)
+
+
+class DovecotUsers:
+    """Dovecot's user database, asked over the socket of its authentication service for user databases.
+
+    Source: Dovecot's documentation of its authentication protocol, the part for masters.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._service: DovecotService | None = None
+        self._requests = 0
+
+    def find(self, userid: str) -> Account:
+        """The user's account. Raises LmtpError."""
+        try:
+            return self._account_of(userid)
+        except (Unavailable, ValueError) as error:
+            log.error("user database unavailable", user=userid, cause=error)
+            raise LmtpError(STORAGE_FAILED) from None
+
+    def _account_of(self, userid: str) -> Account:
+        """The user's account. Raises LmtpError, Unavailable, and ValueError for an answer that is of no use."""
+        fields = self._ask(userid)
+        home = fields.get("home", "")
+        uid = int(fields.get("uid", os.geteuid()))
+        gid = int(fields.get("gid", os.getegid()))
+        if uid == 0:
+            raise ValueError("root cannot have a mailbox")
+        user = fields.get("system_groups_user")
+        groups = os.getgrouplist(user, gid) if user else [gid]
+        limits = parse_quota_rule(fields["quota_rule"]) if "quota_rule" in fields else None
+        return Account(Identity(uid, gid, groups), home=home, path=self._maildir(fields, home), limits=limits)
+
+    def _maildir(self, fields: dict[str, str], home: str) -> str:
+        """The path in the field mail, which is "maildir:path", perhaps with options; "" if there is none."""
+        if not (location := fields.get("mail", "")):
+            return ""
+        kind, _, rest = location.partition(":")
+        path = rest.partition(":")[0].replace("%h", home)
+        if path.startswith("~/"):
+            path = home + path[1:]
+        if kind != "maildir" or not path.startswith("/") or "%" in path or "LAYOUT=fs" in rest.split(":"):
+            raise ValueError(f"mail={location}: is no Maildir++ with an absolute path")
+        return path
+
+    def _ask(self, userid: str) -> dict[str, str]:
+        """The fields of the answer. Dovecot may have been started anew since we last asked it."""
+        if self._service:
+            try:
+                return self._asked(self._service, userid)
+            except Unavailable:
+                self._service.close()
+                self._service = None
+        service = DovecotService(self._path)
+        service.say("VERSION", "1", "1")
+        answer = self._asked(service, userid)
+        self._service = service
+        return answer
+
+    def _asked(self, service: DovecotService, userid: str) -> dict[str, str]:
+        self._requests += 1
+        identity = str(self._requests)
+        service.say("USER", identity, userid, "service=lmtp")
+        while True:
+            verdict, *words = service.hear()
+            if not words or words[0] != identity or verdict not in ("USER", "NOTFOUND", "FAIL"):
+                continue
+            if verdict == "NOTFOUND":
+                raise LmtpError(USER_UNKNOWN)
+            if verdict == "FAIL":
+                raise Unavailable(f"{self._path}: {' '.join(words[1:]) or 'temporary failure'}")
+            return {name: unescaped(value) for name, _, value in (word.partition("=") for word in words[2:])}
+
+
+def unescaped(value: str) -> str:
+    """A field of Dovecot's protocols without its escapes."""
+    first, *rest = value.split("\1")
+    return first + "".join(DOVECOT_ESCAPES.get(part[:1], part[:1]) + part[1:] for part in rest)
+
+
+def parse_quota_rule(rule: str) -> tuple[int, int]:
+    """The octets and messages of a rule such as "*:storage=1G:messages=1000", where storage counts in KiB.
+
+    Raises ValueError. Source: Dovecot's documentation of its plugin quota.
+    """
+    octets = messages = 0
+    folder, *limits = rule.split(":")
+    for limit in limits:
+        name, _, value = limit.partition("=")
+        if folder != "*" or name not in ("storage", "bytes", "messages"):
+            raise ValueError(f"quota_rule={rule}: only storage, bytes and messages for * are known")
+        if name == "messages":
+            messages = as_number(value)
+        else:
+            octets = as_kibioctets(value) if name == "storage" else as_octets(value)
+    return octets, messages
+
+
 class MaildirStore:
-    """Maildirs, one for each user, at the place that the option maildir_path names."""
+    """Maildirs, one for each user, at the place that the user database or the option maildir_path names."""
 
     def __init__(self, config: Config) -> None:
+        """Raises ConfigError."""
+        if config.userdb == "maildir" and "%h" in config.maildir_path.replace("%%", ""):
+            raise ConfigError("maildir_path: %h needs userdb: passwd or dovecot")
+        for name in (
+            *config.autocreate_inbox_folders,
+            *config.autocreate_subscribe_folders,
+            *config.quota_exclude_folders,
+        ):
+            try:
+                folder_parts(name, config)
+            except ValueError as error:
+                raise ConfigError(f"autocreate_..._folders, quota_exclude_folders: {error}") from None
         self._config = config
         self._identity = Identity.of_process()
+        self._users: MaildirUsers | PasswdUsers | DovecotUsers = MaildirUsers()
+        if config.userdb == "passwd":
+            self._users = PasswdUsers(config.passwd_min_uid)
+        elif config.userdb == "dovecot":
+            self._users = DovecotUsers(config.userdb_socket_path)
 
     def find(self, recipient: Recipient) -> Maildir:
         """The recipient's mailbox. Raises LmtpError: he is unknown, or it can't be found out."""
+        if not recipient.user or not is_safe_name(recipient.userid):
+            raise LmtpError(USER_UNKNOWN)
+        account = self._users.find(recipient.userid)
+        path = account.path or self._path_of(recipient, account.home)
+        try:
+            missing = not self._has_maildir(path, account.identity)
+        except OSError as error:
+            self._check_absence(path, account, recipient, error)
+            missing = True
+        return Maildir(path, account.identity, self._config, missing, account.limits)
+
+    def shared(self) -> Maildir | None:
+        """The Maildir of shared folders; None if there is none."""
+        path = self._config.shared_maildir
+        return Maildir(path, self._identity, self._config) if path else None
+
+    def _path_of(self, recipient: Recipient, home: str) -> str:
+        """Where maildir_path says that the recipient's Maildir is. Raises LmtpError."""
         domain = recipient.domain or self._config.defaultdomain
         names = {"u": recipient.userid, "n": recipient.user, "d": domain}
         template = self._config.maildir_path
-        path = expand(template, {**names, "p": self._config.partition})
+        path = expand(template, {**names, "h": home, "p": self._config.partition})
         used = (name for letter, name in names.items() if f"%{letter}" in template)
-        if (
-            not recipient.user
-            or not all(map(is_safe_name, used))
-            or any(len(part.encode()) > NAME_LIMIT for part in path.split("/"))
-        ):
+        if not all(map(is_safe_name, used)) or any(len(part.encode()) > NAME_LIMIT for part in path.split("/")):
             raise LmtpError(USER_UNKNOWN)
-        try:
-            os.stat(f"{path}/new")
-        except OSError as error:
-            if error.errno != errno.ENOENT or not os.path.isdir(f"{path}/cur"):  # else new/ is lost, not the user
-                self._check_absence(path, error)
-            return Maildir(path, self._identity, self._config, missing=True)
-        return Maildir(path, self._identity, self._config, missing=False)
+        if not path.startswith("/"):
+            log.error("mailbox not accessible", mailbox=path, cause="the user has no home directory")
+            raise LmtpError(STORAGE_FAILED)
+        return path
 
-    def _check_absence(self, path: str, error: OSError) -> None:
+    def _has_maildir(self, path: str, identity: Identity) -> bool:
+        """Whether there is a Maildir, all of it. Raises OSError if there is none, or nobody knows."""
+        tree = Tree(path, identity)
+        with identity:
+            try:
+                os.close(tree.open("new"))
+            except FileNotFoundError:
+                os.close(tree.open("cur"))  # then new/ is lost, not the user
+                return False
+        return True
+
+    def _check_absence(self, path: str, account: Account, recipient: Recipient, error: OSError) -> None:
         """Raises LmtpError unless the Maildir is really absent, and may be made."""
         absent = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
-        if not absent or not self._is_spool_there():
+        if not absent or not (account.known or self._is_spool_there()):
             log.error("mailbox not accessible", mailbox=path, cause=error)
             raise LmtpError(STORAGE_FAILED)
-        if not self._config.autocreate_post or error.errno != errno.ENOENT:
+        may_be_made = account.known or (self._config.autocreate_post and self._is_among_autocreated(recipient.userid))
+        if not may_be_made or error.errno != errno.ENOENT:
             raise LmtpError(USER_UNKNOWN)
+
+    def _is_among_autocreated(self, userid: str) -> bool:
+        """Whether autocreate_users has the user, or a group that he is a member of."""
+        wanted = self._config.autocreate_users
+        if "anyone" in wanted or userid in wanted:
+            return True
+        import grp
+
+        groups = (name.removeprefix("group:") for name in wanted if name.startswith("group:"))
+        try:
+            return any(userid in grp.getgrnam(name).gr_mem for name in groups)
+        except KeyError as error:
+            log.error("autocreate_users", cause=error)
+            return False
 
     def _is_spool_there(self) -> bool:
         """Whether there is a spool that can lack a user: one that is empty may be a disk that is not mounted."""
@@ -1756,6 +2578,16 @@ class MaildirStore:
                 return self._config.autocreate_post or any(entries)
         except OSError:
             return False
+
+
+def check_folder_names(config: Config) -> None:
+    """Raises ConfigError if an option names a folder that there can't be."""
+    for option in ("autocreate_inbox_folders", "autocreate_subscribe_folders", "quota_exclude_folders"):
+        try:
+            for name in getattr(config, option):
+                folder_parts(name, config)
+        except ValueError as error:
+            raise ConfigError(f"{option}: {error}") from None
 
 
 def is_safe_name(name: str) -> bool:
@@ -1784,13 +2616,6 @@ def open_folder(path: str, guarded: bool) -> int:
             os.close(fd)
         fd = below
     return fd
-
-
-def make_maildir(path: str, spool: str, guarded: bool) -> None:
-    """Makes a Maildir for good, with the folders above it but not the spool itself. Raises OSError."""
-    make_folders(path, spool, guarded)
-    for part in ("tmp", "cur", "new"):  # new/ last: with it the Maildir exists
-        make_folder(path, part, guarded)
 
 
 def make_folders(path: str, spool: str, guarded: bool) -> None:
@@ -1829,13 +2654,93 @@ def unique_name() -> str:
 # ======================================================================
 
 BATCH = 200  # mailboxes that are open at a time, of which each needs a descriptor
+DATABASE_PATIENCE = 1.0  # seconds that the database of duplicates may be locked
+DATABASE_PAUSE = 10.0  # seconds without it after it has failed
+EXPIRED_AT_ONCE = 10  # records that are dropped at most for each message
+MESSAGE_ID_LIMIT = 998  # characters of what is taken for an identification, RFC 5322 section 2.1.1
+
+
+class Duplicates:
+    """Which messages went into which mailboxes lately, in an SQLite database that many processes share.
+
+    Nothing raises: while the database can't be used, no message is a duplicate, and the log says why.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._path = config.duplicate_db_path or f"{config.configdirectory}/deliver.db"
+        self._expiry = config.duplicate_expiry
+        self._database: Database | None = None
+        self._not_before = 0.0
+
+    def has(self, message_id: str, mailbox: str) -> bool:
+        """Whether a message of that Message-ID has been delivered there."""
+        query = "SELECT 1 FROM delivered WHERE message_id = ? AND mailbox = ? AND at >= ?"
+        return bool(self._execute([(query, (message_id, mailbox, time.time() - self._expiry))]))
+
+    def add(self, message_id: str, mailboxes: Sequence[str]) -> None:
+        """Remembers that a message of that Message-ID has been delivered there, and forgets some that are too old."""
+        now = time.time()
+        insert = "INSERT OR REPLACE INTO delivered (message_id, mailbox, at) VALUES (?, ?, ?)"
+        # The oldest records have the lowest numbers.
+        oldest = "SELECT rowid FROM delivered ORDER BY rowid LIMIT ?"
+        self._execute(
+            [
+                ("BEGIN IMMEDIATE", ()),
+                *((insert, (message_id, mailbox, now)) for mailbox in mailboxes),
+                (
+                    f"DELETE FROM delivered WHERE at < ? AND rowid IN ({oldest})",
+                    (now - self._expiry, EXPIRED_AT_ONCE + len(mailboxes)),
+                ),
+                ("COMMIT", ()),
+            ]
+        )
+
+    def _execute(self, statements: Sequence[tuple[str, Sequence[object]]]) -> list[object]:
+        """The rows that the last of the statements gives."""
+        if time.monotonic() < self._not_before:
+            return []
+        import sqlite3
+
+        try:
+            self._database = self._database or self._open()
+            for statement, values in statements:
+                rows = self._database.execute(statement, values).fetchall()
+            return rows
+        except (sqlite3.Error, OSError) as error:
+            log.error("duplicates unknown", database=self._path, cause=error)
+            self._not_before = time.monotonic() + DATABASE_PAUSE
+            self._close()
+            return []
+
+    def _open(self) -> Database:
+        import sqlite3
+
+        database = sqlite3.connect(self._path, timeout=DATABASE_PATIENCE, isolation_level=None)
+        # A record that a crash of the system takes away costs a second copy, not a message.
+        database.execute("PRAGMA synchronous = NORMAL")
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'delivered'").fetchall():
+            database.execute("PRAGMA journal_mode = WAL")
+            columns = "message_id TEXT, mailbox TEXT, at REAL, UNIQUE (message_id, mailbox)"
+            database.execute(f"CREATE TABLE IF NOT EXISTS delivered ({columns})")
+        return database
+
+    def _close(self) -> None:
+        import sqlite3
+
+        database, self._database = self._database, None
+        try:
+            if database:
+                database.close()
+        except sqlite3.Error:
+            return
 
 
 class Destination:
-    """Where a recipient's copy goes."""
+    """Where a copy goes. detail: what names the folder. ignores_quota: whether it goes to a full mailbox, too."""
 
-    def __init__(self, recipient: Recipient, mailbox: Maildir) -> None:
-        self.recipient, self.mailbox = recipient, mailbox
+    def __init__(self, recipient: Recipient, mailbox: Maildir, detail: str, ignores_quota: bool) -> None:
+        self.recipient, self.mailbox, self.detail = recipient, mailbox, detail
+        self.ignores_quota = ignores_quota
 
 
 class Envelope:
@@ -1857,62 +2762,223 @@ class Envelope:
         raise AssertionError("an envelope without recipients")
 
 
-def deliver(message: Message, envelope: Envelope, delivered: Reply) -> list[Reply]:
-    """Delivers to every recipient; for each, in order, the reply: delivered, or what went wrong with his.
+class Copy:
+    """A recipient's copy of a message on its way.
 
-    The message is placed in many mailboxes before the first is synced, so that the file system can
-    commit its journal once for all of them.
+    mailbox: where it goes, for the log. delivered: what has still to be made durable. twin: another copy for the same
+    folder, whose fate it shares. reply: how it ended; None as long as that is open.
     """
-    started = time.monotonic()
-    replies = []
-    destinations = envelope.destinations
-    for start in range(0, len(destinations), BATCH):
-        batch = destinations[start : start + BATCH]
-        results = [place(message, destination, destination is destinations[-1]) for destination in batch]
-        for destination, result in zip(batch, results):
-            reply = settle(result, destination.mailbox, delivered)
+
+    __slots__ = ("delivered", "destination", "event", "mailbox", "reply", "twin")
+
+    def __init__(self, destination: Destination) -> None:
+        self.destination = destination
+        self.mailbox = destination.mailbox.path
+        self.event = "delivered"
+        self.delivered: Delivered | None = None
+        self.twin: Copy | None = None
+        self.reply: Reply | None = None
+
+    def fail(self, reply: Reply) -> None:
+        """Says that it is not delivered."""
+        self.event, self.reply = "not delivered", reply
+
+
+class DeliveryAgent:
+    """Finds the mailboxes of recipients, and puts messages into them."""
+
+    def __init__(self, config: Config) -> None:
+        """Raises ConfigError."""
+        self._config = config
+        self._store = MaildirStore(config)
+        self._duplicates = Duplicates(config) if config.duplicatesuppression else None
+
+    def find(self, recipient: Recipient, size: int, ignores_quota: bool) -> Destination:
+        """Where the recipient's copy goes. size: the message's, as far as it has been announced.
+
+        Raises LmtpError: nowhere, or the mailbox is full, or it can't be found out.
+        """
+        destination = self._destination(recipient, ignores_quota)
+        if not ignores_quota:
+            strict = self._config.lmtp_strict_quota
+            destination.mailbox.check_quota(size if strict else 0, int(strict))
+        return destination
+
+    def deliver(self, message: Message, envelope: Envelope, delivered: Reply) -> list[Reply]:
+        """Delivers to every recipient; for each, in order, the reply: delivered, or what went wrong with his.
+
+        The message is placed in many mailboxes before the first is synced, so that the file system can
+        commit its journal once for all of them.
+        """
+        started = time.monotonic()
+        copies = [Copy(destination) for destination in envelope.destinations]
+        placed: dict[str, Copy] = {}
+        for start in range(0, len(copies), BATCH):
+            batch = copies[start : start + BATCH]
+            for copy in batch:
+                self._place(message, copy, placed, copy is copies[-1])
+            for copy in batch:
+                self._settle(copy, delivered)
+        if self._duplicates and is_identified(message):
+            stored = [copy.mailbox for copy in copies if copy.delivered and copy.reply is delivered]
+            if stored:
+                self._duplicates.add(message.message_id, stored)
+        replies = []
+        for copy in copies:
+            reply = copy.reply or delivered
             replies.append(reply)
             log.info(
-                "delivered" if reply is delivered else "not delivered",
+                copy.event,
                 msgid=message.message_id,
                 size=message.size,
                 sender=f"<{envelope.reverse_path or ''}>",
-                recipient=f"<{destination.recipient.address}>",
-                mailbox=destination.mailbox.path,
-                file=result.name if isinstance(result, Delivered) else "",
+                recipient=f"<{copy.destination.recipient.address}>",
+                mailbox=copy.mailbox,
+                file=copy.delivered.name if copy.delivered else "",
                 reply=reply,
                 ms=round((time.monotonic() - started) * 1000),
             )
-    return replies
+        return replies
+
+    def _destination(self, recipient: Recipient, ignores_quota: bool) -> Destination:
+        if recipient.is_shared:
+            shared = self._store.shared()
+            if not shared or self._existing_folder(shared, recipient.detail) == INBOX:
+                raise LmtpError(USER_UNKNOWN)
+            return Destination(recipient, shared, recipient.detail, ignores_quota)
+        if mailbox := self._find(recipient):
+            return Destination(recipient, mailbox, recipient.detail, ignores_quota)
+        deputies = [self._config.lmtp_catchall_mailbox]
+        if recipient.is_postmaster:
+            deputies.insert(0, self._config.postmaster)
+        for userid in filter(None, deputies):
+            if mailbox := self._find(recipient_of(userid, self._config)):
+                return Destination(recipient, mailbox, "", ignores_quota)
+        raise LmtpError(USER_UNKNOWN)
+
+    def _find(self, recipient: Recipient) -> Maildir | None:
+        """The recipient's mailbox, None if he is unknown. Raises LmtpError."""
+        try:
+            return self._store.find(recipient)
+        except LmtpError as error:
+            if error.reply is USER_UNKNOWN:
+                return None
+            raise
+
+    def _place(self, message: Message, copy: Copy, placed: dict[str, Copy], last: bool) -> None:
+        """Puts the message into the mailbox, unless it has it already. placed: the copies by where they went."""
+        if message.refusal:
+            copy.fail(message.refusal)
+            return
+        destination, mailbox = copy.destination, copy.destination.mailbox
+        try:
+            mailbox.make()
+            folder = self._folder_of(destination)
+            copy.mailbox = f"{mailbox.path}/{folder}".rstrip("/")
+            if self._is_duplicate(message, copy, placed):
+                copy.event = "duplicate"
+                return
+            if self._config.lmtp_strict_quota and not destination.ignores_quota:
+                mailbox.check_quota(message.size, 1)
+            copy.delivered = mailbox.deliver(message, folder, last=last)
+            placed[copy.mailbox] = copy
+        except Exception as error:
+            copy.fail(failure(error, copy.mailbox))
+
+    def _is_duplicate(self, message: Message, copy: Copy, placed: dict[str, Copy]) -> bool:
+        if not self._duplicates:
+            return False
+        copy.twin = placed.get(copy.mailbox)
+        known = is_identified(message) and self._duplicates.has(message.message_id, copy.mailbox)
+        return bool(copy.twin) or known
+
+    def _settle(self, copy: Copy, delivered: Reply) -> None:
+        """Makes what _place() did durable, or says why not."""
+        if copy.twin:
+            copy.reply = copy.twin.reply
+        elif copy.delivered:
+            try:
+                copy.delivered.sync()
+            except Exception as error:
+                copy.fail(failure(error, copy.mailbox))
+        copy.reply = copy.reply or delivered
+
+    def _folder_of(self, destination: Destination) -> str:
+        """The folder that the copy goes to, which may have to be made. Raises LmtpError."""
+        detail, mailbox = destination.detail, destination.mailbox
+        if not detail:
+            return INBOX
+        folder = self._existing_folder(mailbox, detail)
+        if destination.recipient.is_shared:
+            if folder == INBOX:  # it has been removed meanwhile
+                raise LmtpError(USER_UNKNOWN)
+            return folder
+        if folder == INBOX and self._config.lmtp_detail_create:
+            folder = folder_named(detail, self._config)
+        return INBOX if folder in self._excluded_folders() else folder
+
+    def _existing_folder(self, mailbox: Maildir, detail: str) -> str:
+        """The folder that a sub-address names, INBOX if there is none. Raises LmtpError."""
+        folder = folder_named(detail, self._config)
+        try:
+            if folder == INBOX or mailbox.has_folder(folder):
+                return folder
+            if self._config.lmtp_fuzzy_mailbox_match:
+                return most_similar_folder(folder, mailbox.folders())
+            return INBOX
+        except OSError as error:
+            raise LmtpError(failure(error, mailbox.path)) from None
+
+    def _excluded_folders(self) -> list[str]:
+        """The folders to which no sub-address leads, because of their special use (RFC 6154)."""
+        uses = [use.lower() for use in self._config.lmtp_exclude_specialuse]
+        return [folder_named(name, self._config) for name, use in self._config.special_uses.items() if use in uses]
 
 
-def place(message: Message, destination: Destination, last: bool) -> Delivered | Reply:
-    """Puts the message into the mailbox, or says why not."""
-    if message.refusal:
-        return message.refusal
+def recipient_of(userid: str, config: Config) -> Recipient:
+    """The recipient that an option names."""
+    local, _, domain = userid.partition("@")
+    return Recipient(Address(local, domain.lower()), config)
+
+
+def is_identified(message: Message) -> bool:
+    """Whether the message came with an identification by which it can be known again."""
+    return message.has_message_id and 0 < len(message.message_id) <= MESSAGE_ID_LIMIT
+
+
+def folder_named(name: str, config: Config) -> str:
+    """The folder of that name, INBOX if no folder can have it."""
     try:
-        return destination.mailbox.deliver(message, last)
-    except Exception as error:
-        return failure(error, destination.mailbox)
+        return folder_directory(folder_parts(name, config))
+    except ValueError:
+        return INBOX
 
 
-def settle(result: Delivered | Reply, mailbox: Maildir, delivered: Reply) -> Reply:
-    """Makes what place() did durable, or says why not."""
-    if isinstance(result, Reply):
-        return result
-    try:
-        result.sync()
-    except Exception as error:
-        return failure(error, mailbox)
-    return delivered
+def most_similar_folder(folder: str, folders: Sequence[str]) -> str:
+    """That of the folders whose name differs only in case and kind of dash; else that for its parent; else INBOX."""
+    wanted = similar_name(folder)
+    names = {similar_name(folder): folder for folder in reversed(folders)}
+    while wanted:
+        if wanted in names:
+            return names[wanted]
+        wanted = wanted[:-1]
+    return INBOX
 
 
-def failure(error: Exception, mailbox: Maildir) -> Reply:
+def similar_name(folder: str) -> tuple[str, ...]:
+    """The parts of a folder's name, the same for folders whose names are similar."""
+    parts = [from_modified_utf7(part) for part in folder.split(".")[1:]]
+    return tuple(part.casefold().replace("-", " ").replace("_", " ") for part in parts)
+
+
+def failure(error: Exception, mailbox: str) -> Reply:
     """Logs why a delivery failed; what to tell the client."""
+    if isinstance(error, LmtpError):
+        return error.reply
     if isinstance(error, OSError):
-        log.error("delivery failed", mailbox=mailbox.path, cause=error)
+        log.error("delivery failed", mailbox=mailbox, cause=error)
         return storage_reply(error)
-    log.traceback("delivery failed", mailbox=mailbox.path)
+    log.traceback("delivery failed", mailbox=mailbox)
     return STORAGE_FAILED
 
 
@@ -1924,13 +2990,12 @@ def failure(error: Exception, mailbox: Maildir) -> Reply:
 # ======================================================================
 
 # A mechanism is a generator: it yields challenges, is sent responses, and returns the
-# user's name. It raises AuthenticationFailed, AuthenticationUnavailable or ValueError,
+# user's name. It raises AuthenticationFailed, Unavailable or ValueError,
 # the last for a response that is malformed.
 
 PLAINTEXT_MECHANISMS = ("PLAIN", "LOGIN")
 SCRAM_MECHANISMS = ("SCRAM-SHA-256", "SCRAM-SHA-1")
 SALT_MINIMUM, ITERATIONS_MINIMUM = 12, 4096  # octets, and RFC 7677 section 4
-AUTHENTICATION_TIMEOUT = 30  # seconds that saslauthd or Dovecot may take to answer
 TRUSTED_USER = "postman"  # who a client on a trusted connection is to Cyrus
 
 
@@ -1943,10 +3008,6 @@ class AuthenticationFailed(Exception):
     def __init__(self, cause: str, user: str = "") -> None:
         super().__init__(cause)
         self.user = user
-
-
-class AuthenticationUnavailable(Exception):
-    """It cannot be found out now. The text says why, to the log and not to the client."""
 
 
 def external(identity: str) -> Mechanism:
@@ -1992,7 +3053,7 @@ def scram(name: str, verifiers: PasswordFile, binding: bytes) -> Mechanism:
         server.set_client_final(response.decode("utf-8"))
         yield server.get_server_final().encode()
     except ScramException as error:
-        if isinstance(error.__cause__, (AuthenticationFailed, AuthenticationUnavailable)):  # verifier() raised it
+        if isinstance(error.__cause__, (AuthenticationFailed, Unavailable)):  # verifier() raised it
             raise error.__cause__ from None
         raise AuthenticationFailed(str(error), "".join(users)) from None
     return str(users[0])
@@ -2010,7 +3071,7 @@ class PasswordFile:
 
     Argon2id: as the command argon2 -e prints it, "$argon2id$...". SCRAM: as Dovecot's doveadm pw prints it,
     "{SCRAM-SHA-256}iterations,salt,stored key,server key".
-    Everything raises AuthenticationFailed for an unknown user or a wrong password, and AuthenticationUnavailable
+    Everything raises AuthenticationFailed for an unknown user or a wrong password, and Unavailable
     when the file cannot be used.
     """
 
@@ -2066,51 +3127,39 @@ class PasswordFile:
         except (InvalidHash, VerificationError):
             raise self._malformed(user) from None
 
-    def _malformed(self, user: str) -> AuthenticationUnavailable:
-        return AuthenticationUnavailable(f"{self._path}: the verifier of {user} is malformed")
+    def _malformed(self, user: str) -> Unavailable:
+        return Unavailable(f"{self._path}: the verifier of {user} is malformed")
 
     def _verifier(self, user: str) -> str:
         try:
             with open(self._path, encoding="utf-8") as file:
                 if os.fstat(file.fileno()).st_mode & (stat.S_IROTH | stat.S_IWOTH):
-                    raise AuthenticationUnavailable(f"{self._path}: open to everybody; chmod o-rw")
+                    raise Unavailable(f"{self._path}: open to everybody; chmod o-rw")
                 for line in file:
                     name, _, verifier = line.strip().partition(":")
                     if name == user and verifier and not name.startswith("#"):
                         return verifier
         except (OSError, UnicodeDecodeError) as error:
-            raise AuthenticationUnavailable(f"{self._path}: {error}") from None
+            raise Unavailable(f"{self._path}: {error}") from None
         raise AuthenticationFailed("unknown user", user)
-
-
-def connect_to_checker(path: str) -> socket.socket:
-    """A connection to a local service. Raises AuthenticationUnavailable."""
-    sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(AUTHENTICATION_TIMEOUT)
-    try:
-        sock.connect(path)
-    except OSError as error:
-        sock.close()
-        raise AuthenticationUnavailable(f"{path}: {error}") from None
-    return sock
 
 
 def check_with_saslauthd(path: str, service: str, user: str, password: str) -> None:
     """Asks saslauthd(8), in its protocol: four strings, each with its length before it; so is the answer.
 
-    Raises AuthenticationFailed and AuthenticationUnavailable.
+    Raises AuthenticationFailed and Unavailable.
     """
     fields = [field.encode() for field in (user, password, service, "")]
     if any(len(field) > 255 for field in fields):
         raise AuthenticationFailed("user or password is too long", user)
-    with connect_to_checker(path) as sock, sock.makefile("rb") as answers:
+    with connect_to_service(path) as sock, sock.makefile("rb") as answers:
         try:
             sock.sendall(b"".join(len(field).to_bytes(2, "big") + field for field in fields))
             answer = answers.read(int.from_bytes(answers.read(2), "big"))
         except OSError as error:
-            raise AuthenticationUnavailable(f"{path}: {error}") from None
+            raise Unavailable(f"{path}: {error}") from None
     if not answer:
-        raise AuthenticationUnavailable(f"{path}: no answer")
+        raise Unavailable(f"{path}: no answer")
     if not answer.startswith(b"OK"):
         raise AuthenticationFailed(f"saslauthd: {answer.decode('utf-8', 'replace')}", user)
 
@@ -2122,15 +3171,13 @@ class DovecotAuth:
     """
 
     def __init__(self, path: str) -> None:
-        """Raises AuthenticationUnavailable."""
-        self._path = path
-        self._sock = connect_to_checker(path)
-        self._answers = self._sock.makefile("rb")
+        """Raises Unavailable."""
+        self._service = DovecotService(path)
         self._requests = 0
         self.mechanisms: list[str] = []
-        self._say("VERSION", "1", "1")
-        self._say("CPID", str(os.getpid()))
-        while (words := self._hear())[0] != "DONE":
+        self._service.say("VERSION", "1", "1")
+        self._service.say("CPID", str(os.getpid()))
+        while (words := self._service.hear())[0] != "DONE":
             if words[0] == "MECH" and "private" not in words:
                 self.mechanisms.append(words[1].upper())
 
@@ -2139,41 +3186,25 @@ class DovecotAuth:
         self._requests += 1
         identity = str(self._requests)
         response = [f"resp={to_base64((yield b''))}"] if has_initial else []
-        self._say("AUTH", identity, name, f"service={service}", *(["secured"] if secured else []), *response)
+        self._service.say("AUTH", identity, name, f"service={service}", *(["secured"] if secured else []), *response)
         while True:
-            verdict, *words = self._hear()
+            verdict, *words = self._service.hear()
             if not words or words[0] != identity:
                 continue
             if verdict == "CONT":
                 answer = yield from_base64(words[1].encode())
-                self._say("CONT", identity, to_base64(answer))
+                self._service.say("CONT", identity, to_base64(answer))
             elif verdict == "OK":
                 return next(word[5:] for word in words if word.startswith("user="))
             elif "temp" in words:
-                raise AuthenticationUnavailable(f"{self._path}: temporary failure")
+                raise Unavailable(f"{self._service.path}: temporary failure")
             else:
                 user = next((word[5:] for word in words if word.startswith("user=")), "")
                 raise AuthenticationFailed("dovecot: " + " ".join(words[1:]), user)
 
     def close(self) -> None:
         """Ends the connection."""
-        self._answers.close()
-        self._sock.close()
-
-    def _say(self, *words: str) -> None:
-        try:
-            self._sock.sendall(("\t".join(words) + "\n").encode())
-        except OSError as error:
-            raise AuthenticationUnavailable(f"{self._path}: {error}") from None
-
-    def _hear(self) -> list[str]:
-        try:
-            line = self._answers.readline(LINE_LIMIT * 2)
-        except OSError as error:
-            raise AuthenticationUnavailable(f"{self._path}: {error}") from None
-        if not line.endswith(b"\n"):
-            raise AuthenticationUnavailable(f"{self._path}: the connection was closed")
-        return line[:-1].decode("utf-8", "replace").split("\t")
+        self._service.close()
 
 
 class Authenticator:
@@ -2187,7 +3218,7 @@ class Authenticator:
         self._dovecot: DovecotAuth | None = None
 
     def names(self, tls: Tls | None) -> list[str]:
-        """The mechanisms there are. tls: the encryption of the connection. Raises AuthenticationUnavailable."""
+        """The mechanisms there are. tls: the encryption of the connection. Raises Unavailable."""
         names = ["EXTERNAL"] if tls and tls.identity else []
         if self._config.sasl_pwcheck_method == "dovecot":
             return names + self._dovecot_mechanisms()
@@ -2199,7 +3230,7 @@ class Authenticator:
         return [*names, *PLAINTEXT_MECHANISMS]
 
     def mechanism(self, name: str, tls: Tls | None, has_initial: bool) -> Mechanism:
-        """The mechanism of that name, which is one of names(), or EXTERNAL. Raises AuthenticationUnavailable.
+        """The mechanism of that name, which is one of names(), or EXTERNAL. Raises Unavailable.
 
         has_initial: whether the client has sent its first response already.
         """
@@ -2253,7 +3284,6 @@ def from_base64(line: bytes) -> bytes:
 
 TRACE_ID_LIMIT = 255
 TRACE_ID = frozenset(LETTERS + DIGITS + "._-")
-DECIMAL = frozenset(DIGITS)
 HEX_DIGITS = frozenset(DIGITS + "ABCDEF")
 SIZE_DIGITS = 20  # RFC 1870 section 6
 HOST_NAME = frozenset(LETTERS + DIGITS + ".-_:[]")
@@ -2302,11 +3332,14 @@ AUTHENTICATE_FIRST = Reply(530, "5.7.0", "Authentication required")
 
 
 class Transaction(Envelope):
-    """A mail transaction (RFC 5321 section 3.3): the envelope, and while BDAT is sending it, the message."""
+    """A mail transaction (RFC 5321 section 3.3): the envelope, and while BDAT is sending it, the message.
 
-    def __init__(self, reverse_path: Address | None, utf8: bool, decoder: ChunkDecoder) -> None:
+    utf8: whether SMTPUTF8 was asked for. announced_size: octets, 0 if the client has not said. decoder: for BDAT.
+    """
+
+    def __init__(self, reverse_path: Address | None, utf8: bool, announced_size: int, decoder: ChunkDecoder) -> None:
         super().__init__(reverse_path)
-        self.utf8 = utf8
+        self.utf8, self.announced_size = utf8, announced_size
         self.message: Message | None = None
         self.decoder = decoder
 
@@ -2315,7 +3348,8 @@ class Session:
     """An LMTP session on a connection (RFC 2033).
 
     trusted: whether the peer may send mail without authentication. tls: the settings for STARTTLS, None if it is not
-    to be had. authenticator: what it takes to authenticate. stop: what may end the session early.
+    to be had. authenticator: what it takes to authenticate. agent: who gets the messages. stop: what may end the
+    session early.
     """
 
     def __init__(
@@ -2325,14 +3359,14 @@ class Session:
         trusted: bool,
         tls: SSLContext | None,
         authenticator: Authenticator,
-        store: MaildirStore,
+        agent: DeliveryAgent,
         stop: Stop,
         config: Config,
     ) -> None:
         self.id = f"lmtpd-{os.getpid()}-{time.time_ns() // 1000}"
         self._connection, self._peer, self._trusted = connection, peer, trusted
         self._tls, self._authenticator = tls, authenticator
-        self._store, self._stop, self._config = store, stop, config
+        self._agent, self._stop, self._config = agent, stop, config
         self._user = ""
         self._failures = 0
         self._auth_refused = False
@@ -2508,7 +3542,7 @@ class Session:
             if name not in self._mechanisms():
                 raise LmtpError(UNKNOWN_MECHANISM)
             self._user = self._converse(name, initial)
-        except (AuthenticationUnavailable, ImportError) as error:  # the latter: see setup.py, extras_require
+        except (Unavailable, ImportError) as error:  # the latter: see setup.py, extras_require
             log.error("authentication unavailable", mechanism=name, cause=error)
             self._authenticator.close()  # the next attempt may find the checker back
             raise LmtpError(AUTHENTICATION_DOWN) from None
@@ -2529,12 +3563,12 @@ class Session:
         if self._transaction:
             raise LmtpError(NESTED_MAIL)
         address, parameters = parse_argument(argument, "FROM:")
-        utf8 = False
+        utf8, announced_size = False, 0
         for keyword, value in parameters.items():
             if keyword == "SMTPUTF8" and value is None:
                 utf8 = True
             elif keyword == "SIZE":
-                self._check_size(value)
+                announced_size = self._checked_size(value)
             elif keyword == "BODY":
                 if (value or "").upper() not in BODY_TYPES:
                     raise malformed(f"BODY must be one of {', '.join(BODY_TYPES)}")
@@ -2543,7 +3577,7 @@ class Session:
             else:
                 raise unsupported(keyword)
         self._check_characters(address, utf8)
-        self._transaction = Transaction(address, utf8, ChunkDecoder(self._connection.eol))
+        self._transaction = Transaction(address, utf8, announced_size, ChunkDecoder(self._connection.eol))
         self._reply(SENDER_OK)
 
     def _rcpt(self, argument: str) -> None:
@@ -2563,7 +3597,8 @@ class Session:
         if address is None:
             raise LmtpError(USER_UNKNOWN)
         recipient = Recipient(address, self._config)
-        transaction.destinations.append(Destination(recipient, self._store.find(recipient)))
+        destination = self._agent.find(recipient, transaction.announced_size, "IGNOREQUOTA" in parameters)
+        transaction.destinations.append(destination)
         self._reply(RECIPIENT_OK)
 
     def _data(self, argument: str) -> None:
@@ -2655,7 +3690,7 @@ class Session:
     }
 
     def _mechanisms(self) -> list[str]:
-        """The mechanisms that may be used now. Raises AuthenticationUnavailable."""
+        """The mechanisms that may be used now. Raises Unavailable."""
         if self._trusted:
             return ["EXTERNAL"]
         names = self._authenticator.names(self._connection.tls)
@@ -2664,7 +3699,7 @@ class Session:
     def _offered_mechanisms(self) -> list[str]:
         try:
             return self._mechanisms()
-        except AuthenticationUnavailable as error:
+        except Unavailable as error:
             log.error("authentication unavailable", cause=error)
             return []
 
@@ -2711,12 +3746,13 @@ class Session:
             raise LmtpError(CANCELLED)
         return b"" if response == b"=" else from_base64(response)
 
-    def _check_size(self, value: str | None) -> None:
+    def _checked_size(self, value: str | None) -> int:
         if not value or not DECIMAL.issuperset(value):
             raise malformed("SIZE must be a number")
-        limit = self._config.maxmessagesize
-        if 0 < limit < int(value[:SIZE_DIGITS]):
+        limit, size = self._config.maxmessagesize, int(value[:SIZE_DIGITS])
+        if 0 < limit < size:
             raise LmtpError(Reply(552, "5.2.3", f"Messages may have at most {limit} octets"))
+        return size
 
     def _check_characters(self, address: Address | None, utf8: bool) -> None:
         if self._config.lmtp_strict_rfc2821 and not utf8 and not str(address).isascii():
@@ -2745,7 +3781,8 @@ class Session:
 
     def _deliver(self, transaction: Transaction, message: Message) -> None:
         message.complete()
-        for reply in deliver(message, transaction, Reply(250, "2.1.5", f"Ok SESSIONID=<{self.id}>")):
+        delivered = Reply(250, "2.1.5", f"Ok SESSIONID=<{self.id}>")
+        for reply in self._agent.deliver(message, transaction, delivered):
             self._reply(reply)
         self._bad_commands = self._idle_commands = 0
         self._reset()
@@ -2901,7 +3938,7 @@ class Server:
         self._trusts_internet, self._proxied, self._debug = options["-a"], options["-H"], options["-D"]
         if self._debug and not config.debug_command:
             raise ConfigError("-D needs the option debug_command")
-        self._store = MaildirStore(config)
+        self._agent = DeliveryAgent(config)
         self._files = (__file__, *config.files)
         self._versions = versions(self._files)
 
@@ -2920,7 +3957,7 @@ class Server:
                 return
         trusted = self._trusts_internet or not peer.internet
         authenticator = Authenticator(self.config, self.service)
-        Session(connection, peer, trusted, self._tls, authenticator, self._store, self.stop, self.config).serve()
+        Session(connection, peer, trusted, self._tls, authenticator, self._agent, self.stop, self.config).serve()
         authenticator.close()
 
     def _leave_if_told(self) -> None:
@@ -3417,7 +4454,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for setting in config.unknown:
             log.debug("setting not of lmtpd", where=setting)
         tls = None if options["-a"] else tls_context(config)  # before root, who alone may read the key, is gone
-        drop_privileges(config.cyrus_user)
+        drop_privileges(config.cyrus_user, keep=config.userdb != "maildir")
         os.umask(config.umask)
         run(Server(config, options, service, tls))
     except (DocoptExit, UsageError) as error:
@@ -3445,9 +4482,12 @@ def refuse_to_start(status: int, text: str) -> int:
     return status
 
 
-def drop_privileges(user: str) -> None:
-    """Becomes user for good if started by root. Raises ConfigError."""
-    if os.geteuid() != 0:
+def drop_privileges(user: str, keep: bool) -> None:
+    """Becomes user for good if started by root. Raises ConfigError.
+
+    keep: whether the process has to act as other users: then it stays able to, and user may be "".
+    """
+    if os.geteuid() != 0 or (keep and not user):
         return
     if not user:
         raise ConfigError(
@@ -3462,8 +4502,12 @@ def drop_privileges(user: str) -> None:
     if account.pw_uid == 0:
         raise ConfigError("cyrus_user must not be root: set it to the account that owns the Maildirs")
     os.initgroups(user, account.pw_gid)
-    os.setgid(account.pw_gid)
-    os.setuid(account.pw_uid)
+    if keep:
+        os.setegid(account.pw_gid)
+        os.seteuid(account.pw_uid)
+    else:
+        os.setgid(account.pw_gid)
+        os.setuid(account.pw_uid)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,7 @@ class Site:
             "configdirectory": str(self.configdirectory),
             "partition-default": str(self.spool),
             "servername": "mx.example.com",
+            "duplicatesuppression": "no",  # the tests send the same messages again and again
         }
         if AS_ROOT:
             self.options["cyrus_user"] = STORE_USER

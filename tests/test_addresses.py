@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import string
 from contextlib import nullcontext
@@ -15,6 +14,7 @@ from harness import config_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lmtpd
 from lmtpd import Address, Config, LmtpError, MaildirStore, Recipient, parse_parameters, parse_path
 
 
@@ -318,11 +318,14 @@ def names_in_the_store(recipient: Recipient, config: Config) -> list[str]:
     """The names below the spool of all paths that looking for the recipient touches."""
     asked: list[str] = []
 
-    def absent(path: str, **_options: object) -> NoReturn:
+    def absent(path: str, _guarded: bool) -> NoReturn:
         asked.append(path)
         raise FileNotFoundError(2, "absent")
 
-    with mock.patch.object(os, "stat", absent), mock.patch("os.scandir", return_value=nullcontext(["somebody"])):
+    with (
+        mock.patch.object(lmtpd, "open_folder", absent),
+        mock.patch("os.scandir", return_value=nullcontext(["somebody"])),
+    ):
         replies = []
         try:
             asked.append(f"{MaildirStore(config).find(recipient).path}/new")

@@ -132,7 +132,7 @@ def test_a_backslash_at_the_end_continues_the_line(conf: Conf, text: str, expect
         (ALWAYS + "maxmessagesize: 20 M\n", 3, "maxmessagesize: '20 M' must be a size"),
         (ALWAYS + "serverinfo: yes\n", 3, "serverinfo: 'yes' must be one of on, min, off"),
         (ALWAYS + "syslog_facility: local8\n", 3, "syslog_facility: 'local8' must be one of"),
-        (ALWAYS + "maildir_path: %p/%x\n", 3, "maildir_path: '%p/%x' may contain only %p, %u, %n, %d and %%"),
+        (ALWAYS + "maildir_path: %p/%x\n", 3, "maildir_path: '%p/%x' may contain only %p, %u, %n, %d, %h and %%"),
         (ALWAYS + "maildir_path: %p/%u/100%\n", 3, "may contain only"),
         (ALWAYS + "maildir_path: mail/%u\n", 3, "maildir_path: 'mail/%u' must be an absolute path"),
         (ALWAYS + "maildir_path: %%p/%u\n", 3, "must be an absolute path"),

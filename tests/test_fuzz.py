@@ -247,8 +247,10 @@ class Scene:
         for user in (*USERS, "../outside"):
             for folder in ("tmp", "new", "cur"):
                 (self.spool / user / folder).mkdir(parents=True)
-        self.config = config_of(**{"configdirectory": str(self.root), "partition-default": str(self.spool), **options})
-        self.store = lmtpd.MaildirStore(self.config)
+        always = {"configdirectory": str(self.root), "partition-default": str(self.spool)}
+        # Not suppressed, so that there are as many messages as accepted recipients.
+        self.config = config_of(**{**always, "duplicatesuppression": "no", **options})
+        self.store = lmtpd.DeliveryAgent(self.config)
         self.stop = Undisturbed()
         self.before = self.tree()
 
