@@ -1821,11 +1821,14 @@ class Tree:
 
     def open_file(self, folder: str, name: str, flags: int) -> int:
         """A descriptor of a plain file in the folder."""
-        place = self.open(folder)
-        try:
-            fd = os.open(name, flags | OLD_FILE, 0o666, dir_fd=place)
-        finally:
-            os.close(place)
+        if self.guarded:
+            place = self.open(folder)
+            try:
+                fd = os.open(name, flags | OLD_FILE, 0o666, dir_fd=place)
+            finally:
+                os.close(place)
+        else:
+            fd = os.open(f"{self.path}/{folder}/{name}", flags | OLD_FILE, 0o666)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise OSError(errno.EINVAL, "not a plain file", name)
@@ -1916,6 +1919,7 @@ class Quota:
     def __init__(self, tree: Tree, limits: tuple[int, int] | None, config: Config) -> None:
         self._tree, self._limits, self._config = tree, limits, config
         self._default = config.default_quota, config.default_quota_messages
+        self._is_none = False
 
     def begin(self) -> None:
         """Begins the file of a new Maildir, which is empty."""
@@ -1931,7 +1935,8 @@ class Quota:
             fd = self._tree.open_file(INBOX, QUOTA_FILE, os.O_RDONLY)
         except FileNotFoundError:
             limits = self._limits or self._default
-            return self.count(limits) if any(limits) else None
+            self._is_none = not any(limits)
+            return None if self._is_none else self.count(limits)
         try:
             age = time.time() - os.fstat(fd).st_mtime
             content = os.read(fd, QUOTA_FILE_LIMIT)
@@ -1947,6 +1952,8 @@ class Quota:
 
     def add(self, octets: int, messages: int) -> None:
         """Adds to what is used, if there is a quota."""
+        if self._is_none:
+            return
         try:
             self._tree.write_file(INBOX, QUOTA_FILE, os.O_APPEND, f"{octets} {messages}\n".encode())
         except FileNotFoundError:
@@ -2261,7 +2268,7 @@ class Maildir:
             except OSError:
                 os.close(part)
                 raise
-        self.count(message.size, 1)
+            self.count(message.size, 1)
         return Delivered(self, part, name, message.size)
 
     def _open_part(self, folder: str, flags: Sequence[str]) -> tuple[int, str]:
@@ -2603,11 +2610,10 @@ def open_folder(path: str, guarded: bool) -> int:
     if not guarded:
         return os.open(path, FOLDER)
     fd = os.open("/", FOLDER)
-    parts = [part for part in path.split("/") if part]
-    for part in parts:
+    *above, last = [(part, FOLDER | os.O_PATH) for part in path.split("/") if part]
+    for part, flags in (*above, (last[0], FOLDER)):  # to pass through, no right to read is needed
         status = os.fstat(fd)
         trusted = status.st_uid == 0 and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        flags = FOLDER if part is parts[-1] else FOLDER | os.O_PATH  # to pass through, no right to read is needed
         try:
             below = os.open(part, flags if trusted else flags | os.O_NOFOLLOW, dir_fd=fd)
         except NotADirectoryError:
@@ -2671,6 +2677,10 @@ class Duplicates:
         self._expiry = config.duplicate_expiry
         self._database: Database | None = None
         self._not_before = 0.0
+
+    def prepare(self) -> None:
+        """Imports what is needed, so that forked processes need not."""
+        import sqlite3  # noqa: F401
 
     def has(self, message_id: str, mailbox: str) -> bool:
         """Whether a message of that Message-ID has been delivered there."""
@@ -2792,6 +2802,11 @@ class DeliveryAgent:
         self._config = config
         self._store = MaildirStore(config)
         self._duplicates = Duplicates(config) if config.duplicatesuppression else None
+
+    def prepare(self) -> None:
+        """Gets ready for many messages, in a process that will fork."""
+        if self._duplicates:
+            self._duplicates.prepare()
 
     def find(self, recipient: Recipient, size: int, ignores_quota: bool) -> Destination:
         """Where the recipient's copy goes. size: the message's, as far as it has been announced.
@@ -3942,6 +3957,10 @@ class Server:
         self._files = (__file__, *config.files)
         self._versions = versions(self._files)
 
+    def prepare(self) -> None:
+        """Gets ready for many connections, in a process that will fork."""
+        self._agent.prepare()
+
     def serve(self) -> None:
         """Serves the connection that standard input and output are: a socket, pipe, file or terminal."""
         peer = Peer.of(0)
@@ -4144,6 +4163,7 @@ class Pool:
     def run(self) -> None:
         """Serves until it is time to leave; the workers have left then, too."""
         signal.signal(signal.SIGCHLD, lambda *_: None)  # only to wake up
+        self._server.prepare()
         self._notify.send("READY=1")
         while not self._is_over():
             self._keep_ready()
@@ -4411,17 +4431,36 @@ def sockets_from_systemd() -> list[socket.socket]:
     return sockets
 
 
+def inherited_sockets() -> Iterator[int]:
+    """The descriptors of the sockets that this process was started with."""
+    passed = range(3, 3 + int(os.environ.get("LISTEN_FDS", "0")))
+    for fd in sorted({0, MASTER_LISTEN_FD, *passed}):
+        try:
+            if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                yield fd
+        except OSError:
+            continue  # it is closed
+
+
+def is_on_internet() -> bool:
+    """Whether this process was started with a socket that is none of unix(7)."""
+    for fd in inherited_sockets():
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            if sock.family != socket.AF_UNIX:
+                return True
+    return False
+
+
 def waiting_clients() -> Iterator[socket.socket]:
     """The connections that wait on the listening sockets which this process was started with."""
-    passed = range(3, 3 + int(os.environ.get("LISTEN_FDS", "0")))
-    for fd in (0, MASTER_LISTEN_FD, *passed):
+    for fd in inherited_sockets():
+        sock = socket.socket(fileno=os.dup(fd))
         if is_listening(fd):
-            listener = socket.socket(fileno=os.dup(fd))
-            listener.setblocking(False)
-            while client := accept(listener):
+            sock.setblocking(False)
+            while client := accept(sock):
                 yield client
-        elif fd in passed and stat.S_ISSOCK(os.fstat(fd).st_mode):
-            yield socket.socket(fileno=os.dup(fd))
+        elif fd not in (0, MASTER_LISTEN_FD):
+            yield sock
 
 
 def socket_from_inetd() -> socket.socket:
@@ -4453,7 +4492,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.open(config.syslog_prefix, config.syslog_facility, config.debug)
         for setting in config.unknown:
             log.debug("setting not of lmtpd", where=setting)
-        tls = None if options["-a"] else tls_context(config)  # before root, who alone may read the key, is gone
+        may_need_tls = not options["-a"] and (options["-H"] or is_on_internet())
+        tls = tls_context(config) if may_need_tls else None  # before root, who alone may read the key, is gone
         drop_privileges(config.cyrus_user, keep=config.userdb != "maildir")
         os.umask(config.umask)
         run(Server(config, options, service, tls))
