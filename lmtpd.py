@@ -1644,6 +1644,7 @@ RECOUNTS = 3  # times that a Maildir is counted which changes meanwhile
 FLAG_LETTERS = {r"\draft": "D", r"\flagged": "F", r"\answered": "R", r"\seen": "S", r"\deleted": "T"}
 KEYWORD_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LOCK_PATIENCE, LOCK_STALE = 30, 120  # seconds
+PASSWD_SIZE = 512  # octets, more than a struct passwd has anywhere
 DOVECOT_ESCAPES = {"0": "\0", "1": "\1", "t": "\t", "r": "\r", "n": "\n"}
 MAILBOX_FULL = Reply(452, "4.2.2", "Mailbox is full, try again later")
 MAILBOX_FULL_FOR_GOOD = Reply(552, "5.2.2", "Mailbox is full")
@@ -2382,11 +2383,29 @@ class PasswdUsers:
         try:
             entry = pwd.getpwnam(userid)
         except KeyError:
+            if error := account_error(userid):
+                log.error("user database unavailable", user=userid, cause=os.strerror(error))
+                raise LmtpError(STORAGE_FAILED) from None
             raise LmtpError(USER_UNKNOWN) from None
         if entry.pw_uid < max(self._min_uid, 1):
             raise LmtpError(USER_UNKNOWN)
         groups = os.getgrouplist(userid, entry.pw_gid)
         return Account(Identity(entry.pw_uid, entry.pw_gid, groups), home=entry.pw_dir)
+
+
+def account_error(name: str) -> int:
+    """Why the system could not find out whether there is an account of that name, which pwd does not tell; 0 if it did.
+
+    Source: getpwnam_r(3).
+    """
+    import ctypes
+
+    entry, strings = ctypes.create_string_buffer(PASSWD_SIZE), ctypes.create_string_buffer(READ_SIZE)
+    result = ctypes.c_void_p()
+    error: int = ctypes.CDLL(None).getpwnam_r(
+        name.encode(), entry, strings, ctypes.c_size_t(len(strings)), ctypes.byref(result)
+    )
+    return error
 
 
 class DovecotUsers:
@@ -3388,7 +3407,7 @@ class Session:
         self._client = "unknown"
         self._transaction: Transaction | None = None
         self._bad_commands = self._idle_commands = 0
-        self._idle = False
+        self._idle = self._overfull = False
         self._parting: Reply | None = None
         connection.on_wakeup = self._on_wakeup
 
@@ -3436,7 +3455,9 @@ class Session:
             self._dispatch(line)
             self._idle_commands += line[:4].upper() not in STEPS
         except LmtpError as error:
-            log.info("refused", command=self._loggable(line), reply=error)
+            if error.reply is not TOO_MANY_RECIPIENTS or not self._overfull:  # one line for them all
+                log.info("refused", command=self._loggable(line), reply=error)
+            self._overfull = error.reply is TOO_MANY_RECIPIENTS
             self._auth_refused |= line.lstrip()[:4].upper() == b"AUTH"
             self._reply(error.reply)
             self._bad_commands += error.reply.code in MALFORMED
