@@ -25,14 +25,14 @@ import errno
 import itertools
 import os
 import select
-import signal
-import socket
 import stat
 import sys
 import time
 
 TYPE_CHECKING = False  # A type checker takes any constant of this name for True.
 if TYPE_CHECKING:
+    import signal
+    import socket
     from collections.abc import Callable, Generator, Iterator, Sequence
     from sqlite3 import Connection as Database
     from ssl import SSLContext
@@ -40,11 +40,23 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
     Mechanism = Generator[bytes, bytes, str]
+else:
+    # What the modules signal and socket are made of. These put enumerations of all constants around it, and making
+    # them takes a process more than half of the time that the interpreter itself takes to start.
+    import _signal as signal
+    import _socket as socket
 
 __version__ = "0.1.0"
 
 PRODUCT = f"lmtpd {__version__}"
 CRLF, LF = b"\r\n", b"\n"
+# What docopt makes of an empty command line, which it takes some time for.
+NO_ARGUMENTS = {
+    "-C": "/etc/imapd.conf",
+    "-U": "250",
+    "-T": "60",
+    **dict.fromkeys(("-D", "-H", "-a", "--help", "--version"), False),
+}
 
 
 # ======================================================================
@@ -716,6 +728,16 @@ PROXY_V2_LOCAL, PROXY_V2_PROXY = 0x20, 0x21
 PROXY_V2_FAMILIES = {1: (socket.AF_INET, 12), 2: (socket.AF_INET6, 36), 3: (socket.AF_UNIX, 216)}  # octets needed
 
 
+class Socket(socket.socket):
+    """A socket, which a "with" block closes."""
+
+    def __enter__(self) -> Socket:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class Disconnected(Exception):
     """The client is gone, or does not read what we write."""
 
@@ -841,7 +863,7 @@ class Connection:
         self.end()
         if not stat.S_ISSOCK(os.fstat(self._sink).st_mode):
             return
-        with socket.socket(fileno=os.dup(self._sink)) as sock:
+        with Socket(fileno=os.dup(self._sink)) as sock:
             try:
                 sock.shutdown(socket.SHUT_WR)
             except OSError as error:
@@ -1060,7 +1082,7 @@ class Peer:
         """The peer of the descriptor: its address, or for a unix socket its credentials (unix(7), SO_PEERCRED)."""
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             return cls("standard input")
-        with socket.socket(fileno=os.dup(fd)) as sock:
+        with Socket(fileno=os.dup(fd)) as sock:
             if sock.family == socket.AF_UNIX:
                 credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)  # ints: pid, uid, gid
                 return cls(f"unix socket, uid {int.from_bytes(credentials[4:8], sys.byteorder)}")
@@ -1138,7 +1160,9 @@ class Unavailable(Exception):
 
 def connect_to_service(path: str) -> socket.socket:
     """A connection to a local daemon. Raises Unavailable."""
-    sock = socket.socket(socket.AF_UNIX)
+    from socket import socket as buffered_socket  # one with makefile()
+
+    sock = buffered_socket(socket.AF_UNIX)
     sock.settimeout(SERVICE_TIMEOUT)
     try:
         sock.connect(path)
@@ -4053,7 +4077,7 @@ def versions(files: Sequence[str]) -> list[tuple[int, int, int] | None]:
 
 def keep_alive(fd: int, config: Config) -> None:
     """Lets the system probe a silent connection, see tcp(7)."""
-    with socket.socket(fileno=os.dup(fd)) as sock:
+    with Socket(fileno=os.dup(fd)) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (
             (socket.TCP_KEEPCNT, config.tcp_keepalive_cnt),
@@ -4081,7 +4105,7 @@ class Worker:
     def __init__(
         self,
         server: Server,
-        listeners: Sequence[socket.socket],
+        listeners: Sequence[Socket],
         reporter: Reporter,
         on_stock: bool,
         lock: int = -1,
@@ -4115,7 +4139,7 @@ class Worker:
             self._report(AVAILABLE)
         self._report(UNAVAILABLE)
 
-    def _next(self) -> socket.socket | None:
+    def _next(self) -> Socket | None:
         if self._lock < 0:
             return self._accept()
         import fcntl
@@ -4133,7 +4157,7 @@ class Worker:
             stop.raises = False
             fcntl.lockf(self._lock, fcntl.LOCK_UN)
 
-    def _accept(self) -> socket.socket | None:
+    def _accept(self) -> Socket | None:
         """The next connection; None when it is time to leave."""
         stop = self._server.stop
         waits_forever = not self._server.timeout or (self._on_stock and not self._served)
@@ -4150,10 +4174,10 @@ class Worker:
         return None
 
 
-def accept(listener: socket.socket) -> socket.socket | None:
+def accept(listener: Socket) -> Socket | None:
     """A connection, None if another process was quicker or the client has gone."""
     try:
-        return listener.accept()[0]
+        return Socket(fileno=listener._accept()[0])  # type: ignore[attr-defined]
     except (BlockingIOError, ConnectionError):
         return None
     except OSError as error:
@@ -4169,7 +4193,7 @@ class Pool:
     ends when it is told to, or when there has been nothing to do for -T seconds.
     """
 
-    def __init__(self, server: Server, listeners: Sequence[socket.socket]) -> None:
+    def __init__(self, server: Server, listeners: Sequence[Socket]) -> None:
         self._server, self._listeners = server, listeners
         self._notify = Notifier()
         self._workers: dict[int, int] = {}  # process id to the last message; 0 before the first
@@ -4421,7 +4445,7 @@ def run_under_master(server: Server, identity: str) -> None:
 
     server.timeout *= 1 + random.random()  # so that its siblings do not leave all at once
     reporter = Reporter(MASTER_STATUS_FD, server.stop)
-    Worker(server, [socket.socket(fileno=MASTER_LISTEN_FD)], reporter, on_stock=True, lock=lock).run()
+    Worker(server, [Socket(fileno=MASTER_LISTEN_FD)], reporter, on_stock=True, lock=lock).run()
 
 
 def is_listening(fd: int) -> bool:
@@ -4431,11 +4455,11 @@ def is_listening(fd: int) -> bool:
             return False
     except OSError:
         return False
-    with socket.socket(fileno=os.dup(fd)) as sock:
+    with Socket(fileno=os.dup(fd)) as sock:
         return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
-def sockets_from_systemd() -> list[socket.socket]:
+def sockets_from_systemd() -> list[Socket]:
     """The sockets that systemd passes: listening ones (Accept=no) or a connection (Accept=yes). Raises ConfigError."""
     try:
         from systemd import daemon
@@ -4444,7 +4468,7 @@ def sockets_from_systemd() -> list[socket.socket]:
     fds = daemon.listen_fds()
     if not all(daemon.is_socket(fd, type=socket.SOCK_STREAM) for fd in fds):
         raise ConfigError("systemd passes something that is no stream socket: see ListenStream= in systemd.socket(5)")
-    sockets = [socket.socket(fileno=fd) for fd in fds]
+    sockets = [Socket(fileno=fd) for fd in fds]
     if len(fds) > 1 and not all(map(is_listening, fds)):
         raise ConfigError("systemd passes a connection together with other sockets")
     for fd in fds:
@@ -4466,16 +4490,16 @@ def inherited_sockets() -> Iterator[int]:
 def is_on_internet() -> bool:
     """Whether this process was started with a socket that is none of unix(7)."""
     for fd in inherited_sockets():
-        with socket.socket(fileno=os.dup(fd)) as sock:
+        with Socket(fileno=os.dup(fd)) as sock:
             if sock.family != socket.AF_UNIX:
                 return True
     return False
 
 
-def waiting_clients() -> Iterator[socket.socket]:
+def waiting_clients() -> Iterator[Socket]:
     """The connections that wait on the listening sockets which this process was started with."""
     for fd in inherited_sockets():
-        sock = socket.socket(fileno=os.dup(fd))
+        sock = Socket(fileno=os.dup(fd))
         if is_listening(fd):
             sock.setblocking(False)
             while client := accept(sock):
@@ -4484,10 +4508,10 @@ def waiting_clients() -> Iterator[socket.socket]:
             yield sock
 
 
-def socket_from_inetd() -> socket.socket:
+def socket_from_inetd() -> Socket:
     """The listening socket that inetd's "wait" passes as the standard descriptors, which are freed of it."""
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    listener = socket.socket(fileno=os.dup(0))
+    listener = Socket(fileno=os.dup(0))
     use_as_standard_io(null)
     os.close(null)
     return listener
@@ -4503,11 +4527,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until Stop can handle them
     keep_stderr_from_client()  # also from what Python says of its own accord when it imports
     log.open()
-    from docopt import DocoptExit, docopt
-
     try:
-        options = docopt(__doc__, arguments, version=PRODUCT)
-        options.update({name: as_count(options[name], name) for name in ("-U", "-T")})
+        options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
         service = os.environ.get("CYRUS_SERVICE", "lmtp")
         config = Config.load(options["-C"], service)
         log.open(config.syslog_prefix, config.syslog_facility, config.debug)
@@ -4518,7 +4539,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         drop_privileges(config.cyrus_user, keep=config.userdb != "maildir")
         os.umask(config.umask)
         run(Server(config, options, service, tls))
-    except (DocoptExit, UsageError) as error:
+    except UsageError as error:
         log.startup_error("usage error", cause=error)
         return refuse_to_start(os.EX_USAGE, str(error))
     except ConfigError as error:
@@ -4528,6 +4549,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.traceback("internal error")
         return refuse_to_start(os.EX_SOFTWARE, "Internal error, see the log")
     return os.EX_OK
+
+
+def command() -> NoReturn:
+    """The command lmtpd. It leaves without the interpreter's tidying up, which the system does as well."""
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """The options of the command line. Raises UsageError, and SystemExit after --help and --version."""
+    options: dict[str, Any] = dict(NO_ARGUMENTS)
+    if arguments:
+        from docopt import DocoptExit, docopt
+
+        try:
+            options = docopt(__doc__, arguments, version=PRODUCT)
+        except DocoptExit as error:
+            raise UsageError(str(error)) from None
+    return {**options, **{name: as_count(options[name], name) for name in ("-U", "-T")}}
 
 
 def refuse_to_start(status: int, text: str) -> int:
@@ -4572,4 +4613,4 @@ def drop_privileges(user: str, keep: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -23,11 +23,12 @@ setup(
     install_requires=["docopt", 'systemd-python; sys_platform == "linux"'],
     # For the option sasl_pwcheck_method: file.
     extras_require={"auth": ["scramp", "argon2-cffi"]},
-    entry_points={"console_scripts": ["lmtpd = lmtpd:main"]},
+    # Our own, because one that pip makes of an entry point imports more than it takes to deliver a message.
+    scripts=["units/lmtpd"],
     data_files=[
         ("share/man/man8", glob.glob("man/*.8")),
         ("share/man/man5", glob.glob("man/*.5")),
-        ("share/lmtpd/units", glob.glob("units/*")),
+        ("share/lmtpd/units", sorted({*glob.glob("units/*")} - {"units/lmtpd"})),
     ],
     classifiers=[
         "Environment :: No Input/Output (Daemon)",

@@ -9,6 +9,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import docopt
 import pytest
 from harness import Site
 
@@ -172,6 +173,10 @@ def usage(part: str) -> list[str]:
 
 def test_synopsis_is_the_usage() -> None:
     assert printed(LMTPD_8, "SYNOPSIS") == [line.strip() for line in usage("Usage")]
+
+
+def test_an_empty_command_line_is_what_docopt_makes_of_it() -> None:
+    assert docopt.docopt(lmtpd.__doc__, []) == lmtpd.NO_ARGUMENTS
 
 
 def test_options_are_those_of_the_usage() -> None:
