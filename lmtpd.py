@@ -847,6 +847,7 @@ class Connection:
             raise Disconnected("TLS: the handshake takes too long") from None
         finally:
             self._send(self.tls.outgoing())
+        self._input += self.tls.decrypt()  # the first commands may have come with the end of the handshake
 
     def end(self) -> None:
         """Says that no more is written, in the words of TLS if it is in use. Raises Disconnected."""
