@@ -68,6 +68,7 @@ INETD_CONF = """\
 Address = Union[str, tuple[str, int]]
 T = TypeVar("T")
 P = TypeVar("P", bound="Peer")
+L = TypeVar("L", bound="Listener")
 
 
 class PeerError(AssertionError):
@@ -119,6 +120,19 @@ def program(name: str) -> str:
     if path is None:
         raise PeerError(f"{name} is not installed: tests/run installs what the tests need")
     return path
+
+
+def unpacked(name: str) -> Path:
+    """The folder that need_cyrus or need_exim of tests/setup.sh has unpacked a program in."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", f"lmtpd-tests-{name}")
+    if not folder.is_dir():
+        raise PeerError(f"{folder} is missing: tests/run unpacks it (need_{name} in tests/setup.sh)")
+    return folder
+
+
+def libraries(root: Path) -> str:
+    """The LD_LIBRARY_PATH for a program that was unpacked there."""
+    return ":".join(sorted({str(library.parent) for library in root.rglob("*.so.*")}))
 
 
 def reachable(path: Path) -> bool:
@@ -246,8 +260,12 @@ class Listener:
             except OSError:
                 return
             with connection:
-                fd = connection.fileno()
-                self._children.append(subprocess.Popen(self._command, stdin=fd, stdout=fd, stderr=fd))
+                self._children.append(self.start(connection))
+
+    def start(self, connection: socket.socket) -> subprocess.Popen[bytes]:
+        """Starts lmtpd on a connection."""
+        fd = connection.fileno()
+        return subprocess.Popen(self._command, stdin=fd, stdout=fd, stderr=fd)
 
     def close(self) -> None:
         self._socket.shutdown(socket.SHUT_RDWR)
@@ -260,11 +278,28 @@ class Listener:
                 child.kill()
                 child.wait()
 
-    def __enter__(self) -> Listener:
+    def __enter__(self: L) -> L:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class LoggedListener(Listener):
+    """A listening socket on a port, whose lmtpd writes its log to the site's, as it does to systemd's journal."""
+
+    def __init__(self, site: Site, *arguments: str) -> None:
+        self.site = site
+        super().__init__(site, *arguments, tcp=True)
+
+    @property
+    def port(self) -> str:
+        return str(self.address[1])
+
+    def start(self, connection: socket.socket) -> subprocess.Popen[bytes]:
+        with self.site.log.open("ab") as log:
+            fd = connection.fileno()
+            return subprocess.Popen(self._command, stdin=fd, stdout=fd, stderr=log, env=self.site.journal())
 
 
 class Inetd(Peer):
@@ -511,14 +546,11 @@ class Cyrus(Peer):
         self._configure()
 
     def _install(self) -> None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        unpacked = cache / "lmtpd-tests-cyrus"
-        if not (unpacked / "usr/lib/cyrus/bin/master").exists():
-            raise PeerError("Cyrus is not unpacked: tests/run does it (need_cyrus in tests/setup.sh)")
-        if not reachable(unpacked):
-            unpacked = Path(shutil.copytree(unpacked, self.folder / "program", symlinks=True))
-        self.programs = unpacked / "usr/lib/cyrus/bin"
-        self._libraries = ":".join(sorted({str(library.parent) for library in unpacked.rglob("*.so.*")}))
+        root = unpacked("cyrus")
+        if not reachable(root):
+            root = Path(shutil.copytree(root, self.folder / "program", symlinks=True))
+        self.programs = root / "usr/lib/cyrus/bin"
+        self._libraries = libraries(root)
 
     def _configure(self) -> None:
         self.imapd_conf = self.folder / "imapd.conf"

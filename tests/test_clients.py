@@ -1,0 +1,297 @@
+"""STARTTLS and AUTH with the clients that people have: each verifies lmtpd, or lmtpd it, and brings a message."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+import test_tls
+from authority import Authority
+from harness import PATIENCE, Client, Site
+from peers import PASSWORD as EVERYBODYS
+from peers import LoggedListener, libraries, program, unpacked, wait_for
+from test_auth import PASSWORD, AuthDovecot, encoded
+
+authority = test_tls.authority
+tls_site = test_tls.tls_site
+
+# Nothing needs to be added to it, and its lines are those that clients like to get wrong.
+MESSAGE = (
+    b"Date: Sun, 22 Nov 2026 20:00:00 +0000\r\nFrom: <sender@example.com>\r\nTo: <jane@example.com>\r\n"
+    b"Subject: a subject\r\nMessage-ID: <one@example.com>\r\n\r\n"
+    b"A line.\r\n..\r\n.dot\r\nQ\r\nR\r\nRCPT TO:<jane>\r\n\r\n\ttab \r\n" + b"x" * 990 + b"\r\nlast\r\n"
+)
+
+
+@pytest.fixture
+def listener(tls_site: Site) -> Iterator[LoggedListener]:
+    """lmtpd on a port, where clients have to start TLS and to authenticate."""
+    tls_site.configure(tls_required="yes")
+    with LoggedListener(tls_site) as listener:
+        yield listener
+
+
+@pytest.fixture
+def stranger() -> Iterator[Authority]:
+    """An authority that nobody trusts."""
+    site = Site()
+    yield Authority(site)
+    site.close()
+
+
+def content(message: bytes) -> bytes:
+    """A stored message without the fields that lmtpd has put before it, which all messages have."""
+    return re.sub(rb"\AReturn-Path: .*\nReceived: .*\n(\t.*\n)+", b"", message)
+
+
+def check_delivery(site: Site, user: str, mechanism: str, version: str = "TLSv1.3") -> None:
+    """The one message came as it was, over TLS, and header and log say who brought it."""
+    (message,) = site.messages("jane")
+    assert content(message) == MESSAGE.replace(b"\r\n", b"\n")
+    received = test_tls.received(site)
+    assert re.search(rf"\(authenticated user={user} bits=\d{{3}}\)", received)
+    assert f"with LMTPSA ({version} with cipher " in received
+    assert f" user={user} mechanism={mechanism} peer=[127.0.0.1]\n" in site.log_text()
+
+
+class Dialogue(Client):
+    """A program that passes on lines between its standard input and output and an LMTP server, as a Client."""
+
+    def __init__(self, listener: LoggedListener, *command: str, **environment: str) -> None:
+        ours, theirs = socket.socketpair()
+        self._errors = listener.site.root / "errors"
+        with theirs, self._errors.open("wb") as errors:
+            fd = theirs.fileno()
+            self.program = subprocess.Popen(
+                command, stdin=fd, stdout=fd, stderr=errors, env={**os.environ, **environment}
+            )
+        super().__init__(ours)
+
+    def errors(self) -> str:
+        """What the program has had to say beside the dialogue."""
+        return self._errors.read_text()
+
+    def finish(self) -> int:
+        """Waits until the program ends, as it does when the server has gone; its exit status."""
+        return self.program.wait(PATIENCE)
+
+    def close(self) -> None:
+        super().close()
+        self.program.kill()
+        self.program.wait()
+
+    def __enter__(self) -> Dialogue:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class TestOpenssl:
+    """openssl s_client, which starts TLS, and leaves the rest to the person at the keyboard."""
+
+    def dialogue(self, listener: LoggedListener, authority: Authority, *options: str) -> Dialogue:
+        command = ["openssl", "s_client", "-starttls", "lmtp", "-connect", f"127.0.0.1:{listener.port}"]
+        trust = ["-CAfile", str(authority.file), "-verify_return_error", "-verify_hostname", "mx.example.com"]
+        return Dialogue(listener, *command, *trust, *options)
+
+    def wait_for_keys(self, client: Dialogue, count: int) -> None:
+        """Returns when the program has read that many commands for new keys."""
+        wait_for(lambda: client.errors().count("KEYUPDATE") == count, "new keys")
+
+    # Without -quiet a line that begins with R (as RCPT does) asks for new keys, and one with Q leaves.
+    @pytest.mark.parametrize(("option", "version"), [("-tls1_2", "TLSv1.2"), ("-tls1_3", "TLSv1.3")])
+    def test_delivery_with_a_certificate(
+        self, tls_site: Site, listener: LoggedListener, authority: Authority, option: str, version: str
+    ) -> None:
+        certificate, key = authority.sign("relay")
+        identity = ["-cert", str(certificate), "-key", str(key)]
+        with self.dialogue(listener, authority, "-quiet", option, *identity) as client:
+            assert client.command("LHLO client.example").startswith("250 Ok")
+            assert client.command("AUTH EXTERNAL =").startswith("235")
+            assert client.deliver(MESSAGE, "jane")[0].startswith("250")
+            assert client.command("QUIT") == "221 2.0.0 Bye"
+            assert client.finish() == 0
+        check_delivery(tls_site, "relay", "EXTERNAL", version)
+
+    def test_new_keys_in_mid_session(self, listener: LoggedListener, authority: Authority) -> None:
+        with self.dialogue(listener, authority, "-brief", "-tls1_3") as client:
+            assert client.command("NOOP") == "250 2.0.0 Ok"
+            for count, key in enumerate([b"K", b"k", b"K"], 1):
+                client.send(key + b"\n")
+                self.wait_for_keys(client, count)
+                assert client.command("NOOP") == "250 2.0.0 Ok"
+
+    def test_renegotiation_is_refused(self, listener: LoggedListener, authority: Authority) -> None:
+        with self.dialogue(listener, authority, "-brief", "-tls1_2") as client:
+            assert client.command("NOOP") == "250 2.0.0 Ok"
+            client.send(b"R\n")
+            assert client.line() == b""
+            assert client.finish() == 1
+            assert "no renegotiation" in client.errors()
+
+    def test_the_server_has_to_be_verified(self, tls_site: Site, listener: LoggedListener, stranger: Authority) -> None:
+        with self.dialogue(listener, stranger, "-quiet") as client:
+            assert client.finish() == 1
+            assert "certificate verify failed" in client.errors()
+        wait_for(lambda: "TLSV1_ALERT_UNKNOWN_CA" in tls_site.log_text(), "the end of the session")
+
+    def test_the_client_has_to_be_verified(
+        self, tls_site: Site, listener: LoggedListener, authority: Authority, stranger: Authority
+    ) -> None:
+        certificate, key = stranger.sign("relay")
+        identity = ["-cert", str(certificate), "-key", str(key)]
+        with self.dialogue(listener, authority, "-quiet", *identity) as client:
+            assert client.line() == b""
+            assert client.finish() == 1
+            assert "unknown ca" in client.errors()
+        assert "authenticated" not in tls_site.log_text()
+
+
+class TestSwaks:
+    """swaks, the Swiss Army knife for SMTP: in one command from LHLO to QUIT."""
+
+    def run(self, listener: LoggedListener, *options: str) -> subprocess.CompletedProcess[str]:
+        to = ["--server", "127.0.0.1", "--port", listener.port, "--protocol", "LMTP", "--to", "jane@example.com"]
+        command = [program("swaks"), *to, "--from", "sender@example.com", "--data", "-", *options]
+        text = MESSAGE.decode().replace("\r\n", "\n").removesuffix("\n")  # it adds the last one
+        return subprocess.run(command, input=text, capture_output=True, text=True, timeout=PATIENCE)
+
+    def auth(self, mechanism: str, user: str, password: str = PASSWORD) -> list[str]:
+        return ["--auth", mechanism, "--auth-user", user, "--auth-password", password]
+
+    @pytest.mark.parametrize("version", ["tlsv1_2", "tlsv1_3"])
+    @pytest.mark.parametrize(("mechanism", "user"), [("PLAIN", "relay"), ("LOGIN", "sha256")])
+    def test_delivery_with_a_password(
+        self,
+        tls_site: Site,
+        listener: LoggedListener,
+        authority: Authority,
+        mechanism: str,
+        user: str,
+        version: str,
+    ) -> None:
+        tls = ["--tls", "--tls-verify", "--tls-ca-path", str(authority.file), "--tls-protocol", version]
+        done = self.run(listener, *tls, *self.auth(mechanism, user))
+        assert done.returncode == 0, done.stdout
+        check_delivery(tls_site, user, mechanism, version.replace("tlsv1_", "TLSv1."))
+
+    def test_a_wrong_password(self, tls_site: Site, listener: LoggedListener) -> None:
+        done = self.run(listener, "--tls", *self.auth("PLAIN", "relay", "wrong"))
+        assert "535 5.7.8 Authentication failed" in done.stdout
+        assert done.returncode == 28
+        assert 'user=relay peer=[127.0.0.1] cause="wrong password"' in tls_site.log_text()
+        assert tls_site.messages("jane") == []
+
+    def test_without_tls_or_auth_there_is_no_delivery(self, tls_site: Site, listener: LoggedListener) -> None:
+        assert "530 5.7.0" in self.run(listener).stdout
+        assert "430 4.7.0" in self.run(listener, "--tls").stdout
+        assert tls_site.messages("jane") == []
+
+    def test_the_server_has_to_be_verified(self, tls_site: Site, listener: LoggedListener, stranger: Authority) -> None:
+        tls = ["--tls", "--tls-verify", "--tls-ca-path", str(stranger.file)]
+        done = self.run(listener, *tls, *self.auth("PLAIN", "relay"))
+        assert done.returncode == 29
+        wait_for(lambda: "TLSV1_ALERT_UNKNOWN_CA" in tls_site.log_text(), "the end of the session")
+        assert tls_site.messages("jane") == []
+
+    def test_a_certificate_is_shown(self, listener: LoggedListener, authority: Authority) -> None:
+        certificate, key = authority.sign("relay")
+        done = self.run(
+            listener, "--tls", "--tls-cert", str(certificate), "--tls-key", str(key), "--quit-after", "LHLO"
+        )
+        assert done.returncode == 0
+        assert "250-AUTH EXTERNAL " in done.stdout
+
+    def test_cram_md5_of_dovecot(self, tls_site: Site, authority: Authority) -> None:
+        with AuthDovecot(tls_site) as dovecot:
+            tls_site.configure(sasl_pwcheck_method="dovecot", sasl_auth_socket_path=dovecot.path)
+            with LoggedListener(tls_site) as listener:
+                tls = ["--tls", "--tls-verify", "--tls-ca-path", str(authority.file)]
+                done = self.run(listener, *tls, *self.auth("CRAM-MD5", "relay", EVERYBODYS))
+        assert done.returncode == 0, done.stdout
+        check_delivery(tls_site, "relay", "CRAM-MD5")
+
+
+class TestLmtptest:
+    """lmtptest, Cyrus' own client: it starts TLS, authenticates, and leaves the rest to the person at the keyboard."""
+
+    def dialogue(self, listener: LoggedListener, *options: str) -> Dialogue:
+        root = unpacked("cyrus")
+        command = [str(root / "usr/lib/cyrus/bin/lmtptest"), "-p", listener.port, *options, "127.0.0.1"]
+        return Dialogue(listener, *command, LD_LIBRARY_PATH=libraries(root))
+
+    def transcript(self, client: Dialogue) -> str:
+        """What it shows of its dialogue before it is the person's turn."""
+        shown = b""
+        while not (match := re.match(rb"(.*\nSecurity strength factor: \d+\r?\n)(.*)", shown, re.DOTALL)):
+            more = client.sock.recv(65536)
+            assert more, shown
+            shown += more
+        assert not match[2]
+        return shown.decode()
+
+    def check_success(self, client: Dialogue) -> str:
+        """Delivers the message once the program has authenticated; the transcript."""
+        with client:
+            transcript = self.transcript(client)
+            assert "\nAuthenticated." in transcript, transcript
+            assert client.deliver(MESSAGE, "jane")[0].startswith("250")
+            assert client.command("QUIT") == "221 2.0.0 Bye"
+            assert client.finish() == 0
+        return transcript
+
+    @pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])
+    @pytest.mark.parametrize(
+        ("mechanism", "user"),
+        [("PLAIN", "relay"), ("LOGIN", "relay"), ("SCRAM-SHA-1", "sha1"), ("SCRAM-SHA-256", "sha256")],
+    )
+    def test_delivery_with_a_password(self, tls_site: Site, mechanism: str, user: str, version: str) -> None:
+        tls_site.configure(tls_required="yes", tls_versions=version.lower().replace("v", "").replace(".", "_"))
+        with LoggedListener(tls_site) as listener:
+            options = ["-t", "", "-m", mechanism, "-a", user, "-w", PASSWORD]
+            transcript = self.check_success(self.dialogue(listener, *options))
+        assert f"TLS connection established: {version} with cipher" in transcript
+        check_delivery(tls_site, user, mechanism, version)
+
+    def test_delivery_with_a_certificate(self, tls_site: Site, listener: LoggedListener, authority: Authority) -> None:
+        certificate, key = authority.sign("relay")
+        both = tls_site.root / "relay.pem"
+        both.write_text(certificate.read_text() + key.read_text())
+        self.check_success(self.dialogue(listener, "-t", str(both), "-m", "EXTERNAL"))
+        check_delivery(tls_site, "relay", "EXTERNAL")
+
+    def test_scram_that_is_bound_to_the_channel(self, tls_site: Site) -> None:
+        tls_site.configure(tls_versions="tls1_2")
+        with LoggedListener(tls_site) as listener:
+            options = ["-t", "", "-m", "SCRAM-SHA-256-PLUS", "-a", "sha256", "-w", PASSWORD]
+            transcript = self.check_success(self.dialogue(listener, *options))
+        # It names the mechanism without -PLUS, but does ask for the binding.
+        assert f"\nC: AUTH SCRAM-SHA-256 {encoded('p=tls-unique,,n=sha256')[:28]}" in transcript
+        check_delivery(tls_site, "sha256", "SCRAM-SHA-256", "TLSv1.2")
+
+    def test_scram_without_tls(self, tls_site: Site) -> None:
+        with LoggedListener(tls_site) as listener:
+            options = ["-m", "SCRAM-SHA-256", "-a", "sha256", "-w", PASSWORD]
+            self.check_success(self.dialogue(listener, *options))
+        assert "(authenticated user=sha256 bits=0)" in test_tls.received(tls_site)
+
+    @pytest.mark.parametrize(
+        ("mechanism", "user", "cause"),
+        [
+            ("PLAIN", "relay", "wrong password"),
+            ("SCRAM-SHA-256", "sha256", "The client keys don't match"),
+            ("SCRAM-SHA-256", "relay", "no verifier for SCRAM-SHA-256"),
+        ],
+    )
+    def test_a_wrong_password(
+        self, tls_site: Site, listener: LoggedListener, mechanism: str, user: str, cause: str
+    ) -> None:
+        with self.dialogue(listener, "-t", "", "-m", mechanism, "-a", user, "-w", "wrong") as client:
+            assert "S: 535 5.7.8" in self.transcript(client)
+            assert client.command("MAIL FROM:<>")[:9] == "430 4.7.0"
+        assert f'user={user} peer=[127.0.0.1] cause="{cause}' in tls_site.log_text()
