@@ -140,6 +140,11 @@ def reachable(path: Path) -> bool:
     return all(parent.stat().st_mode & 0o001 for place in (path.absolute(), path.resolve()) for parent in place.parents)
 
 
+def for_others(root: Path, folder: Path) -> Path:
+    """An unpacked program that the store's owner, too, gets to: itself, or a copy in that folder."""
+    return root if reachable(root) else Path(shutil.copytree(root, folder / "program", symlinks=True))
+
+
 def python_for_others() -> str:
     """A Python that the store's owner can run: the tests' own, or else Debian's."""
     for python in (Path(sys.executable), Path("/usr/bin/python3")):
@@ -355,11 +360,14 @@ def answers_lmtp(address: Address) -> bool:
 
 
 class Postfix(Peer):
-    """A whole Postfix with its own queue: takes mail for example.com on a port and has its spawn(8) run lmtpd."""
+    """A whole Postfix with its own queue: takes mail on a port and delivers it as main_cf and master_cf say.
+
+    By default it has its spawn(8) run lmtpd for example.com.
+    """
 
     name = "Postfix"
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, main_cf: str = POSTFIX_MAIN_CF, master_cf: str = POSTFIX_MASTER_CF) -> None:
         super().__init__(site.root / "postfix")
         self.address = ("127.0.0.1", free_port())
         self.conf = self.folder / "conf"
@@ -368,8 +376,8 @@ class Postfix(Peer):
         for folder in (self.conf, self.queue, self.data):
             folder.mkdir()
         shutil.chown(self.data, "postfix")
-        (self.conf / "main.cf").write_text(self._private_main_cf() + recipe(POSTFIX_MAIN_CF, site))
-        (self.conf / "master.cf").write_text(self._private_master_cf() + recipe(POSTFIX_MASTER_CF, site))
+        (self.conf / "main.cf").write_text(self._private_main_cf() + recipe(main_cf, site))
+        (self.conf / "master.cf").write_text(self._private_master_cf() + recipe(master_cf, site))
 
     def _private_main_cf(self) -> str:
         """What keeps the instance to itself."""
@@ -428,6 +436,94 @@ tlsmgr    unix  - - n 1000 1 tlsmgr
     def wait_until_sent(self) -> None:
         """Returns when no message is left in the queue."""
         wait_for(lambda: not self.queued(), "Postfix's queue to become empty", self.log)
+
+
+class Exim:
+    """Exim, unpacked by need_exim of tests/setup.sh, with its own queue: all mail goes to a port, by LMTP.
+
+    Debian's knows its user by name, so it runs where an account of that name seems to be, and where mx.example.com is
+    this host. Nothing of it stays when it ends: nobody else sees these files in the place of the system's.
+    """
+
+    PRIVATE_FILES = 'for file in passwd group hosts; do mount --bind "$1/$file" /etc/$file; done; shift; exec "$@"'
+
+    def __init__(self, site: Site, port: str, transport: str, authenticators: str) -> None:
+        self.folder = site.root / "exim"
+        self.spool = self.folder / "spool"
+        self.spool.mkdir(parents=True)
+        for folder in (self.folder, self.spool):
+            site.give(folder)
+        self._root = unpacked("exim")
+        self._program = self._root / "usr/sbin/exim4"
+        self._write_private_files()
+        self.conf = self.folder / "conf"
+        self.conf.write_text(self._conf(port) + f"{transport}begin authenticators\n{authenticators}")
+
+    def _write_private_files(self) -> None:
+        for name, line in {
+            "passwd": "Debian-exim:x:64999:64999::/nonexistent:/bin/false",
+            "group": "Debian-exim:x:64999:",
+            "hosts": "127.0.0.1 mx.example.com",
+        }.items():
+            (self.folder / name).write_text(Path("/etc", name).read_text() + f"\n{line}\n")
+
+    def _conf(self, port: str) -> str:
+        """The configuration up to the transport's options."""
+        return f"""\
+primary_hostname = mx.example.org
+exim_path = {self._program}
+exim_user = {STORE_USER}
+exim_group = {STORE_USER}
+spool_directory = {self.spool}
+log_file_path = {self.folder}/log-%s
+keep_environment = LD_LIBRARY_PATH
+tls_advertise_hosts =
+begin routers
+all:
+  driver = manualroute
+  route_list = * mx.example.com byname
+  self = send
+  transport = lmtp
+begin retry
+* * F,1h,1h
+begin transports
+lmtp:
+  driver = smtp
+  protocol = lmtp
+  port = {port}
+"""
+
+    def send(self, message: bytes) -> str:
+        """Tries once to deliver a message to jane@example.com, which stays in the queue if that fails; Exim's log."""
+        self._run("-odq", "-oi", "-f", "sender@example.com", "jane@example.com", text=message.replace(b"\r\n", b"\n"))
+        self._run("-qff")
+        return (self.folder / "log-main").read_text()
+
+    def _run(self, *options: str, text: bytes = b"") -> None:
+        """Runs Exim, and whatever it starts, to the end."""
+        private = ["unshare", "--mount", "sh", "-euc", self.PRIVATE_FILES, "sh", str(self.folder)]
+        command = [*private, str(self._program), "-C", str(self.conf), *options]
+        output = self.folder / "output"
+        with output.open("wb") as sink:
+            exim = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=sink,
+                stderr=sink,
+                env={**os.environ, "LD_LIBRARY_PATH": libraries(self._root)},
+                start_new_session=True,
+            )
+        try:
+            exim.communicate(text, PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(exim.pid, signal.SIGKILL)
+            exim.wait()
+        if exim.returncode or output.read_bytes():
+            raise PeerError(f"Exim: status {exim.returncode}\n{output.read_text()}")
+
+    def queued(self) -> list[Path]:
+        """The messages in the queue."""
+        return list((self.spool / "input").glob("*-H"))
 
 
 class Dovecot(Peer):
@@ -546,9 +642,7 @@ class Cyrus(Peer):
         self._configure()
 
     def _install(self) -> None:
-        root = unpacked("cyrus")
-        if not reachable(root):
-            root = Path(shutil.copytree(root, self.folder / "program", symlinks=True))
+        root = for_others(unpacked("cyrus"), self.folder)
         self.programs = root / "usr/lib/cyrus/bin"
         self._libraries = libraries(root)
 

@@ -43,29 +43,54 @@ need_venv() {
     "$venv/bin/pip" install --quiet --disable-pip-version-check --use-pep517 "$@" "$top[auth]"
 }
 
-# need_cyrus: the real Cyrus lmtpd and lmtptest, unpacked in a cache folder (its package conflicts with Dovecot's), with
-# those of its libraries that are not installed; nothing of it gets into the system.
+# Packages that conflict with installed ones, or would change the system, are only unpacked, each in a cache folder of
+# its own with those of its libraries that are not installed.
 cyrus=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests-cyrus
+exim=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests-exim
+
+# need_cyrus: the real Cyrus lmtpd and lmtptest. Its package conflicts with Dovecot's.
 need_cyrus() {
-    cyrus_runs && return
-    local packages=(cyrus-imapd cyrus-common cyrus-clients) next library
-    [[ -n $(apt-cache show cyrus-imapd 2>/dev/null) ]] || update_package_lists
+    local programs=(usr/lib/cyrus/bin/{master,lmtpd,lmtptest})
+    runs "$cyrus" "${programs[@]}" || unpack "$cyrus" cyrus-imapd cyrus-common cyrus-clients
+    runs "$cyrus" "${programs[@]}" || { echo "Cyrus lmtpd does not run" >&2; exit 1; }
+}
+
+# need_exim: the real Exim. Its package conflicts with Postfix's, and makes an account.
+need_exim() {
+    runs "$exim" usr/sbin/exim4 || unpack "$exim" exim4-daemon-light
+    runs "$exim" usr/sbin/exim4 || { echo "Exim does not run" >&2; exit 1; }
+}
+
+# runs FOLDER PROGRAM...: whether these are unpacked there with every library they need.
+runs() {
+    local programs=("${@:2}") name libraries
+    for name in "${programs[@]}"; do
+        [[ -x $1/$name ]] || return
+    done
+    libraries=$(find "$1" -name '*.so.*' -printf '%h\n' | sort -u | paste -sd:)
+    ! LD_LIBRARY_PATH=$libraries ldd "${programs[@]/#/$1/}" 2>&1 | grep 'not found'
+}
+
+# unpack FOLDER PACKAGE...
+unpack() {
+    local folder=$1 packages=("${@:2}") next library
+    [[ -n $(apt-cache show "$2" 2>/dev/null) ]] || update_package_lists
     for ((next = 0; next < ${#packages[@]}; next++)); do
         while read -r library; do
             [[ " ${packages[*]} " == *" $library "* ]] || packages+=("$library")
         done < <(missing_libraries_of "${packages[next]}")
     done
-    echo "Unpacking ${packages[*]} into $cyrus"
-    rm -rf "$cyrus"
-    mkdir -p "$cyrus/packages"
-    download "${packages[@]}" || { update_package_lists && download "${packages[@]}"; }
-    for next in "$cyrus"/packages/*.deb; do
-        dpkg-deb -x "$next" "$cyrus"
+    echo "Unpacking ${packages[*]} into $folder"
+    rm -rf "$folder"
+    mkdir -p "$folder/packages"
+    download "$folder/packages" "${packages[@]}" ||
+        { update_package_lists && download "$folder/packages" "${packages[@]}"; }
+    for next in "$folder"/packages/*.deb; do
+        dpkg-deb -x "$next" "$folder"
     done
-    rm -r "$cyrus/packages"
+    rm -r "$folder/packages"
     # The tests run the programs as another user.
-    chmod -R a+rX "$cyrus"
-    cyrus_runs || { echo "Cyrus lmtpd does not run: $(cyrus_ldd)" >&2; exit 1; }
+    chmod -R a+rX "$folder"
 }
 
 # missing_libraries_of PACKAGE: the libraries it depends on that are not installed. Where there is a choice
@@ -78,23 +103,13 @@ missing_libraries_of() {
         done
 }
 
+# download FOLDER PACKAGE...
 download() {
-    (cd "$cyrus/packages" && apt-get -qq -o APT::Sandbox::User="$(id -un)" download "$@")
+    (cd "$1" && apt-get -qq -o APT::Sandbox::User="$(id -un)" download "${@:2}")
 }
 
 update_package_lists() {
     apt-get update -qq
-}
-
-cyrus_ldd() {
-    LD_LIBRARY_PATH=$(find "$cyrus" -name '*.so.*' -printf '%h\n' | sort -u | paste -sd:) \
-        ldd "$cyrus"/usr/lib/cyrus/bin/{master,lmtpd,imtest} 2>&1
-}
-
-# cyrus_runs: whether it is unpacked with every library it needs.
-cyrus_runs() {
-    [[ -x $cyrus/usr/lib/cyrus/bin/lmtpd && -x $cyrus/usr/lib/cyrus/bin/master &&
-        -x $cyrus/usr/lib/cyrus/bin/lmtptest ]] && ! cyrus_ldd | grep -q 'not found'
 }
 
 # The Debian root that tests/container.py boots copies of. LMTPD_TEST_ROOT is its path.

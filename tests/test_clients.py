@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import smtplib
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import test_tls
 from authority import Authority
 from harness import PATIENCE, Client, Site
 from peers import PASSWORD as EVERYBODYS
-from peers import LoggedListener, libraries, program, unpacked, wait_for
+from peers import Exim, LoggedListener, Postfix, libraries, program, unpacked, wait_for
 from test_auth import PASSWORD, AuthDovecot, encoded
 
 authority = test_tls.authority
@@ -44,8 +45,8 @@ def stranger() -> Iterator[Authority]:
 
 
 def content(message: bytes) -> bytes:
-    """A stored message without the fields that lmtpd has put before it, which all messages have."""
-    return re.sub(rb"\AReturn-Path: .*\nReceived: .*\n(\t.*\n)+", b"", message)
+    """A stored message without the trace that lmtpd, and perhaps another before it, have put before it."""
+    return re.sub(rb"\AReturn-Path: .*\n(Received: .*\n([\t ].*\n)+)+", b"", message)
 
 
 def check_delivery(site: Site, user: str, mechanism: str, version: str = "TLSv1.3") -> None:
@@ -295,3 +296,169 @@ class TestLmtptest:
             assert "S: 535 5.7.8" in self.transcript(client)
             assert client.command("MAIL FROM:<>")[:9] == "430 4.7.0"
         assert f'user={user} peer=[127.0.0.1] cause="{cause}' in tls_site.log_text()
+
+
+POSTFIX_TO_TCP = """\
+virtual_mailbox_domains = example.com
+virtual_transport = lmtp:inet:127.0.0.1:{port}
+lmtp_tls_security_level = verify
+lmtp_tls_CAfile = {authority}
+lmtp_tls_verify_cert_match = mx.example.com
+lmtp_sasl_auth_enable = yes
+lmtp_sasl_password_maps = texthash:{passwords}
+"""
+
+
+class TestPostfix:
+    """Postfix's lmtp(8), with a queue that keeps what could not be delivered."""
+
+    def postfix(
+        self, listener: LoggedListener, authority: Authority, user: str, *more: str, password: str = PASSWORD
+    ) -> Postfix:
+        passwords = listener.site.root / "sasl_passwd"
+        passwords.write_text(f"127.0.0.1 {user}:{password}\n")
+        main_cf = POSTFIX_TO_TCP.format(port=listener.port, authority=authority.file, passwords=passwords)
+        return Postfix(listener.site, main_cf + "".join(f"{line}\n" for line in more), "")
+
+    def submit(self, postfix: Postfix) -> None:
+        with smtplib.SMTP(*postfix.address, timeout=PATIENCE) as smtp:
+            smtp.sendmail("sender@example.com", ["jane@example.com"], MESSAGE)
+
+    # By default Postfix sends no passwords that can be read at the other end.
+    @pytest.mark.parametrize(
+        ("mechanism", "user", "options"),
+        [
+            ("SCRAM-SHA-256", "sha256", []),
+            ("SCRAM-SHA-1", "sha1", ["lmtp_sasl_mechanism_filter = scram-sha-1"]),
+            ("PLAIN", "relay", ["lmtp_sasl_mechanism_filter = plain", "lmtp_sasl_tls_security_options = noanonymous"]),
+            ("LOGIN", "relay", ["lmtp_sasl_mechanism_filter = login", "lmtp_sasl_tls_security_options = noanonymous"]),
+        ],
+    )
+    def test_delivery_with_a_password(
+        self,
+        tls_site: Site,
+        listener: LoggedListener,
+        authority: Authority,
+        mechanism: str,
+        user: str,
+        options: list[str],
+    ) -> None:
+        with self.postfix(listener, authority, user, *options) as postfix:
+            self.submit(postfix)
+            postfix.wait_until_sent()
+            assert "status=sent (250 2.1.5 Ok SESSIONID=" in postfix.log.read_text()
+        check_delivery(tls_site, user, mechanism)
+
+    def test_tls_1_2(self, tls_site: Site, listener: LoggedListener, authority: Authority) -> None:
+        with self.postfix(listener, authority, "sha256", "lmtp_tls_mandatory_protocols = TLSv1.2") as postfix:
+            self.submit(postfix)
+            postfix.wait_until_sent()
+        check_delivery(tls_site, "sha256", "SCRAM-SHA-256", "TLSv1.2")
+
+    def check_deferral(self, postfix: Postfix, reason: str) -> None:
+        """The message stays in the queue, for that reason, and is not in the mailbox."""
+        with postfix:
+            self.submit(postfix)
+            entry = f'"queue_name": "deferred".*"delay_reason": "{reason}'
+            wait_for(lambda: re.search(entry, postfix.queued()), "the reason in the queue", postfix.log)
+
+    def test_the_server_has_to_be_verified(self, tls_site: Site, listener: LoggedListener, stranger: Authority) -> None:
+        postfix = self.postfix(listener, stranger, "sha256")
+        self.check_deferral(postfix, "Server certificate not (verified|trusted)")
+        assert "untrusted issuer /CN=Test authority" in postfix.log.read_text()
+        assert tls_site.messages("jane") == []
+        assert "authenticated" not in tls_site.log_text()
+
+    def test_the_server_has_to_be_the_right_one(
+        self, tls_site: Site, listener: LoggedListener, authority: Authority
+    ) -> None:
+        other = "lmtp_tls_verify_cert_match = other.example.com"
+        self.check_deferral(self.postfix(listener, authority, "sha256", other), "Server certificate not verified")
+        assert tls_site.messages("jane") == []
+
+    def test_a_wrong_password(self, tls_site: Site, listener: LoggedListener, authority: Authority) -> None:
+        postfix = self.postfix(listener, authority, "sha256", password="wrong")
+        self.check_deferral(postfix, ".*SASL authentication failed")
+        assert "authentication failed" in tls_site.log_text()
+        assert tls_site.messages("jane") == []
+
+
+EXIM_TRANSPORT = """\
+  hosts_require_tls = *
+  hosts_require_auth = *
+  tls_verify_certificates = {authority}
+  tls_verify_hosts = *
+  tls_verify_cert_hostnames = *
+  tls_require_ciphers = {ciphers}
+"""
+EXIM_AUTHENTICATORS = {
+    "PLAIN": "client_send = ^{user}^{password}",
+    "LOGIN": "client_send = : {user} : {password}",
+}
+
+
+def exim_authenticator(mechanism: str, user: str, password: str) -> str:
+    send = EXIM_AUTHENTICATORS[mechanism].format(user=user, password=password)
+    return f"{mechanism}:\n  driver = plaintext\n  public_name = {mechanism}\n  {send}\n"
+
+
+class TestExim:
+    """Exim's smtp transport, which verifies with GnuTLS."""
+
+    CIPHERS = {"TLSv1.2": "NORMAL:-VERS-TLS1.3"}
+
+    def exim(
+        self, listener: LoggedListener, authority: Authority, version: str, authenticator: str, more: str = ""
+    ) -> Exim:
+        transport = EXIM_TRANSPORT.format(authority=authority.file, ciphers=self.CIPHERS[version])
+        return Exim(listener.site, listener.port, transport + more, authenticator)
+
+    @pytest.mark.parametrize("version", CIPHERS)
+    @pytest.mark.parametrize(("mechanism", "user"), [("PLAIN", "relay"), ("LOGIN", "sha256")])
+    def test_delivery_with_a_password(
+        self,
+        tls_site: Site,
+        listener: LoggedListener,
+        authority: Authority,
+        mechanism: str,
+        user: str,
+        version: str,
+    ) -> None:
+        exim = self.exim(listener, authority, version, exim_authenticator(mechanism, user, PASSWORD))
+        log = exim.send(MESSAGE)
+        assert f"CV=yes A={mechanism} " in log
+        assert exim.queued() == []
+        check_delivery(tls_site, user, mechanism, version)
+
+    @pytest.mark.parametrize("version", CIPHERS)
+    def test_delivery_with_a_certificate(
+        self, tls_site: Site, listener: LoggedListener, authority: Authority, version: str
+    ) -> None:
+        certificate, key = authority.sign("relay")
+        tls_site.give(key)  # as who Exim reads it
+        shown = f"  tls_certificate = {certificate}\n  tls_privatekey = {key}\n"
+        external = "external:\n  driver = external\n  public_name = EXTERNAL\n  client_send = relay\n"
+        exim = self.exim(listener, authority, version, external, shown)
+        assert "CV=yes A=external " in exim.send(MESSAGE)
+        assert exim.queued() == []
+        check_delivery(tls_site, "relay", "EXTERNAL", version)
+
+    @pytest.mark.parametrize("version", CIPHERS)
+    def test_the_server_has_to_be_verified(
+        self, tls_site: Site, listener: LoggedListener, stranger: Authority, version: str
+    ) -> None:
+        exim = self.exim(listener, stranger, version, exim_authenticator("PLAIN", "relay", PASSWORD))
+        assert "(certificate verification failed): certificate invalid" in exim.send(MESSAGE)
+        assert len(exim.queued()) == 1
+        assert tls_site.messages("jane") == []
+        assert "authenticated" not in tls_site.log_text()
+
+    @pytest.mark.parametrize("version", CIPHERS)
+    def test_a_wrong_password(
+        self, tls_site: Site, listener: LoggedListener, authority: Authority, version: str
+    ) -> None:
+        exim = self.exim(listener, authority, version, exim_authenticator("PLAIN", "relay", "wrong"))
+        assert "535 5.7.8 Authentication failed" in exim.send(MESSAGE)
+        assert len(exim.queued()) == 1
+        assert 'user=relay peer=[127.0.0.1] cause="wrong password"' in tls_site.log_text()
+        assert tls_site.messages("jane") == []
