@@ -124,7 +124,7 @@ need_container() {
         return
     fi
     need_packages mmdebstrap systemd-container
-    local packages=systemd,systemd-sysv,dbus,python3,python3-venv,python3-docopt,python3-systemd,postfix,procps,man-db
+    local packages=systemd,systemd-sysv,dbus,python3,python3-venv,python3-docopt,python3-systemd,python3-argon2,postfix,libsasl2-modules,dovecot-core,openssl,procps,man-db
     local cache=${LMTPD_TEST_ROOT%/*}
     mkdir -p "$cache"
     (
@@ -136,7 +136,7 @@ need_container() {
         echo "Making a Debian root in $cache"
         rm -rf "$LMTPD_TEST_ROOT"
         make_root "$packages"
-        "$venv/bin/pip" wheel --quiet --disable-pip-version-check --wheel-dir "$LMTPD_TEST_ROOT/opt/wheels" setuptools wheel
+        "$venv/bin/pip" wheel --quiet --disable-pip-version-check --wheel-dir "$LMTPD_TEST_ROOT/opt/wheels" setuptools wheel scramp
         echo "$packages" >"$LMTPD_TEST_ROOT/.made-of"
     ) 9>"$cache/lock"
 }
@@ -147,7 +147,8 @@ is_made() {
     [[ $(cat "$stamp" 2>/dev/null) == "$1" && -n $(find "$stamp" -mtime -30) ]]
 }
 
-# make_root PACKAGES: the root, with nothing in it that only a person would read, nor this machine's name.
+# make_root PACKAGES: the root, with nothing in it that only a person would read, nor this machine's name. Of Dovecot
+# only the command that makes verifiers of passwords is used.
 make_root() {
     local sources settings
     mapfile -t sources < <(distribution_sources)
@@ -162,6 +163,7 @@ make_root() {
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
         --customize-hook='rm -f "$1/etc/apt/apt.conf.d/99mmdebstrap" "$1/etc/hostname"' \
         --customize-hook='chroot "$1" postconf -X myhostname' \
+        --customize-hook='chroot "$1" systemctl --quiet disable dovecot.service' \
         "$(. /etc/os-release && echo "$VERSION_CODENAME")" "$LMTPD_TEST_ROOT" "${sources[@]}"
     rm -f "$settings"
 }

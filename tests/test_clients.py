@@ -10,8 +10,10 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
+import test_systemd
 import test_tls
 from authority import Authority
+from container import Machine
 from harness import PATIENCE, Client, Site
 from peers import PASSWORD as EVERYBODYS
 from peers import Exim, LoggedListener, Postfix, libraries, program, unpacked, wait_for
@@ -19,6 +21,7 @@ from test_auth import PASSWORD, AuthDovecot, encoded
 
 authority = test_tls.authority
 tls_site = test_tls.tls_site
+installed = test_systemd.installed
 
 # Nothing needs to be added to it, and its lines are those that clients like to get wrong.
 MESSAGE = (
@@ -462,3 +465,120 @@ class TestExim:
         assert len(exim.queued()) == 1
         assert 'user=relay peer=[127.0.0.1] cause="wrong password"' in tls_site.log_text()
         assert tls_site.messages("jane") == []
+
+
+# A client in the machine that README.md has set up, which verifies, authenticates if it is given a name, and delivers.
+SMTPLIB = """\
+import smtplib, ssl, sys
+user, password, context = *sys.argv[1:], ssl.create_default_context(cafile="/root/ca.pem")
+with smtplib.LMTP("127.0.0.1", 24) as client:
+    if user:
+        client._host = "mx.example.com"
+        client.starttls(context=context)
+        client.login(user, password)
+    print(client.sock.version() if user else "in the clear")
+    client.sendmail("sender@example.com", ["jane@example.com"], sys.stdin.read())
+"""
+
+CREDENTIALS = "LoadCredential=lmtpd.pem:/root/lmtpd.pem\nLoadCredential=lmtpd.passwords:/root/lmtpd.passwords\n"
+ROOT_SERVICE = """\
+[Service]
+ExecStart=/usr/local/bin/lmtpd -C /etc/root.conf
+StandardInput=socket
+StandardError=journal
+SyslogIdentifier=root-lmtpd
+"""
+
+
+@pytest.fixture(scope="module")
+def on_tcp(installed: Machine) -> Machine:
+    """The machine on which README.md has been followed to the end of the section about security."""
+    site = Site()
+    try:
+        authority = Authority(site)
+        certificate, key = authority.sign("mx.example.com")
+        (installed.root / "root/lmtpd/lmtp.pem").write_text(certificate.read_text() + key.read_text())
+        (installed.root / "root/ca.pem").write_text(authority.file.read_text())
+    finally:
+        site.close()
+    commands = test_systemd.readme_commands("## Security: who is trusted with what")
+    # Somebody types the password, twice.
+    typed = f"exec 3<<END\n{PASSWORD}\n{PASSWORD}\nEND\n"
+    installed.shell(f"{typed}cd /root/lmtpd\n{commands.replace('doveadm', '<&3 doveadm')}")
+    return installed
+
+
+@pytest.fixture
+def tcp_machine(on_tcp: Machine) -> Iterator[Machine]:
+    """The same with jane's Maildir empty, and after the test without the test's drop-ins."""
+    test_systemd.empty_maildir(on_tcp)
+    on_tcp.run("systemctl", "start", "lmtpd.socket")
+    yield on_tcp
+    test_systemd.reset(on_tcp, "lmtpd@.service", "lmtpd.socket")
+
+
+def deliver_in(machine: Machine, user: str, password: str = PASSWORD) -> str:
+    """What the client in the machine prints, and in the end complains of."""
+    done = machine.run("python3", "-c", SMTPLIB, user, password, stdin=MESSAGE.decode(), check=False)
+    return done.stdout + done.stderr
+
+
+class TestReadme:
+    """The README's way to TCP, on a machine that was installed by the README."""
+
+    def check_delivery(self, machine: Machine) -> None:
+        assert deliver_in(machine, "mta") == "TLSv1.3\n"
+        (stored,) = test_systemd.messages(machine)
+        message = stored.read_bytes()
+        assert content(message) == MESSAGE.replace(b"\r\n", b"\n")
+        assert b"(authenticated user=mta bits=256)" in message
+        assert b" with LMTPSA (TLSv1.3 " in message
+        assert " user=mta mechanism=PLAIN peer=[127.0.0.1]\n" in machine.journal("--identifier=lmtpd")
+
+    def test_delivery_with_tls_and_a_password(self, tcp_machine: Machine) -> None:
+        self.check_delivery(tcp_machine)
+
+    @pytest.mark.parametrize(
+        ("user", "password", "reply"),
+        [("", "", "(530, b'5.7.0 "), ("mta", "wrong", "(535, b'5.7.8 "), ("root", PASSWORD, "(535, b'5.7.8 ")],
+    )
+    def test_others_are_refused(self, tcp_machine: Machine, user: str, password: str, reply: str) -> None:
+        assert reply in deliver_in(tcp_machine, user, password)
+        assert test_systemd.messages(tcp_machine) == []
+
+    def test_the_unix_socket_stays_as_it_was(self, tcp_machine: Machine) -> None:
+        client = test_systemd.connect(tcp_machine)
+        client.hello()
+        assert client.deliver(MESSAGE, "jane")[0].startswith("250")
+        client.close()
+        assert b" with LMTPA id " in test_systemd.messages(tcp_machine)[0].read_bytes()
+
+    def with_credentials(self, machine: Machine) -> str:
+        """Makes files that only root can read, and a configuration in which lmtpd has them from systemd."""
+        machine.shell("for name in lmtpd.pem lmtpd.passwords; do install -m 600 /etc/$name /root/$name; done")
+        return (machine.root / "etc/imapd.conf").read_text().replace("/etc/lmtpd.p", "lmtpd.p")
+
+    def test_credentials_for_the_account_of_the_service(self, tcp_machine: Machine) -> None:
+        conf = tcp_machine.root / "etc/imapd.conf"
+        good = conf.read_text()
+        conf.write_text(self.with_credentials(tcp_machine))
+        test_systemd.install_drop_in(tcp_machine, "lmtpd@.service", "test.conf", f"[Service]\n{CREDENTIALS}")
+        try:
+            self.check_delivery(tcp_machine)
+        finally:
+            conf.write_text(good)
+
+    def test_credentials_for_root(self, tcp_machine: Machine) -> None:
+        """The key is read by root; the passwords, which are read for every AUTH, are out of cyrus_user's reach."""
+        (tcp_machine.root / "etc/root.conf").write_text(self.with_credentials(tcp_machine) + "cyrus_user: lmtpd\n")
+        units = tcp_machine.root / "run/systemd/system"
+        (units / "root.socket").write_text("[Socket]\nListenStream=127.0.0.1:24\nAccept=yes\n")
+        (units / "root@.service").write_text(ROOT_SERVICE + CREDENTIALS)
+        tcp_machine.shell("systemctl daemon-reload; systemctl stop lmtpd.socket; systemctl start root.socket")
+        try:
+            assert "(454, b'4.7.0 " in deliver_in(tcp_machine, "mta")
+            journal = tcp_machine.journal("--identifier=root-lmtpd")
+            assert re.search(r"authentication unavailable .*/lmtpd\.passwords: .* Permission denied", journal)
+            assert test_systemd.messages(tcp_machine) == []
+        finally:
+            tcp_machine.run("systemctl", "stop", "root.socket")
