@@ -288,7 +288,7 @@ class TestLmtptest:
         ("mechanism", "user", "cause"),
         [
             ("PLAIN", "relay", "wrong password"),
-            ("SCRAM-SHA-256", "sha256", "The client keys don't match"),
+            ("SCRAM-SHA-256", "sha256", "(The client keys don't match|wrong password)"),
             ("SCRAM-SHA-256", "relay", "no verifier for SCRAM-SHA-256"),
         ],
     )
@@ -298,7 +298,7 @@ class TestLmtptest:
         with self.dialogue(listener, "-t", "", "-m", mechanism, "-a", user, "-w", "wrong") as client:
             assert "S: 535 5.7.8" in self.transcript(client)
             assert client.command("MAIL FROM:<>")[:9] == "430 4.7.0"
-        assert f'user={user} peer=[127.0.0.1] cause="{cause}' in tls_site.log_text()
+        assert re.search(rf'user={user} peer=\[127.0.0.1\] cause="{cause}', tls_site.log_text())
 
 
 POSTFIX_TO_TCP = """\
