@@ -362,8 +362,9 @@ class TestPostfix:
         """The message stays in the queue, for that reason, and is not in the mailbox."""
         with postfix:
             self.submit(postfix)
-            entry = f'"queue_name": "deferred".*"delay_reason": "{reason}'
+            entry = f'"delay_reason": "{reason}'
             wait_for(lambda: re.search(entry, postfix.queued()), "the reason in the queue", postfix.log)
+            assert " status=deferred (" in postfix.log.read_text()
 
     def test_the_server_has_to_be_verified(self, tls_site: Site, listener: LoggedListener, stranger: Authority) -> None:
         postfix = self.postfix(listener, stranger, "sha256")
