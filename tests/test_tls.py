@@ -90,6 +90,27 @@ def test_mail_over_tls(tls_site: Site, context: ssl.SSLContext, version: ssl.TLS
     assert sock.recv(1) == b""
 
 
+def test_a_command_together_with_the_end_of_the_handshake(tls_site: Site, context: ssl.SSLContext) -> None:
+    """As Exim sends it with TLS 1.3, in which the client has the last word."""
+    client = over_tcp(tls_site)
+    client.hello()
+    assert client.command("STARTTLS").startswith("220")
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing, server_hostname="mx.example.com")
+    while True:
+        try:
+            tls.do_handshake()
+            break
+        except ssl.SSLWantReadError:
+            client.send(outgoing.read())
+            incoming.write(client.sock.recv(65536))
+    assert tls.version() == "TLSv1.3"
+    tls.write(b"NOOP\r\n")
+    client.send(outgoing.read())
+    incoming.write(client.sock.recv(65536))
+    assert tls.read() == b"250 2.0.0 Ok\r\n"
+
+
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1])
 def test_old_versions_are_refused(tls_site: Site, context: ssl.SSLContext, version: ssl.TLSVersion) -> None:
