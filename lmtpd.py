@@ -1049,7 +1049,7 @@ def make_tls_context(config: Config) -> SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2 if "tls1_2" in config.tls_versions else ssl.TLSVersion.TLSv1_3
     context.maximum_version = ssl.TLSVersion.TLSv1_3 if "tls1_3" in config.tls_versions else ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_TICKET  # a session is as long as a connection
+    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION  # a session is as long as a connection
     context.num_tickets = 0
     if config.tls_ciphers:
         context.set_ciphers(config.tls_ciphers)
