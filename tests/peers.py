@@ -20,9 +20,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar, Union
+from typing import Any, TypeVar, Union
 
-from harness import LMTPD, PATIENCE, STORE_USER, Client, Site
+from harness import AS_ROOT, LMTPD, PATIENCE, STORE_USER, Client, Site
 
 PASSWORD = "secret"
 
@@ -527,19 +527,28 @@ lmtp:
 
 
 class Dovecot(Peer):
-    """Dovecot's IMAP server on the Maildirs of a site, as whose owner it reads them."""
+    """Dovecot's IMAP server on the Maildirs of a site, as whose owner it reads them.
+
+    separator: between the parts of a folder's name. public: a Maildir that everybody sees below "Public".
+    storage, messages: the quota in octets and messages, kept in maildirsize; Trash does not count.
+    """
 
     name = "Dovecot"
 
-    def __init__(self, site: Site) -> None:
+    def __init__(
+        self, site: Site, separator: str = ".", public: Path | None = None, storage: int = 0, messages: int = 0
+    ) -> None:
         super().__init__(site.root / "dovecot")
+        self.separator, self.public = separator, public
+        self.storage, self.messages = storage, messages
         self.address = ("127.0.0.1", free_port())
         self.conf = self.folder / "dovecot.conf"
         self.version = self._version()
         old = self.version < (2, 4)
         private = self._private_conf() if old else self._private_24_conf()
         text = recipe(DOVECOT_CONF if old else DOVECOT_24_CONF, site)
-        self.conf.write_text(private + text)
+        wanted = self._namespaces_conf(old) + (self._quota_conf() if old else self._quota_24_conf())
+        self.conf.write_text(private + text + wanted)
 
     @staticmethod
     def _version() -> tuple[int, ...]:
@@ -600,6 +609,50 @@ service imap-login {{
 }}
 """
 
+    def _namespaces_conf(self, old: bool) -> str:
+        """The user's own folders, and those of everybody."""
+        conf = f"namespace inbox {{\n  inbox = yes\n  separator = {self.separator}\n}}\n"
+        if self.public:
+            place = f"location = maildir:{self.public}" if old else f"mail_path = {self.public}"
+            prefix = f"prefix = Public{self.separator}\n  separator = {self.separator}"
+            conf += f"namespace public {{\n  type = public\n  {prefix}\n  {place}\n}}\n"
+        return conf
+
+    def _quota_conf(self) -> str:
+        if not self.storage and not self.messages:
+            return ""
+        return f"""\
+mail_plugins = quota
+protocol imap {{
+  mail_plugins = quota imap_quota
+}}
+plugin {{
+  quota = maildir:User quota
+  quota_rule = *:bytes={self.storage}:messages={self.messages}
+  quota_rule2 = Trash:ignore
+}}
+"""
+
+    def _quota_24_conf(self) -> str:
+        if not self.storage and not self.messages:
+            return ""
+        return f"""\
+mail_plugins = quota
+protocol imap {{
+  mail_plugins = quota imap_quota
+}}
+quota "User quota" {{
+  quota_driver = maildir
+}}
+quota_storage_size = {self.storage} B
+quota_message_count = {self.messages}
+namespace inbox {{
+  mailbox Trash {{
+    quota_ignore = yes
+  }}
+}}
+"""
+
     def start(self) -> None:
         self.run([program("dovecot"), "-F", "-c", str(self.conf)], lambda: answers(self.address))
 
@@ -608,6 +661,94 @@ service imap-login {{
         imap = imaplib.IMAP4(*self.address, timeout=PATIENCE)
         imap.login(user, PASSWORD)
         return imap
+
+    def deliver(self, user: str, message: bytes, folder: str = "INBOX") -> None:
+        """Delivers by Dovecot's own delivery agent."""
+        agent = program("doveadm").replace("/bin/doveadm", "/lib/dovecot/dovecot-lda")
+        command = [agent, "-c", str(self.conf), "-d", user, "-m", folder]
+        done = subprocess.run(command, input=message, capture_output=True, timeout=PATIENCE)
+        if done.returncode != 0:
+            raise PeerError(f"dovecot-lda: {done.stderr.decode(errors='replace')}{self.log.read_text()[-2000:]}")
+
+
+class CourierImap(imaplib.IMAP4):
+    """A connection to an imapd that was started for it, with the user already known."""
+
+    def __init__(self, command: list[str], **environment: str) -> None:
+        self._program, self._variables = command, environment
+        super().__init__()
+        # It may complain before it says PREAUTH, and Python looks at the first line only.
+        self.state = "AUTH"
+
+    def _create_socket(self, timeout: float | None = None) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        ours.settimeout(PATIENCE)
+        with theirs:
+            fd = theirs.fileno()
+            self.process = subprocess.Popen(
+                self._program, stdin=fd, stdout=fd, stderr=subprocess.DEVNULL, env=self._variables, **as_store_user()
+            )
+        return ours
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        try:
+            self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def as_store_user() -> dict[str, Any]:
+    """The arguments of subprocess that make a program run as the owner of the Maildirs."""
+    return {"user": STORE_USER, "group": STORE_USER, "extra_groups": []} if AS_ROOT else {}
+
+
+class Courier:
+    """Courier's programs, unpacked by need_courier of tests/setup.sh. Names of its folders begin with "INBOX."."""
+
+    def __init__(self, site: Site) -> None:
+        root = for_others(unpacked("courier"), site.root / "courier")
+        self._programs = root / "usr/bin"
+        self._settings = self._shipped_settings(root / "etc/courier/imapd")
+        self._environment = {"LD_LIBRARY_PATH": libraries(root), "LC_ALL": "C.UTF-8", "PATH": os.environ["PATH"]}
+
+    @staticmethod
+    def _shipped_settings(file: Path) -> dict[str, str]:
+        """What Debian's configuration says, as the script that starts imapd puts it into the environment."""
+        return dict(re.findall(r'^([A-Z_]+)="?([^"$\n]*)"?$', file.read_text(), re.MULTILINE))
+
+    def login(self, maildir: Path) -> CourierImap:
+        """An IMAP connection to a Maildir."""
+        # Its locks wait for a service of the desktop that is not there.
+        user = {"AUTHENTICATED": maildir.name, "AUTHADDR": maildir.name, "MAILDIR": str(maildir), "IMAP_USELOCKS": "0"}
+        return CourierImap(
+            [str(self._programs / "imapd"), str(maildir)],
+            **{**self._settings, "HOME": str(maildir.parent), **user, **self._environment},
+        )
+
+    def run(self, name: str, *arguments: str, message: bytes = b"") -> int:
+        """Runs one of its programs on a message; its exit status."""
+        done = subprocess.run(
+            [str(self._programs / name), *arguments],
+            input=message,
+            capture_output=True,
+            env=self._environment,
+            timeout=PATIENCE,
+            **as_store_user(),
+        )
+        return done.returncode
+
+    def make(self, maildir: Path, folder: str = "", quota: str = "") -> None:
+        """Makes a Maildir, or a folder in it ("a.b", in UTF-8), or sets its quota ("1000000S,100C")."""
+        options = ["-f", folder] if folder else ["-q", quota] if quota else []
+        if self.run("maildirmake.courier", *options, str(maildir)) != 0:
+            raise PeerError(f"maildirmake {options} {maildir} fails")
+
+    def deliver(self, maildir: Path, message: bytes) -> None:
+        """Delivers a message, by the quota that maildirsize says."""
+        if self.run("deliverquota.courier", str(maildir), message=message) != 0:
+            raise PeerError(f"deliverquota {maildir} fails")
 
 
 class Cyrus(Peer):

@@ -190,3 +190,11 @@ need_inetds() {
         dpkg-deb --extract xinetd_*.deb .
     )
 }
+
+# need_courier: Courier's IMAP server and its tools for Maildirs. Its packages take the place of an installed MTA's.
+courier=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests-courier
+need_courier() {
+    local programs=(usr/bin/{imapd,maildirmake.courier,deliverquota.courier})
+    runs "$courier" "${programs[@]}" || unpack "$courier" courier-imap courier-base courier-authlib
+    runs "$courier" "${programs[@]}" || { echo "Courier does not run" >&2; exit 1; }
+}
