@@ -1220,7 +1220,13 @@ DIGITS = "0123456789"
 DOT_STRING = frozenset(LETTERS + DIGITS + "!#$%&'*+-/=?^_`{|}~.")  # RFC 5322 atext, and the dot
 DOMAIN = frozenset(LETTERS + DIGITS + "-._")  # the underscore is no host's, but is in use
 KEYWORD = frozenset(LETTERS + DIGITS + "-")
+OTHER_SPACES = dict.fromkeys((0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000), " ")  # Unicode's Zs
 DECIMAL = frozenset(DIGITS)
+
+
+def is_printable(text: str) -> bool:
+    """Whether text has no control characters and the like. Spaces of other scripts are text (RFC 6531 section 3.3)."""
+    return text.isprintable() or text.translate(OTHER_SPACES).isprintable()
 
 
 class Address:
@@ -1241,7 +1247,7 @@ class Address:
 def is_made_of(word: str, alphabet: frozenset[str]) -> bool:
     """Whether word is not empty and has only these characters and printable ones beyond ASCII (RFC 6531)."""
     if not word.isascii():
-        if not word.isprintable():
+        if not is_printable(word):
             return False
         word = word.encode("ascii", "ignore").decode("ascii") or "x"
     return bool(word) and alphabet.issuperset(word)
@@ -1263,7 +1269,7 @@ def parse_path(argument: str) -> tuple[Address | None, str]:
         domain, end = scan_domain(argument, end + 1)
     if not argument.startswith(">", end):
         raise ValueError("the address ends in the wrong place")
-    if not argument[:end].isprintable():
+    if not is_printable(argument[:end]):
         raise ValueError("the address has characters that cannot be printed")
     if len(argument[1:end].encode()) > PATH_LIMIT:
         raise ValueError("the address is too long")
@@ -1667,6 +1673,7 @@ QUOTA_FILE_LIMIT = 5120  # octets after which it is written anew
 QUOTA_STALE = 15 * 60  # seconds after which it is not reason enough to refuse mail
 RECOUNTS = 3  # times that a Maildir is counted which changes meanwhile
 FLAG_LETTERS = {r"\draft": "D", r"\flagged": "F", r"\answered": "R", r"\seen": "S", r"\deleted": "T"}
+KEYWORD_ATOM = frozenset(map(chr, range(33, 127))) - frozenset('(){%*"\\]')  # RFC 3501 section 9, flag-keyword
 KEYWORD_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LOCK_PATIENCE, LOCK_STALE = 30, 120  # seconds
 PASSWD_SIZE = 512  # octets, more than a struct passwd has anywhere
@@ -1789,11 +1796,14 @@ class Draft:
 
 
 class Delivered:
-    """A message in a mailbox, where it can be seen; after sync() it is there for good. name: its file's."""
+    """A message in a mailbox, where it can be seen; after sync() it is there for good.
 
-    def __init__(self, mailbox: Maildir, folder: int, name: str, size: int) -> None:
+    name: its file's. octets, messages: what it has added to the quota.
+    """
+
+    def __init__(self, mailbox: Maildir, folder: int, name: str, octets: int, messages: int) -> None:
         self.name = name
-        self._size = size
+        self._octets, self._messages = octets, messages
         self._mailbox, self._folder = mailbox, folder
 
     def sync(self) -> None:
@@ -1803,7 +1813,7 @@ class Delivered:
         except OSError:
             with self._mailbox.identity:
                 os.unlink(self.name, dir_fd=self._folder)
-            self._mailbox.count(-self._size, -1)
+            self._mailbox.count(-self._octets, -self._messages)
             raise
         finally:
             os.close(self._folder)
@@ -1819,9 +1829,13 @@ class Tree:
         self.path, self.guarded = path, not identity.own
         self._identity = identity
 
+    def path_of(self, folder: str) -> str:
+        """Where the folder is."""
+        return f"{self.path}/{folder}".rstrip("/")
+
     def open(self, folder: str) -> int:
         """A descriptor of a folder below it, "" for itself."""
-        return open_folder(f"{self.path}/{folder}", self.guarded)
+        return open_folder(self.path_of(folder), self.guarded)
 
     def open_or_make(self, folder: str) -> int:
         """The same; the folder is made if it is missing, but not those above it."""
@@ -1854,7 +1868,7 @@ class Tree:
             finally:
                 os.close(place)
         else:
-            fd = os.open(f"{self.path}/{folder}/{name}", flags | OLD_FILE, 0o666)
+            fd = os.open(f"{self.path_of(folder)}/{name}", flags | OLD_FILE, 0o666)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise OSError(errno.EINVAL, "not a plain file", name)
@@ -1945,6 +1959,7 @@ class Quota:
     def __init__(self, tree: Tree, limits: tuple[int, int] | None, config: Config) -> None:
         self._tree, self._limits, self._config = tree, limits, config
         self._default = config.default_quota, config.default_quota_messages
+        self._excluded = [folder_directory(folder_parts(name, config)) for name in config.quota_exclude_folders]
         self._is_none = False
 
     def begin(self) -> None:
@@ -1996,6 +2011,11 @@ class Quota:
                 break
         return usage
 
+    def counts(self, folder: str, name: str) -> bool:
+        """Whether a message in that folder, whose file has a name that ends so, counts."""
+        is_deleted = FLAG_LETTERS[r"\deleted"] in name.partition(":2,")[2]
+        return folder not in self._excluded and not (is_deleted and self._config.quota_exclude_deleted)
+
     def _limits_in(self, content: bytes) -> tuple[int, int]:
         """The limits in a file whose other lines are of no use."""
         try:
@@ -2006,10 +2026,10 @@ class Quota:
 
     def _counted_parts(self) -> dict[str, int]:
         """The parts of the Maildir whose messages count, and when each was changed."""
-        excluded = [folder_directory(folder_parts(name, self._config)) for name in self._config.quota_exclude_folders]
-        folders = [folder for folder in self._tree.folders() if folder.startswith(".") and folder not in excluded]
+        folders = [folder for folder in self._tree.folders() if folder.startswith(".")]
         changed = {}
-        for part in (f"{folder}/{part}" for folder in (INBOX, *folders) for part in ("new", "cur")):
+        counted = [folder for folder in (INBOX, *folders) if self.counts(folder, "")]
+        for part in (f"{folder}/{part}" for folder in counted for part in ("new", "cur")):
             try:
                 fd = self._tree.open(part)
             except (FileNotFoundError, NotADirectoryError):
@@ -2023,9 +2043,12 @@ class Quota:
         try:
             with os.scandir(fd) as entries:
                 for entry in entries:
-                    deleted = FLAG_LETTERS[r"\deleted"] in entry.name.partition(":2,")[2]
-                    if not entry.name.startswith(".") and not (deleted and self._config.quota_exclude_deleted):
+                    if entry.name.startswith(".") or not self.counts(INBOX, entry.name):
+                        continue
+                    try:
                         yield size_of(entry)
+                    except FileNotFoundError:
+                        continue  # it has been removed or renamed meanwhile
         finally:
             os.close(fd)
 
@@ -2063,7 +2086,7 @@ class Keywords:
             if keyword.lower() in known:
                 continue
             if not unused:
-                log.warning("no letter for keyword", keyword=keyword, mailbox=f"{self._tree.path}/{self._folder}")
+                log.warning("no letter for keyword", keyword=keyword, mailbox=self._tree.path_of(self._folder))
                 continue
             known[keyword.lower()] = unused.pop(0), keyword
         lines = [f"{number} {name}\n" for number, name in sorted(known.values())]
@@ -2092,48 +2115,71 @@ class DovecotLock:
 
     def __init__(self, tree: Tree, folder: str) -> None:
         self._tree, self._folder = tree, folder
+        self._place = -1
 
     def __enter__(self) -> None:
+        self._place = self._tree.open(self._folder)
+        try:
+            self._take()
+        except OSError:
+            os.close(self._place)
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self._holder()[0] == str(os.getpid()):  # else it took too long, and another has taken it away
+                os.unlink(LOCK_FILE, dir_fd=self._place)
+        finally:
+            os.close(self._place)
+
+    def _take(self) -> None:
         deadline = time.monotonic() + LOCK_PATIENCE
-        content = f"{os.getpid()}:{socket.gethostname()}".encode()
         while True:
             try:
-                self._tree.write_file(self._folder, LOCK_FILE, os.O_CREAT | os.O_EXCL, content)
+                fd = os.open(LOCK_FILE, NEW_FILE, 0o666, dir_fd=self._place)
             except FileExistsError:
                 if time.monotonic() > deadline:
                     raise TimeoutError(errno.ETIMEDOUT, "locked for too long", LOCK_FILE) from None
                 self._break_if_stale()
                 time.sleep(0.02)
             else:
+                os.write(fd, f"{os.getpid()}:{socket.gethostname()}".encode())
+                os.close(fd)
                 return
 
-    def __exit__(self, *_: object) -> None:
-        self._remove()
-
-    def _break_if_stale(self) -> None:
-        """Removes the lock of a process that is no more, or that has not been heard of for too long."""
+    def _holder(self, name: str = LOCK_FILE) -> tuple[str, str, float]:
+        """The process and host that hold the lock, "" if nobody does, and the seconds since it was taken."""
         try:
-            fd = self._tree.open_file(self._folder, LOCK_FILE, os.O_RDONLY)
+            fd = os.open(name, os.O_RDONLY | OLD_FILE, dir_fd=self._place)
         except FileNotFoundError:
-            return
+            return "", "", 0
         try:
             age = time.time() - os.fstat(fd).st_mtime
             process, _, host = os.read(fd, LINE_LIMIT).decode("utf-8", "replace").partition(":")
         finally:
             os.close(fd)
-        is_gone = host == socket.gethostname() and process.isdigit() and not os.path.exists(f"/proc/{process}")
-        if is_gone or age > LOCK_STALE:
-            log.warning("stale lock removed", file=f"{self._tree.path}/{self._folder}/{LOCK_FILE}", process=process)
-            self._remove()
+        return process, host, age
 
-    def _remove(self) -> None:
-        place = self._tree.open(self._folder)
+    def _is_stale(self, name: str = LOCK_FILE) -> bool:
+        """Whether the lock is of a process that is no more, or that has not been heard of for too long."""
+        process, host, age = self._holder(name)
+        is_gone = host == socket.gethostname() and process.isdigit() and not os.path.exists(f"/proc/{process}")
+        return is_gone or age > LOCK_STALE
+
+    def _break_if_stale(self) -> None:
+        """Removes a stale lock; aside first, for meanwhile another may have removed it and taken its own."""
+        if not self._is_stale():
+            return
+        aside = f"{LOCK_FILE}.{unique_name()}"
         try:
-            os.unlink(LOCK_FILE, dir_fd=place)
+            os.rename(LOCK_FILE, aside, src_dir_fd=self._place, dst_dir_fd=self._place)
         except FileNotFoundError:
             return
-        finally:
-            os.close(place)
+        if self._is_stale(aside):
+            log.warning("stale lock removed", mailbox=self._tree.path_of(self._folder), process=self._holder(aside)[0])
+        else:
+            os.link(aside, LOCK_FILE, src_dir_fd=self._place, dst_dir_fd=self._place, follow_symlinks=False)
+        os.unlink(aside, dir_fd=self._place)
 
 
 def folder_parts(name: str, config: Config) -> tuple[str, ...]:
@@ -2142,7 +2188,7 @@ def folder_parts(name: str, config: Config) -> tuple[str, ...]:
         return ()
     parts = tuple(name.split("/" if config.unixhierarchysep else "."))
     for part in parts:
-        if not part or not part.isprintable() or "/" in part or "." in part:
+        if not part or not is_printable(part) or "/" in part or "." in part:
             raise ValueError(f"{name!r} cannot be a folder's name")
     if len(folder_directory(parts)) > NAME_LIMIT:
         raise ValueError(f"{name!r} is too long for a folder's name")
@@ -2229,6 +2275,10 @@ class Maildir:
             self._tree.make("new")  # with it the Maildir exists
         self._missing = False
 
+    def path_of(self, folder: str) -> str:
+        """Where the folder is."""
+        return self._tree.path_of(folder)
+
     def has_folder(self, folder: str) -> bool:
         """Whether there is that folder. Raises OSError."""
         with self.identity:
@@ -2249,12 +2299,12 @@ class Maildir:
         with self.identity:
             return Draft(self._tree.open_or_make("tmp"), self.identity)
 
-    def check_quota(self, octets: int, messages: int) -> None:
-        """Raises LmtpError if with so much more the mailbox would be over its quota.
+    def check_quota(self, folder: str, octets: int, messages: int) -> None:
+        """Raises LmtpError if with so much more in the folder the mailbox would be over its quota.
 
         A quota that cannot be found out does not keep mail out.
         """
-        if self._missing:
+        if self._missing or not self._quota.counts(folder, ""):
             return
         try:
             with self.identity:
@@ -2269,6 +2319,8 @@ class Maildir:
 
     def count(self, octets: int, messages: int) -> None:
         """Adds to what of the quota is used, if there is one."""
+        if not messages:
+            return
         try:
             with self.identity:
                 self._quota.add(octets, messages)
@@ -2294,8 +2346,9 @@ class Maildir:
             except OSError:
                 os.close(part)
                 raise
-            self.count(message.size, 1)
-        return Delivered(self, part, name, message.size)
+            size, number = (message.size, 1) if self._quota.counts(folder, info) else (0, 0)
+            self.count(size, number)
+        return Delivered(self, part, name, size, number)
 
     def _open_part(self, folder: str, flags: Sequence[str]) -> tuple[int, str]:
         """A descriptor of where a message with these flags goes, and what they add to its name."""
@@ -2304,6 +2357,8 @@ class Maildir:
         if not flags:
             return self._tree.open_or_make(f"{folder}/new"), ""
         keywords = [flag for flag in flags if not flag.startswith("\\")]
+        if not all(keyword and KEYWORD_ATOM.issuperset(keyword) for keyword in keywords):
+            raise ValueError(f"{flags!r} has something that is no keyword")
         try:
             letters = {FLAG_LETTERS[flag.lower()] for flag in flags if flag not in keywords}
         except KeyError as error:
@@ -2416,6 +2471,18 @@ class PasswdUsers:
             raise LmtpError(USER_UNKNOWN)
         groups = os.getgrouplist(userid, entry.pw_gid)
         return Account(Identity(entry.pw_uid, entry.pw_gid, groups), home=entry.pw_dir)
+
+
+def is_in_group(user: str, group: str) -> bool:
+    """Whether the user is a member of the group, see group(5), or it is his first one."""
+    import grp
+    import pwd
+
+    try:
+        entry = grp.getgrnam(group)
+        return user in entry.gr_mem or pwd.getpwnam(user).pw_gid == entry.gr_gid
+    except KeyError:
+        return False
 
 
 def account_error(name: str) -> int:
@@ -2612,14 +2679,7 @@ class MaildirStore:
         wanted = self._config.autocreate_users
         if "anyone" in wanted or userid in wanted:
             return True
-        import grp
-
-        groups = (name.removeprefix("group:") for name in wanted if name.startswith("group:"))
-        try:
-            return any(userid in grp.getgrnam(name).gr_mem for name in groups)
-        except KeyError as error:
-            log.error("autocreate_users", cause=error)
-            return False
+        return any(is_in_group(userid, name.removeprefix("group:")) for name in wanted if name.startswith("group:"))
 
     def _is_spool_there(self) -> bool:
         """Whether there is a spool that can lack a user: one that is empty may be a disk that is not mounted."""
@@ -2643,7 +2703,7 @@ def check_folder_names(config: Config) -> None:
 
 def is_safe_name(name: str) -> bool:
     """Whether the name, which a client chose, may be that of a folder in the store."""
-    return bool(name) and not name.startswith(".") and "/" not in name and name.isprintable()
+    return bool(name) and not name.startswith(".") and "/" not in name and is_printable(name)
 
 
 def open_folder(path: str, guarded: bool) -> int:
@@ -2858,9 +2918,14 @@ class DeliveryAgent:
         Raises LmtpError: nowhere, or the mailbox is full, or it can't be found out.
         """
         destination = self._destination(recipient, ignores_quota)
-        if not ignores_quota:
-            strict = self._config.lmtp_strict_quota
-            destination.mailbox.check_quota(size if strict else 0, int(strict))
+        strict = self._config.lmtp_strict_quota
+        # Which folder it will be matters only where some do not count.
+        folder = self._folder_of(destination) if self._config.quota_exclude_folders else INBOX
+        try:
+            destination.mailbox.check_quota(folder, size if strict else 0, int(strict))
+        except LmtpError:
+            if not ignores_quota:
+                raise
         return destination
 
     def deliver(self, message: Message, envelope: Envelope, delivered: Reply) -> list[Reply]:
@@ -2933,12 +2998,12 @@ class DeliveryAgent:
         try:
             mailbox.make()
             folder = self._folder_of(destination)
-            copy.mailbox = f"{mailbox.path}/{folder}".rstrip("/")
+            copy.mailbox = mailbox.path_of(folder)
             if self._is_duplicate(message, copy, placed):
                 copy.event = "duplicate"
                 return
             if self._config.lmtp_strict_quota and not destination.ignores_quota:
-                mailbox.check_quota(message.size, 1)
+                mailbox.check_quota(folder, message.size, 1)
             copy.delivered = mailbox.deliver(message, folder, last=last)
             placed[copy.mailbox] = copy
         except Exception as error:
@@ -2979,9 +3044,12 @@ class DeliveryAgent:
     def _existing_folder(self, mailbox: Maildir, detail: str) -> str:
         """The folder that a sub-address names, INBOX if there is none. Raises LmtpError."""
         folder = folder_named(detail, self._config)
+        in_utf8 = from_modified_utf7(folder)  # as Courier has it
         try:
             if folder == INBOX or mailbox.has_folder(folder):
                 return folder
+            if in_utf8 != folder and mailbox.has_folder(in_utf8):
+                return in_utf8
             if self._config.lmtp_fuzzy_mailbox_match:
                 return most_similar_folder(folder, mailbox.folders())
             return INBOX
@@ -3519,7 +3587,7 @@ class Session:
         if (notice := self._stop.notice()) and verb.upper() not in USEFUL_WHILE_SHUT:
             raise LmtpError(Reply(421, "4.3.2", notice))
         method = self.VERBS.get(verb.upper())
-        if not method or not verb.isascii() or not command.isprintable():
+        if not method or not verb.isascii() or not is_printable(command):
             raise unreadable
         if self._config.tls_required and not self._is_protected() and verb.upper() not in USEFUL_BEFORE_TLS:
             raise LmtpError(TLS_FIRST)
