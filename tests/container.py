@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+TOP = Path(__file__).parent.parent
 ROOT = Path(
     os.environ.get("LMTPD_TEST_ROOT")
     or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lmtpd-tests/root")
@@ -177,3 +179,28 @@ class Machine:
         shutil.rmtree(self._top)
         self.console.unlink()
         self._lock.close()
+
+
+def readme_blocks(title: str, language: str = "sh") -> list[str]:
+    """The README's blocks in that language under that heading; by default the commands."""
+    section = (TOP / "README.md").read_text().partition(f"\n{title}\n")[2]
+    section = re.split(r"^#+ ", section, maxsplit=1, flags=re.MULTILINE)[0]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    found = [text for kind, text in blocks if kind == language]
+    assert found, f"README.md has no such block in {title!r}"
+    return found
+
+
+def install(machine: Machine, *titles: str) -> None:
+    """Follows these sections of the README in a copy of this tree."""
+    source = machine.root / "root/lmtpd"
+    source.mkdir()
+    for name in ("lmtpd.py", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(TOP / name, source)
+    for name in ("man", "units"):
+        if (TOP / name).is_dir():
+            shutil.copytree(TOP / name, source / name)
+    # No network in there: what pip builds with is at hand in the root.
+    (machine.root / "etc/pip.conf").write_text("[global]\nno-index = true\nfind-links = /opt/wheels\n")
+    commands = [block for title in titles for block in readme_blocks(title)]
+    machine.shell("cd /root/lmtpd\n" + "".join(commands), timeout=300)

@@ -124,7 +124,7 @@ need_container() {
         return
     fi
     need_packages mmdebstrap systemd-container
-    local packages=systemd,systemd-sysv,dbus,python3,python3-venv,python3-docopt,python3-systemd,python3-argon2,postfix,libsasl2-modules,dovecot-core,openssl,procps,man-db
+    local packages=systemd,systemd-sysv,dbus,python3,python3-venv,python3-docopt,python3-systemd,python3-argon2,postfix,libsasl2-modules,dovecot-imapd,openssl,procps,man-db
     local cache=${LMTPD_TEST_ROOT%/*}
     mkdir -p "$cache"
     (
@@ -147,8 +147,8 @@ is_made() {
     [[ $(cat "$stamp" 2>/dev/null) == "$1" && -n $(find "$stamp" -mtime -30) ]]
 }
 
-# make_root PACKAGES: the root, with nothing in it that only a person would read, nor this machine's name. Of Dovecot
-# only the command that makes verifiers of passwords is used.
+# make_root PACKAGES: the root, with nothing in it that only a person would read, nor this machine's name. Dovecot
+# runs in it where a test starts it.
 make_root() {
     local sources settings
     mapfile -t sources < <(distribution_sources)

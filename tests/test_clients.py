@@ -13,7 +13,7 @@ import pytest
 import test_systemd
 import test_tls
 from authority import Authority
-from container import Machine
+from container import Machine, readme_blocks
 from harness import PATIENCE, Client, Site
 from peers import PASSWORD as EVERYBODYS
 from peers import Exim, LoggedListener, Postfix, libraries, program, unpacked, wait_for
@@ -502,7 +502,7 @@ def on_tcp(installed: Machine) -> Machine:
         (installed.root / "root/ca.pem").write_text(authority.file.read_text())
     finally:
         site.close()
-    commands = test_systemd.readme_commands("## Security: who is trusted with what")
+    commands = "".join(readme_blocks("## Security: who is trusted with what"))
     # Somebody types the password, twice.
     typed = f"exec 3<<END\n{PASSWORD}\n{PASSWORD}\nEND\n"
     installed.shell(f"{typed}cd /root/lmtpd\n{commands.replace('doveadm', '<&3 doveadm')}")

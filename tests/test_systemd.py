@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from container import Machine
+from container import TOP, Machine, install
 from harness import PATIENCE, Client
 
-TOP = Path(__file__).parent.parent
 README_SECTIONS = ("## Install", "### systemd and Postfix")
 UNITS = ["lmtpd.socket", "lmtpd@.service", "lmtpd-pool.socket", "lmtpd-pool.service"]
 UNIT_FOLDER = "/etc/systemd/system/"
@@ -21,39 +19,12 @@ MAILDIR = "var/spool/lmtpd/jane"
 MESSAGE = b"From: <sender@example.com>\r\nSubject: one\r\n\r\nHello.\r\n"
 
 
-def readme_commands(*sections: str) -> str:
-    """The commands in these sections of the README."""
-    readme = (TOP / "README.md").read_text()
-    found = []
-    for title in sections:
-        section = readme.partition(f"\n{title}\n")[2]
-        section = re.split(r"^#+ ", section, maxsplit=1, flags=re.MULTILINE)[0]
-        commands = re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
-        assert commands, f"README.md has no commands in {title!r}"
-        found += commands
-    return "".join(found)
-
-
-def install(machine: Machine) -> None:
-    """Follows the README in a copy of this tree."""
-    source = machine.root / "root/lmtpd"
-    source.mkdir()
-    for name in ("lmtpd.py", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(TOP / name, source)
-    for name in ("man", "units"):
-        if (TOP / name).is_dir():
-            shutil.copytree(TOP / name, source / name)
-    # No network in there: what pip builds with is at hand in the root.
-    (machine.root / "etc/pip.conf").write_text("[global]\nno-index = true\nfind-links = /opt/wheels\n")
-    machine.shell("cd /root/lmtpd\n" + readme_commands(*README_SECTIONS), timeout=300)
-
-
 @pytest.fixture(scope="module")
 def installed() -> Iterator[Machine]:
     """A machine with lmtpd.socket enabled and Postfix in front of it, as the README leaves it."""
     machine = Machine()
     try:
-        install(machine)
+        install(machine, *README_SECTIONS)
         yield machine
     finally:
         machine.close()

@@ -1,0 +1,187 @@
+"""A site of Postfix, lmtpd and Dovecot as the README sets it up, by its very commands, and the mail it gets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from container import Machine, install, readme_blocks
+from harness import PATIENCE
+
+SITE = "### A whole site"
+SPOOL = "var/spool/lmtpd"
+PASSWORD = "secret"  # the README's
+# Says what the server says to each recipient; nothing is sent when all are refused. XCLIENT makes a stranger of us.
+SUBMIT = """\
+import smtplib, sys
+smtp = smtplib.SMTP("127.0.0.1", timeout=50)
+smtp.ehlo()
+assert smtp.docmd("XCLIENT", "NAME=mail.example.net ADDR=192.0.2.1")[0] == 220
+smtp.ehlo()
+smtp.mail("sender@example.net")
+replies = [smtp.rcpt(recipient) for recipient in sys.argv[1:]]
+if any(code == 250 for code, _ in replies):
+    replies.append(smtp.data(sys.stdin.read()))
+for code, text in replies:
+    print(code, text.decode().replace("\\n", " "))
+"""
+FETCH = f"""\
+import imaplib, sys
+user, folder, *new = sys.argv[1:]
+imap = imaplib.IMAP4("127.0.0.1", timeout=50)
+imap.login(user, "{PASSWORD}")
+if new:
+    assert imap.create(folder)[0] == "OK"
+assert imap.select(folder)[0] == "OK"
+for number in imap.search(None, "ALL")[1][0].split():
+    print(imap.fetch(number, "(BODY[HEADER.FIELDS (SUBJECT)])")[1][0][1].decode().strip())
+"""
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Machine]:
+    """A machine after the README's commands, save the last: those for a catch-all."""
+    machine = Machine()
+    try:
+        install(machine, "## Install", "### systemd and Postfix")
+        prepare, users, connect, _ = readme_blocks(SITE)
+        [dovecot] = readme_blocks(SITE, "")
+        # Dovecot is in the machine already, where no network is to install it from.
+        machine.shell(prepare.replace("apt-get install -y dovecot-imapd\n", ""))
+        (machine.root / "etc/dovecot/local.conf").write_text(dovecot)
+        machine.shell(users + connect)
+        machine.shell("postconf -e smtpd_authorized_xclient_hosts=127.0.0.1\npostfix reload")
+        yield machine
+    finally:
+        machine.close()
+
+
+def submit(machine: Machine, subject: str, *recipients: str, size: int = 0) -> list[str]:
+    """Sends a message to Postfix as a stranger would; the replies to the recipients and, if any is taken, the text."""
+    text = f"Subject: {subject}\r\n\r\n" + ("x" * 70 + "\r\n") * (size // 72)
+    return machine.run("python3", "-c", SUBMIT, *recipients, stdin=text, timeout=PATIENCE).stdout.splitlines()
+
+
+def codes(replies: list[str]) -> list[str]:
+    return [reply[:3] for reply in replies]
+
+
+def subjects(machine: Machine, user: str, folder: str = "INBOX") -> list[str]:
+    """What the user sees in that folder with an IMAP client."""
+    return machine.run("python3", "-c", FETCH, user, folder).stdout.splitlines()
+
+
+def wait_for_mail(machine: Machine, subject: str, user: str, folder: str = "INBOX") -> None:
+    wait_for(f"{subject} in {folder} of {user}", lambda: f"Subject: {subject}" in subjects(machine, user, folder))
+
+
+def wait_for(what: str, condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"Waited in vain for {what}"
+        time.sleep(0.2)
+
+
+def test_mail_to_a_user_is_in_the_inbox(site: Machine) -> None:
+    assert codes(submit(site, "plain", "jane@example.com")) == ["250", "250"]
+    wait_for_mail(site, "plain", "jane")
+
+
+def test_the_maildir_is_made_for_the_account_that_delivers(site: Machine) -> None:
+    submit(site, "first", "joe@example.com")
+    wait_for_mail(site, "first", "joe")
+    for folder in ("", "/tmp", "/new", "/cur"):
+        found = site.run("stat", "--format=%U:%G %a", f"/{SPOOL}/joe{folder}").stdout
+        assert found == "lmtpd:lmtpd 700\n", folder
+
+
+def test_a_folder_by_its_address(site: Machine) -> None:
+    submit(site, "no folder yet", "jane+lists@example.com")
+    wait_for_mail(site, "no folder yet", "jane")
+    site.run("python3", "-c", FETCH, "jane", "lists", "new")
+    submit(site, "to the folder", "jane+lists@example.com")
+    wait_for_mail(site, "to the folder", "jane", "lists")
+    assert "Subject: to the folder" not in subjects(site, "jane")
+
+
+def test_the_postmaster_is_somebody(site: Machine) -> None:
+    assert codes(submit(site, "complaint", "Postmaster@example.com")) == ["250", "250"]
+    wait_for_mail(site, "complaint", "jane")
+
+
+def test_an_unknown_user_is_refused_before_the_message_is_taken(site: Machine) -> None:
+    [reply] = submit(site, "nobody", "nobody-here@example.com")
+    assert reply.startswith("550")
+    assert "User unknown" in reply
+
+
+def test_an_account_of_the_system_is_no_user(site: Machine) -> None:
+    assert codes(submit(site, "root", "root@example.com", "lmtpd@example.com")) == ["550", "550"]
+
+
+def test_dovecot_and_lmtpd_agree_on_the_quota(site: Machine) -> None:
+    submit(site, "counted", "joe@example.com", size=2_000_000)
+    wait_for_mail(site, "counted", "joe")
+    [limits, *_] = (site.root / SPOOL / "joe/maildirsize").read_text().splitlines()
+    assert limits == f"{20 * 1024 * 1024}S"
+    quota = site.run("doveadm", "-f", "tab", "quota", "get", "-u", "joe").stdout
+    [storage] = [line.split("\t") for line in quota.splitlines() if "\tSTORAGE\t" in line]
+    on_disk = sum(path.stat().st_size for path in Path(site.root / SPOOL / "joe").glob("*/*,S=*"))
+    assert (int(storage[2]), storage[3]) == (on_disk // 1024, str(20 * 1024))
+
+
+def test_a_user_over_quota_is_put_off_until_there_is_room(site: Machine) -> None:
+    site.shell(f'echo "full:$(doveadm pw -p {PASSWORD})::::::userdb_quota_rule=*:storage=1M" >>/etc/dovecot/users')
+    submit(site, "the last straw", "full@example.com", size=1_500_000)
+    wait_for_mail(site, "the last straw", "full")
+    submit(site, "waits", "full@example.com")
+    wait_for("the refusal", lambda: "452 4.2.2" in site.run("postqueue", "-p").stdout)
+    assert subjects(site, "full") == ["Subject: the last straw"]
+    for path in (site.root / SPOOL / "full").glob("*/*,S=*"):
+        path.unlink()
+    (site.root / SPOOL / "full/maildirsize").unlink()
+    site.run("postqueue", "-f")
+    wait_for_mail(site, "waits", "full")
+
+
+def test_the_senders_server_hears_that_the_user_is_full(site: Machine) -> None:
+    """Nothing is known of him yet, so Postfix asks before it takes the message."""
+    site.shell(f'echo "stuffed:$(doveadm pw -p {PASSWORD})::::::userdb_quota_rule=*:storage=1k" >>/etc/dovecot/users')
+    site.shell(f"install -d -o lmtpd -g lmtpd -m 700 /{SPOOL}/stuffed /{SPOOL}/stuffed/cur /{SPOOL}/stuffed/new")
+    (site.root / SPOOL / "stuffed/cur/1.M0P1.mx,S=2000,W=2000:2,S").write_bytes(b"x" * 2000)
+    assert codes(submit(site, "too much", "stuffed@example.com")) == ["450"]
+
+
+def test_a_new_user_is_known_at_once(site: Machine) -> None:
+    """Also when mail for him was refused a moment ago: not for longer than Postfix remembers that."""
+    assert codes(submit(site, "too early", "newcomer@example.com")) == ["550"]
+    site.shell(f'echo "newcomer:$(doveadm pw -p {PASSWORD})::::::" >>/etc/dovecot/users')
+    wait_for("Postfix to ask again", lambda: codes(submit(site, "welcome", "newcomer@example.com")) == ["250", "250"])
+    wait_for_mail(site, "welcome", "newcomer")
+
+
+def test_while_dovecot_restarts_no_mail_is_lost(site: Machine) -> None:
+    site.run("systemctl", "stop", "dovecot.socket", "dovecot.service", check=False)
+    assert codes(submit(site, "patience", "jane@example.com")) == ["250", "250"]
+    wait_for("the deferral", lambda: "451" in site.run("postqueue", "-p").stdout)
+    site.run("systemctl", "start", "dovecot")
+    site.run("postqueue", "-f")
+    wait_for_mail(site, "patience", "jane")
+
+
+def test_the_catch_all_takes_the_rest(site: Machine) -> None:
+    conf = site.root / "etc/imapd.conf"
+    before = conf.read_text()
+    site.shell(readme_blocks(SITE)[-1])
+    try:
+        assert codes(submit(site, "astray", "anything@example.com")) == ["250", "250"]
+        wait_for_mail(site, "astray", "jane")
+    finally:
+        conf.write_text(before)
+
+
+def test_nothing_of_it_is_an_error_in_the_log(site: Machine) -> None:
+    warnings = site.journal("--identifier=lmtpd", "--priority=warning").splitlines()
+    assert [line for line in warnings if "userdb" not in line] == []
