@@ -875,4 +875,4 @@ def test_lmtpd_that_a_user_has_started_delivers_to_him_alone(machine: Machine) -
     machine.shell("install -d -o joe /var/lib/joe; sed s,/var/lib/lmtpd,/var/lib/joe, /etc/imapd.conf >/etc/joe.conf")
     run = machine.run("runuser", "-u", "joe", "--", "lmtpd", "-C", "/etc/joe.conf", stdin=session)
     codes = [line[:9] for line in run.stdout.splitlines() if line[3:4] == " "]
-    assert codes[2:6] == ["451 4.3.0", "250 2.1.5", "354 go ah", "250 2.1.5"]
+    assert codes[3:7] == ["451 4.3.0", "250 2.1.5", "354 Go ah", "250 2.1.5"]
