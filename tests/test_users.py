@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from container import Machine, install
+from container import TOP, Machine, install
 from harness import PATIENCE, STORE_USER, Client, Site
 from peers import Peer, answers, program, wait_for
 
@@ -385,6 +385,15 @@ def test_the_fault_of_one_account_is_not_that_of_the_others(many_homes: Homes) -
             *["451 4.3.0", "250 2.1.5", "451 4.3.0", "250 2.1.5"]
         ]
     assert list(places["shut"].iterdir()) == []
+
+
+def test_a_full_disk_of_one_is_not_that_of_the_others(many_homes: Homes) -> None:
+    places = [many_homes.users.add(name, JANE) for name in ("fullest", "roomy")]
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size=64k,uid={JANE}", "lmtpd-test", places[0]], check=True)
+    try:
+        assert many_homes.deliver("fullest", "roomy", message=LARGE) == ["452 4.3.1", "250 2.1.5"]
+    finally:
+        subprocess.run(["umount", places[0]], check=True)
 
 
 def test_an_account_that_lmtpd_can_not_take_on_is_a_temporary_failure(homes: Homes) -> None:
@@ -765,12 +774,11 @@ def machine() -> Iterator[Machine]:
     """A machine with lmtpd, which root runs, for the accounts of the system; mail is in the homes."""
     machine = Machine()
     try:
-        install(machine, "## Install")
+        install(machine, "## Install", "### systemd and Postfix")
         machine.shell("""
-install -d -o mail -g mail /var/lib/lmtpd
 cat >/etc/imapd.conf <<END
 configdirectory: /var/lib/lmtpd
-cyrus_user: mail
+cyrus_user: lmtpd
 userdb: passwd
 maildir_path: %h/Maildir
 duplicatesuppression: no
@@ -837,7 +845,18 @@ def test_a_question_that_the_system_cannot_answer_is_no_reason_to_bounce(machine
         machine.run("chmod", "644", "/etc/passwd")
 
 
-@pytest.mark.parametrize("name", ["nobody-here", "service", "root", "mail"])
+def test_a_name_service_that_is_not_there_hides_nobody(machine: Machine) -> None:
+    """Who is unknown to all that are there is unknown."""
+    conf = machine.root / "etc/nsswitch.conf"
+    before = conf.read_text()
+    conf.write_text("passwd: files missing\ngroup: files missing\n")
+    try:
+        assert deliver_in(machine, "nobody-here", "jane") == ["550 5.1.1", "250 2.1.5"]
+    finally:
+        conf.write_text(before)
+
+
+@pytest.mark.parametrize("name", ["nobody-here", "service", "root", "mail", "nobody"])
 def test_who_is_no_user_or_one_of_the_system_gets_no_mail(machine: Machine, name: str) -> None:
     assert deliver_in(machine, name) == ["550 5.1.1"]
     assert machine.run("ls", "-A", "/home/service").stdout.count("Maildir") == 0
@@ -876,3 +895,26 @@ def test_lmtpd_that_a_user_has_started_delivers_to_him_alone(machine: Machine) -
     run = machine.run("runuser", "-u", "joe", "--", "lmtpd", "-C", "/etc/joe.conf", stdin=session)
     codes = [line[:9] for line in run.stdout.splitlines() if line[3:4] == " "]
     assert codes[3:7] == ["451 4.3.0", "250 2.1.5", "354 Go ah", "250 2.1.5"]
+
+
+def test_the_unit_for_mail_in_the_homes(machine: Machine) -> None:
+    """Its sandbox leaves what is needed to act as other users."""
+    folder = machine.root / "etc/systemd/system/lmtpd@.service.d"
+    folder.mkdir()
+    shutil.copy(TOP / "units/accounts.conf", folder)
+    machine.run("systemctl", "daemon-reload")
+    count = len(machine.shell("ls /home/jane/Maildir/new").split())
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(str(machine.root / "run/lmtpd/lmtp"))
+    client = Client(sock)
+    client.hello()
+    for name in ("nobody-here", "service"):
+        client.command("MAIL FROM:<>")
+        assert client.command(f"RCPT TO:<{name}>").startswith("550 5.1.1")
+        client.command("RSET")
+    for message in (MESSAGE, LARGE):
+        replies = client.deliver(message, "jane", "joe")
+        assert [reply[:3] for reply in replies] == ["250", "250"]
+    client.close()
+    owners = shown(machine, "/home/jane/Maildir/new/*").splitlines()
+    assert owners == ["jane:jane 600"] * (count + 2)
