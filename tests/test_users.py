@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import fcntl
 import os
@@ -80,6 +79,13 @@ service auth {{
 }}
 """)
 
+    def open_to_all(self) -> None:
+        """Gives the socket the owner and the permissions that it has unless it is configured."""
+        text = (
+            self._conf.read_text().replace("mode = 0600", "mode = 0666").replace(f"user = {STORE_USER}", "user = root")
+        )
+        self._conf.write_text(text)
+
     def _create_table(self) -> None:
         with sqlite3.connect(self._database) as database:
             database.execute("CREATE TABLE users (name, home, uid, gid, mail, quota_rule)")
@@ -116,11 +122,9 @@ service auth {{
     def start(self) -> None:
         self.run([program("dovecot"), "-F", "-c", str(self._conf)], lambda: answers(str(self.socket)))
 
-    def close(self) -> None:
-        super().close()
-        # Those that have a client go on without their master for a while.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+    def stop(self) -> None:
+        """Ends them all: those that have a client would go on without their master for a while."""
+        os.killpg(self.process.pid, signal.SIGTERM)
 
     def restart(self) -> None:
         self.close()
@@ -292,6 +296,15 @@ def test_a_user_database_that_fails_is_no_reason_to_bounce(sql_homes: Homes) -> 
     assert sql_homes.deliver("jane", "nobody") == ["451 4.3.0", "451 4.3.0"]
     sql_homes.users.mend()
     assert sql_homes.deliver("jane", "nobody") == ["250 2.1.5", "550 5.1.1"]
+
+
+def test_a_socket_that_tells_lmtpd_nothing_is_no_reason_to_bounce(sql_homes: Homes) -> None:
+    """Dovecot tells every account of the host who itself is, and not who others are."""
+    users = sql_homes.users
+    users.open_to_all()
+    users.restart()
+    users.add("jane", JANE)
+    assert sql_homes.deliver("jane", "nobody") == ["451 4.3.0", "550 5.1.1"]
 
 
 def test_one_connection_serves_a_session(many_homes: Homes) -> None:
