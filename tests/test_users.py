@@ -699,13 +699,13 @@ def test_a_maildir_in_the_making_is_no_way_out(trap: Trap, place: str) -> None:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_fifo_does_not_stop_the_mail_of_others(trap: Trap, place: str) -> None:
-    trap.lay(place, lambda path: os.mkfifo(path, 0o600))
+    trap.lay(place, make_fifo)
     trap.check_deliveries(trap.spring())
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_an_endless_device_fills_no_memory(trap: Trap, place: str) -> None:
-    trap.lay(place, lambda path: os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 5)))
+    trap.lay(place, make_device)
     trap.check_deliveries(trap.spring())
 
 
@@ -769,6 +769,84 @@ def exchange(one: Path, other: Path) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange):
         raise OSError(ctypes.get_errno(), "renameat2")
+
+
+# Delivers with a keyword, which LMTP has no way to ask for. Memory is limited, so that an endless file shows.
+WITH_KEYWORD = """\
+import os, resource, sys
+import lmtpd
+resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+config = lmtpd.Config.load(sys.argv[1])
+lmtpd.drop_privileges(config.cyrus_user, keep=True)
+os.umask(config.umask)
+mailbox = lmtpd.MaildirStore(config).find(lmtpd.Recipient(lmtpd.Address(sys.argv[2], ""), config))
+message = lmtpd.Message(b"", config, mailbox.open_draft)
+message.write(b"Subject: x\\n\\nx\\n")
+message.complete()
+try:
+    mailbox.deliver(message, flags=["$Label1"]).sync()
+except OSError as error:
+    print(error)
+"""
+
+
+def deliver_with_keyword(trap: Trap) -> str:
+    """What there is to be said about it; nothing if it is delivered."""
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", WITH_KEYWORD, str(trap.homes.site.conf), trap.name],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("dovecot-keywords", "Maildir/dovecot-keywords"),
+        ("dovecot-keywords", "nowhere"),
+        ("dovecot-uidlist.lock", "Maildir/subscriptions"),
+        ("dovecot-uidlist.lock", "nowhere"),
+    ],
+)
+def test_no_keyword_is_written_through_a_link(trap: Trap, name: str, target: str) -> None:
+    before = everything_of(trap.victim)
+    trap.lay(f"Maildir/{name}", lambda path: path.symlink_to(trap.victim / target))
+    assert deliver_with_keyword(trap) != ""
+    assert everything_of(trap.victim) == before
+
+
+def make_fifo(path: Path) -> None:
+    os.mkfifo(path, 0o600)
+
+
+def make_device(path: Path) -> None:
+    os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 5))
+
+
+def make_endless_file(path: Path) -> None:
+    path.touch(0o600)
+    os.truncate(path, 2**40)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        *(("dovecot-keywords", make) for make in (make_fifo, make_device, make_endless_file)),
+        *(("dovecot-uidlist.lock", make) for make in (make_fifo, make_device)),
+    ],
+)
+def test_a_file_of_keywords_that_is_none_harms_nobody(trap: Trap, name: str, make: Callable[[Path], None]) -> None:
+    trap.lay(f"Maildir/{name}", make)
+    deliver_with_keyword(trap)
+
+
+def test_keywords_are_the_users_own(trap: Trap) -> None:
+    (trap.home / "Maildir/dovecot-keywords").unlink()
+    assert deliver_with_keyword(trap) == ""
+    assert owner(trap.home / "Maildir/dovecot-keywords") == (JANE, JANE, 0o600)
 
 
 def test_a_home_that_root_has_moved_is_found(many_homes: Homes) -> None:
