@@ -50,7 +50,8 @@ def pool(installed: Machine) -> Iterator[Machine]:
 
 
 def empty_maildir(machine: Machine) -> None:
-    for path in (machine.root / MAILDIR).rglob("*"):
+    """Removes jane's messages, and what is remembered of them."""
+    for path in (*(machine.root / MAILDIR).rglob("*"), *(machine.root / "var/lib/lmtpd").glob("deliver.db*")):
         if path.is_file():
             path.unlink()
 
