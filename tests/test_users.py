@@ -219,6 +219,14 @@ def test_where_dovecot_says_that_a_users_mail_is(homes: Homes) -> None:
     assert list(home.iterdir()) == []
 
 
+def test_the_name_that_dovecot_has_for_a_user_is_that_of_his_maildir(homes: Homes) -> None:
+    """He reads the mail that is there, however he was addressed."""
+    home = homes.users.add("jane", JANE)
+    homes.site.configure(maildir_path=f"{homes.users.homes}/%u/Maildir", lmtp_downcase_rcpt="no")
+    assert homes.deliver("jane", "Jane") == ["250 2.1.5", "250 2.1.5"]
+    assert len(stored(home / "Maildir")) == 2
+
+
 def test_mail_that_is_no_maildir_is_not_made_one(homes: Homes) -> None:
     home = homes.users.add("jane", JANE, mail="mbox:~/mail")
     assert homes.deliver("jane")[0].startswith("451")
