@@ -627,6 +627,8 @@ def stderr_is_journal() -> bool:
 
 def keep_stderr_from_client() -> None:
     """Turns standard error to nowhere if it is the client's connection, or closed; a terminal is a person's."""
+    if stderr_is_journal():
+        return  # also where standard output is the same stream
     try:
         if os.isatty(2) or not any(os.path.sameopenfile(2, fd) for fd in (0, 1)):
             return
@@ -1159,6 +1161,14 @@ class Unavailable(Exception):
     """It cannot be found out now. The text says why, to the log and not to the client."""
 
 
+class Closed(Unavailable):
+    """The daemon has closed the connection. It may answer on another one."""
+
+
+class Silent(Unavailable):
+    """The daemon does not answer in time."""
+
+
 def connect_to_service(path: str) -> socket.socket:
     """A connection to a local daemon. Raises Unavailable."""
     from socket import socket as buffered_socket  # one with makefile()
@@ -1188,17 +1198,21 @@ class DovecotService:
         """Sends a line."""
         try:
             self._sock.sendall(("\t".join(fields) + "\n").encode())
+        except socket.timeout:
+            raise Silent(f"{self.path}: does not answer") from None
         except OSError as error:
-            raise Unavailable(f"{self.path}: {error}") from None
+            raise Closed(f"{self.path}: {error}") from None
 
     def hear(self) -> list[str]:
         """The fields of the next line."""
         try:
             line = self._answers.readline(LINE_LIMIT * 2)
+        except socket.timeout:
+            raise Silent(f"{self.path}: does not answer") from None
         except OSError as error:
-            raise Unavailable(f"{self.path}: {error}") from None
+            raise Closed(f"{self.path}: {error}") from None
         if not line.endswith(b"\n"):
-            raise Unavailable(f"{self.path}: the connection was closed")
+            raise Closed(f"{self.path}: the connection was closed")
         return line[:-1].decode("utf-8", "replace").split("\t")
 
     def close(self) -> None:
@@ -1467,19 +1481,20 @@ class Message:
     """A message with its trace headers, in memory while it is small, in a draft of the mailstore once it is not.
 
     refusal: the reply to give instead of delivering it; None while all is well.
-    draft: the file that holds it; None while it is in memory, and then content is the whole of it.
+    draft: the file that holds it; None while it is in memory, and then content is the whole of it. It is one of drafts,
+    each of which is of use if those before it are not.
     wire_size: octets received, line ends counted as CR LF. size, lines: octets as stored, and the LFs among them that
     have no CR before them, as an IMAP server will put one there.
     message_id: its Message-ID as text, known once it is complete. has_message_id: whether it came with that.
     """
 
-    def __init__(self, trace: bytes, config: Config, open_draft: Callable[[], Draft]) -> None:
+    def __init__(self, trace: bytes, config: Config, drafts: Iterator[Draft]) -> None:
         self.refusal: Reply | None = None
         self.draft: Draft | None = None
         self.content = b""
         self.wire_size = self.size = self.lines = 0
         self.message_id, self.has_message_id = "", False
-        self._trace, self._config, self._open_draft = trace, config, open_draft
+        self._trace, self._config, self._drafts = trace, config, drafts
         self._received = bytearray()
         self._ends_in_cr = False
 
@@ -1532,15 +1547,34 @@ class Message:
             self._append(content)
 
     def _append(self, data: bytes) -> None:
-        self.size += len(data)
-        self.lines += data.count(LF) - data.count(CRLF) - (self._ends_in_cr and data.startswith(LF))
-        self._ends_in_cr = data.endswith(b"\r")
+        lines = data.count(LF) - data.count(CRLF) - (self._ends_in_cr and data.startswith(LF))
         try:
-            if not self.draft:
-                self.draft = self._open_draft()
-            self.draft.write(data)
+            self.draft = self.draft or next(self._drafts)
+            self._write(self.draft, data)
         except OSError as error:
             self._storage_failed(error)
+            return
+        self.size += len(data)
+        self.lines += lines
+        self._ends_in_cr = data.endswith(b"\r")
+
+    def _write(self, draft: Draft, data: bytes) -> None:
+        """Writes to the draft, or where that fails to another one, which takes its place. Raises OSError."""
+        while True:
+            try:
+                draft.write(data)
+                return
+            except OSError as error:
+                another = next(self._drafts, None)
+                if not another:
+                    raise
+                log.warning("spooling elsewhere", cause=error)
+            self.draft = another
+            try:
+                another.copy(draft, self.size)
+            finally:
+                draft.discard()
+            draft = another
 
     def _storage_failed(self, error: OSError) -> None:
         log.error("spooling failed", cause=error)
@@ -1611,7 +1645,7 @@ def end_of_field(header: bytes, start: int) -> int:
 
 def field_body(field: bytes) -> str:
     """The body of a field, unfolded."""
-    return b" ".join(field.partition(b":")[2].split()).decode("utf-8", "replace")
+    return b" ".join(field.partition(b":")[2].split()).decode("utf-8", "backslashreplace")
 
 
 def without_field(header: bytes, name: bytes) -> bytes:
@@ -1676,6 +1710,7 @@ FLAG_LETTERS = {r"\draft": "D", r"\flagged": "F", r"\answered": "R", r"\seen": "
 KEYWORD_ATOM = frozenset(map(chr, range(33, 127))) - frozenset('(){%*"\\]')  # RFC 3501 section 9, flag-keyword
 KEYWORD_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LOCK_PATIENCE, LOCK_STALE = 30, 120  # seconds
+NOBODY = 65534  # the user id of who has no other
 PASSWD_SIZE = 512  # octets, more than a struct passwd has anywhere
 DOVECOT_ESCAPES = {"0": "\0", "1": "\1", "t": "\t", "r": "\r", "n": "\n"}
 MAILBOX_FULL = Reply(452, "4.2.2", "Mailbox is full, try again later")
@@ -1700,10 +1735,6 @@ class Identity:
         """The identity that the process has."""
         return cls(os.geteuid(), os.getegid(), ())
 
-    def may_share_with(self, other: Identity) -> bool:
-        """Whether a file of the one may also be a file of the other."""
-        return (self.uid, self.gid) == (other.uid, other.gid)
-
     def __enter__(self) -> None:
         if self.own:
             return
@@ -1711,7 +1742,7 @@ class Identity:
             self._before = os.geteuid(), os.getegid(), os.getgroups()
             try:
                 take_ids(self.uid, self.gid, self._groups)
-            except OSError:
+            except BaseException:
                 take_ids(*self._before)
                 raise
         self._depth += 1
@@ -1726,7 +1757,11 @@ class Identity:
 
 def take_ids(uid: int, gid: int, groups: Sequence[int]) -> None:
     """Makes these the effective ids of the process, which root must have started. Raises OSError."""
-    os.seteuid(0)
+    try:
+        os.seteuid(0)
+    except PermissionError:
+        text = f"only an lmtpd that root has started can act as the user with the id {uid}"
+        raise PermissionError(errno.EPERM, text) from None
     os.setgroups(groups)
     os.setegid(gid)
     os.seteuid(uid)
@@ -1756,12 +1791,25 @@ class Draft:
                 break
             data = data[written:]
 
-    def copy(self, other: Draft) -> None:
-        """Appends the whole of another draft."""
+    def copy(self, other: Draft, size: int) -> None:
+        """Appends so many octets from the beginning of another draft."""
         offset = 0
-        while data := os.pread(other._fd, READ_SIZE, offset):
+        while data := os.pread(other._fd, min(READ_SIZE, size - offset), offset):
             self.write(data)
             offset += len(data)
+
+    def device(self) -> int:
+        """The file system that it is on."""
+        return os.fstat(self._fd).st_dev
+
+    def hide(self) -> None:
+        """Takes its name away, so that nobody else can open it, and it can only be copied."""
+        os.unlink(self._name, dir_fd=self._folder)
+        self._name = ""
+
+    def may_be_of(self, identity: Identity) -> bool:
+        """Whether the file may also be a file of that identity."""
+        return bool(self._name) and (identity.uid, identity.gid) == (self.identity.uid, self.identity.gid)
 
     def sync(self) -> None:
         """Ends the writing: when this returns, all octets are on the disk."""
@@ -2100,9 +2148,12 @@ class Keywords:
             fd = self._tree.open_file(self._folder, KEYWORD_FILE, os.O_RDONLY)
         except FileNotFoundError:
             return {}, 0
-        with open(fd, encoding="utf-8", errors="surrogateescape") as file:
-            lines = [line.rstrip("\n").partition(" ") for line in file]
+        try:
+            content = os.read(fd, READ_SIZE).decode("utf-8", "replace")
             changed = os.fstat(fd).st_mtime
+        finally:
+            os.close(fd)
+        lines = [line.partition(" ") for line in content.split("\n")]
         numbered = [(int(number), name) for number, _, name in lines if name and DECIMAL.issuperset(number)]
         return {name.lower(): (number, name) for number, name in numbered if number < len(KEYWORD_LETTERS)}, changed
 
@@ -2387,7 +2438,7 @@ class Maildir:
 
     def _share(self, draft: Draft, folder: int, name: str, last: bool) -> bool:
         """Moves or links the draft; whether its owner, the file systems and the configuration let it."""
-        if not self.identity.may_share_with(draft.identity) or not (last or self._config.singleinstancestore):
+        if not draft.may_be_of(self.identity) or not (last or self._config.singleinstancestore):
             return False
         try:
             if last:
@@ -2410,8 +2461,8 @@ class Maildir:
     def _finished_draft(self, message: Message) -> Draft:
         draft = self.open_draft()
         try:
-            if message.draft:
-                draft.copy(message.draft)
+            if message.draft and not message.content:
+                draft.copy(message.draft, message.size)
             else:
                 draft.write(message.content)
             draft.sync()
@@ -2424,30 +2475,33 @@ class Maildir:
 class Account:
     """Who a recipient is to a user database.
 
-    known: whether it says that he exists; if not, only his Maildir can tell. home, path: his home directory and
-    Maildir, "" if it does not say. limits: the octets and messages that his Maildir may have, None if it does not say.
+    userid: what he is called there. known: whether it says that he exists; if not, only his Maildir can tell. home,
+    path: his home directory and Maildir, "" if it does not say. limits: the octets and messages that his Maildir may
+    have, None if it does not say.
     """
 
     def __init__(
         self,
+        userid: str,
         identity: Identity,
         known: bool = True,
         home: str = "",
         path: str = "",
         limits: tuple[int, int] | None = None,
     ) -> None:
-        self.identity, self.known, self.home, self.path, self.limits = identity, known, home, path, limits
+        self.userid, self.identity, self.known = userid, identity, known
+        self.home, self.path, self.limits = home, path, limits
 
 
 class MaildirUsers:
     """The user database of a store where who has a Maildir is a user."""
 
     def __init__(self) -> None:
-        self._account = Account(Identity.of_process(), known=False)
+        self._identity = Identity.of_process()
 
-    def find(self, _userid: str) -> Account:
+    def find(self, userid: str) -> Account:
         """The user's account."""
-        return self._account
+        return Account(userid, self._identity, known=False)
 
 
 class PasswdUsers:
@@ -2467,10 +2521,10 @@ class PasswdUsers:
                 log.error("user database unavailable", user=userid, cause=os.strerror(error))
                 raise LmtpError(STORAGE_FAILED) from None
             raise LmtpError(USER_UNKNOWN) from None
-        if entry.pw_uid < max(self._min_uid, 1):
+        if entry.pw_uid < max(self._min_uid, 1) or entry.pw_uid == NOBODY:
             raise LmtpError(USER_UNKNOWN)
         groups = os.getgrouplist(userid, entry.pw_gid)
-        return Account(Identity(entry.pw_uid, entry.pw_gid, groups), home=entry.pw_dir)
+        return Account(userid, Identity(entry.pw_uid, entry.pw_gid, groups), home=entry.pw_dir)
 
 
 def is_in_group(user: str, group: str) -> bool:
@@ -2506,10 +2560,13 @@ class DovecotUsers:
     Source: Dovecot's documentation of its authentication protocol, the part for masters.
     """
 
+    PAUSE = 10.0  # seconds without a question after one that was not answered in time
+
     def __init__(self, path: str) -> None:
         self._path = path
         self._service: DovecotService | None = None
         self._requests = 0
+        self._not_before = 0.0
 
     def find(self, userid: str) -> Account:
         """The user's account. Raises LmtpError."""
@@ -2521,7 +2578,7 @@ class DovecotUsers:
 
     def _account_of(self, userid: str) -> Account:
         """The user's account. Raises LmtpError, Unavailable, and ValueError for an answer that is of no use."""
-        fields = self._ask(userid)
+        userid, fields = self._ask(userid)
         home = fields.get("home", "")
         uid = int(fields.get("uid", os.geteuid()))
         gid = int(fields.get("gid", os.getegid()))
@@ -2529,8 +2586,8 @@ class DovecotUsers:
             raise ValueError("root cannot have a mailbox")
         user = fields.get("system_groups_user")
         groups = os.getgrouplist(user, gid) if user else [gid]
-        limits = parse_quota_rule(fields["quota_rule"]) if "quota_rule" in fields else None
-        return Account(Identity(uid, gid, groups), home=home, path=self._maildir(fields, home), limits=limits)
+        path, limits = self._maildir(fields, home), self._limits(fields, userid)
+        return Account(userid, Identity(uid, gid, groups), home=home, path=path, limits=limits)
 
     def _maildir(self, fields: dict[str, str], home: str) -> str:
         """The path in the field mail, which is "maildir:path", perhaps with options; "" if there is none."""
@@ -2544,33 +2601,57 @@ class DovecotUsers:
             raise ValueError(f"mail={location}: is no Maildir++ with an absolute path")
         return path
 
-    def _ask(self, userid: str) -> dict[str, str]:
-        """The fields of the answer. Dovecot may have been started anew since we last asked it."""
+    def _limits(self, fields: dict[str, str], userid: str) -> tuple[int, int] | None:
+        """The limits in the field quota_rule; None if there is none, or none that we know."""
+        if "quota_rule" not in fields:
+            return None
+        try:
+            return parse_quota_rule(fields["quota_rule"])
+        except ValueError as error:
+            log.warning("quota unknown", user=userid, cause=error)
+            return None
+
+    def _ask(self, userid: str) -> tuple[str, dict[str, str]]:
+        """The userid and the fields of the answer. Dovecot may have been started anew since we last asked it."""
+        if time.monotonic() < self._not_before:
+            raise Unavailable(f"{self._path}: has not answered lately")
         if self._service:
             try:
                 return self._asked(self._service, userid)
-            except Unavailable:
-                self._service.close()
-                self._service = None
-        service = DovecotService(self._path)
-        service.say("VERSION", "1", "1")
-        answer = self._asked(service, userid)
-        self._service = service
-        return answer
+            except Closed:
+                self._close()
+        try:
+            self._service = DovecotService(self._path)
+            self._service.say("VERSION", "1", "1")
+            return self._asked(self._service, userid)
+        except Closed:
+            self._close()
+            raise
 
-    def _asked(self, service: DovecotService, userid: str) -> dict[str, str]:
+    def _close(self) -> None:
+        if self._service:
+            self._service.close()
+            self._service = None
+
+    def _asked(self, service: DovecotService, userid: str) -> tuple[str, dict[str, str]]:
+        """The same, of this connection."""
         self._requests += 1
         identity = str(self._requests)
-        service.say("USER", identity, userid, "service=lmtp")
-        while True:
-            verdict, *words = service.hear()
-            if not words or words[0] != identity or verdict not in ("USER", "NOTFOUND", "FAIL"):
-                continue
-            if verdict == "NOTFOUND":
-                raise LmtpError(USER_UNKNOWN)
-            if verdict == "FAIL":
-                raise Unavailable(f"{self._path}: {' '.join(words[1:]) or 'temporary failure'}")
-            return {name: unescaped(value) for name, _, value in (word.partition("=") for word in words[2:])}
+        try:
+            service.say("USER", identity, userid, "service=lmtp")
+            while True:
+                verdict, *words = service.hear()
+                if words and words[0] == identity and verdict in ("USER", "NOTFOUND", "FAIL"):
+                    break
+        except Silent:
+            self._close()
+            self._not_before = time.monotonic() + self.PAUSE
+            raise
+        if verdict == "NOTFOUND":
+            raise LmtpError(USER_UNKNOWN)
+        if verdict == "FAIL":
+            raise Unavailable(f"{self._path}: {' '.join(words[1:]) or 'temporary failure'}")
+        return words[1], {name: unescaped(value) for name, _, value in (word.partition("=") for word in words[2:])}
 
 
 def unescaped(value: str) -> str:
@@ -2626,11 +2707,11 @@ class MaildirStore:
         if not recipient.user or not is_safe_name(recipient.userid):
             raise LmtpError(USER_UNKNOWN)
         account = self._users.find(recipient.userid)
-        path = account.path or self._path_of(recipient, account.home)
+        path = account.path or self._path_of(account, recipient)
         try:
             missing = not self._has_maildir(path, account.identity)
         except OSError as error:
-            self._check_absence(path, account, recipient, error)
+            self._check_absence(path, account, error)
             missing = True
         return Maildir(path, account.identity, self._config, missing, account.limits)
 
@@ -2639,12 +2720,14 @@ class MaildirStore:
         path = self._config.shared_maildir
         return Maildir(path, self._identity, self._config) if path else None
 
-    def _path_of(self, recipient: Recipient, home: str) -> str:
+    def _path_of(self, account: Account, recipient: Recipient) -> str:
         """Where maildir_path says that the recipient's Maildir is. Raises LmtpError."""
-        domain = recipient.domain or self._config.defaultdomain
-        names = {"u": recipient.userid, "n": recipient.user, "d": domain}
+        user, domain = recipient.user, recipient.domain
+        if account.userid != recipient.userid:  # the database calls him something else
+            user, _, domain = account.userid.partition("@")
+        names = {"u": account.userid, "n": user, "d": domain or self._config.defaultdomain}
         template = self._config.maildir_path
-        path = expand(template, {**names, "h": home, "p": self._config.partition})
+        path = expand(template, {**names, "h": account.home, "p": self._config.partition})
         used = (name for letter, name in names.items() if f"%{letter}" in template)
         if not all(map(is_safe_name, used)) or any(len(part.encode()) > NAME_LIMIT for part in path.split("/")):
             raise LmtpError(USER_UNKNOWN)
@@ -2664,13 +2747,13 @@ class MaildirStore:
                 return False
         return True
 
-    def _check_absence(self, path: str, account: Account, recipient: Recipient, error: OSError) -> None:
+    def _check_absence(self, path: str, account: Account, error: OSError) -> None:
         """Raises LmtpError unless the Maildir is really absent, and may be made."""
         absent = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
         if not absent or not (account.known or self._is_spool_there()):
             log.error("mailbox not accessible", mailbox=path, cause=error)
             raise LmtpError(STORAGE_FAILED)
-        may_be_made = account.known or (self._config.autocreate_post and self._is_among_autocreated(recipient.userid))
+        may_be_made = account.known or (self._config.autocreate_post and self._is_among_autocreated(account.userid))
         if not may_be_made or error.errno != errno.ENOENT:
             raise LmtpError(USER_UNKNOWN)
 
@@ -2764,8 +2847,9 @@ def unique_name() -> str:
 # ======================================================================
 
 BATCH = 200  # mailboxes that are open at a time, of which each needs a descriptor
-DATABASE_PATIENCE = 1.0  # seconds that the database of duplicates may be locked
+DATABASE_PATIENCE = 5.0  # seconds that the database of duplicates may be locked
 DATABASE_PAUSE = 10.0  # seconds without it after it has failed
+DAY = 86400  # seconds
 EXPIRED_AT_ONCE = 10  # records that are dropped at most for each message
 MESSAGE_ID_LIMIT = 998  # characters of what is taken for an identification, RFC 5322 section 2.1.1
 
@@ -2802,8 +2886,9 @@ class Duplicates:
                 ("BEGIN IMMEDIATE", ()),
                 *((insert, (message_id, mailbox, now)) for mailbox in mailboxes),
                 (
-                    f"DELETE FROM delivered WHERE at < ? AND rowid IN ({oldest})",
-                    (now - self._expiry, EXPIRED_AT_ONCE + len(mailboxes)),
+                    # A time to come is that of a clock that was wrong.
+                    f"DELETE FROM delivered WHERE at NOT BETWEEN ? AND ? AND rowid IN ({oldest})",
+                    (now - self._expiry, now + DAY, EXPIRED_AT_ONCE + len(mailboxes)),
                 ),
                 ("COMMIT", ()),
             ]
@@ -2864,17 +2949,6 @@ class Envelope:
         self.reverse_path = reverse_path
         self.destinations: list[Destination] = []
 
-    def open_draft(self) -> Draft:
-        """A draft in the first mailbox that can have one. Raises OSError."""
-        for index, destination in enumerate(self.destinations, 1):
-            try:
-                return destination.mailbox.open_draft()
-            except OSError as error:
-                if index == len(self.destinations):
-                    raise
-                log.warning("spooling elsewhere", mailbox=destination.mailbox.path, cause=error)
-        raise AssertionError("an envelope without recipients")
-
 
 class Copy:
     """A recipient's copy of a message on its way.
@@ -2905,6 +2979,7 @@ class DeliveryAgent:
         """Raises ConfigError."""
         self._config = config
         self._store = MaildirStore(config)
+        self._identity = Identity.of_process()
         self._duplicates = Duplicates(config) if config.duplicatesuppression else None
 
     def prepare(self) -> None:
@@ -2927,6 +3002,35 @@ class DeliveryAgent:
             if not ignores_quota:
                 raise
         return destination
+
+    def drafts(self, envelope: Envelope) -> Iterator[Draft]:
+        """Drafts for a message that is too large to be kept in memory, one after the other on different file systems.
+
+        A draft in a mailbox becomes the message there. But what one user can write to, no other user's mail must come
+        from, so that it is in configdirectory where they are different. Raises OSError if there is no draft at all.
+        """
+        mailboxes = [destination.mailbox for destination in envelope.destinations]
+        if len({(mailbox.identity.uid, mailbox.identity.gid) for mailbox in mailboxes}) > 1:
+            draft = Draft(open_folder(self._config.configdirectory, guarded=False), self._identity)
+            draft.hide()
+            yield draft
+            return
+        devices: set[int] = set()
+        for mailbox in mailboxes:
+            try:
+                draft = mailbox.open_draft()
+            except OSError as error:
+                if not devices and mailbox is mailboxes[-1]:
+                    raise
+                log.warning("spooling elsewhere", mailbox=mailbox.path, cause=error)
+                continue
+            with mailbox.identity:
+                device = draft.device()
+            if device in devices:
+                draft.discard()
+                continue
+            devices.add(device)
+            yield draft
 
     def deliver(self, message: Message, envelope: Envelope, delivered: Reply) -> list[Reply]:
         """Delivers to every recipient; for each, in order, the reply: delivered, or what went wrong with his.
@@ -3900,7 +4004,7 @@ class Session:
             recipient=transaction.destinations[0].recipient.address if len(transaction.destinations) == 1 else None,
             config=self._config,
         )
-        return Message(trace, self._config, transaction.open_draft)
+        return Message(trace, self._config, self._agent.drafts(transaction))
 
     def _chunk(self, size: int) -> Iterator[bytes]:
         while size:
@@ -4656,9 +4760,9 @@ def refuse_to_start(status: int, text: str) -> int:
 def drop_privileges(user: str, keep: bool) -> None:
     """Becomes user for good if started by root. Raises ConfigError.
 
-    keep: whether the process has to act as other users: then it stays able to, and user may be "".
+    keep: whether the process has to act as other users: then it stays able to.
     """
-    if os.geteuid() != 0 or (keep and not user):
+    if os.geteuid() != 0:
         return
     if not user:
         raise ConfigError(

@@ -69,7 +69,7 @@ def deliver_in(conf: str, *flags: str, folder: str = INBOX) -> None:
     """Delivers a message to jane with these flags, as a filter would have it; its subject says which they are."""
     config = Config.load(conf)
     mailbox = Maildir(f"{config.partition}/jane", owner(), config)
-    message = Message(b"Return-Path: <>\n", config, mailbox.open_draft)
+    message = Message(b"Return-Path: <>\n", config, (mailbox.open_draft() for _ in range(1)))
     message.write(b"Subject: %s\n" % " ".join(flags).encode("ascii", "replace") + letter().replace(b"\r\n", b"\n"))
     message.complete()
     try:

@@ -158,7 +158,7 @@ def test_one_message_with_other_flags_for_each(site: Site) -> None:
     site.add_user("joe")
     config = Config.load(str(site.conf))
     jane, joe = (Maildir(f"{config.partition}/{name}", owner(), config) for name in ("jane", "joe"))
-    message = Message(b"Return-Path: <>\n", config, jane.open_draft)
+    message = Message(b"Return-Path: <>\n", config, (jane.open_draft() for _ in range(1)))
     message.write(letter().replace(b"\r\n", b"\n"))
     message.complete()
     jane.deliver(message, INBOX, [r"\Seen"], last=False).sync()

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
-from typing import NoReturn
 from unittest import mock
 
 import pytest
@@ -180,12 +179,8 @@ def cached_config(options: tuple[tuple[str, str], ...]) -> Config:
     return config_of(**dict(options))
 
 
-def no_draft() -> NoReturn:
-    raise AssertionError("a small message stays in memory")
-
-
 def message_of(reads: Iterable[bytes], **options: str) -> Message:
-    message = Message(TRACE, cached_config(tuple(options.items())), no_draft)
+    message = Message(TRACE, cached_config(tuple(options.items())), iter(()))  # it stays in memory
     for data in reads:
         message.write(data)
     message.complete()
@@ -260,7 +255,7 @@ def test_what_is_added_is_well_formed() -> None:
         (b"Message-ID: <1\n\t2@x>\n 3\n", "<1 2@x> 3"),
         (b"Message-ID: <a:b@x>\n", "<a:b@x>"),
         (b"Message-ID:\n", ""),
-        (b"Message-ID: <\xff@x>\n", "<\ufffd@x>"),
+        (b"Message-ID: <\xff@x>\n", r"<\xff@x>"),
         ("Message-ID: <ü@x>\n".encode(), "<ü@x>"),
         (b"Message-ID: <1@x>\nMessage-ID: <2@x>\n", "<1@x>"),
         (b"Message-ID: <1@x>", "<1@x>"),
@@ -448,7 +443,7 @@ def open_draft(maildir: Path) -> Draft:
 def spool(reads: Iterable[bytes], maildir: Path, limit: int, **options: str) -> Message:
     """The message when no more than limit octets of it are kept in memory."""
     with mock.patch.object(lmtpd, "MEMORY_LIMIT", limit):
-        message = Message(TRACE, cached_config(tuple(options.items())), lambda: open_draft(maildir))
+        message = Message(TRACE, cached_config(tuple(options.items())), (open_draft(maildir) for _ in range(1)))
         for data in reads:
             message.write(data)
         message.complete()
