@@ -785,7 +785,7 @@ class Cyrus(Peer):
     def _install(self) -> None:
         root = for_others(unpacked("cyrus"), self.folder)
         self.programs = root / "usr/lib/cyrus/bin"
-        self._libraries = libraries(root)
+        self.libraries = libraries(root)
 
     def _configure(self) -> None:
         self.imapd_conf = self.folder / "imapd.conf"
@@ -811,7 +811,7 @@ class Cyrus(Peer):
                 *["-C", str(self.imapd_conf), "-M", str(self.cyrus_conf)],
             ],
             lambda: answers_lmtp(self.address),
-            LD_LIBRARY_PATH=self._libraries,
+            LD_LIBRARY_PATH=self.libraries,
         )
         client = self.connect()
         client.hello()

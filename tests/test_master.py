@@ -112,7 +112,7 @@ class Master(Cyrus):
                 *[*master, "-C", str(self.imapd_conf), "-M", str(self.cyrus_conf)],
             ],
             lambda: len(self.ready()) == self._prefork and Path(str(self.address)).exists(),
-            LD_LIBRARY_PATH=self._libraries,
+            LD_LIBRARY_PATH=self.libraries,
         )
 
     def close(self) -> None:
