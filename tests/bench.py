@@ -38,11 +38,11 @@ memory only: "sync" shows who calls fsync(2) and how often, and all are as their
 """
 
 # The floor is what a delivery cannot do without: create, write, fsync, close, rename, fsync the folder, by as many
-# processes as there are connections. lmtpd runs as the units run it, but without their sandbox, and its log goes to
-# a file as it would go to the journal; Dovecot's goes to a file, and Cyrus' to syslog, if there is one.
+# processes as there are connections. lmtpd XX
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import platform
@@ -83,7 +83,7 @@ from lmtpd import Config  # noqa: E402
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 IMAGE_SIZE = 12 * GIB
-MEASUREMENT_PATIENCE = 600.0
+MEASUREMENT_PATIENCE = 600
 DISTURBED = 0.05  # of the machine's CPU time, taken by others
 TICKS = os.sysconf("SC_CLK_TCK")
 CPUS = os.cpu_count() or 1
@@ -276,7 +276,9 @@ class Server(Contestant):
         with tempfile.TemporaryFile() as said:
             commands = work.generators(self.address, user, messages)
             running = [subprocess.Popen(command, stdout=said, stderr=said) for command in commands]
-            statuses = [generator.wait(MEASUREMENT_PATIENCE) for generator in running]
+            signal.alarm(MEASUREMENT_PATIENCE)  # wait(timeout) would look only twenty times a second
+            statuses = [generator.wait() for generator in running]
+            signal.alarm(0)
             said.seek(0)
             if any(statuses):
                 raise BenchError(f"{self.name}: {said.read(KIB).decode(errors='replace')}")
@@ -379,17 +381,29 @@ def write_message(mailbox: str, content: bytes) -> None:
     os.close(folder)
 
 
+def keeps_log_in_memory(folder: Path) -> Path:
+    """Gives a folder for a Peer a log that is on no disk, where each fsync(2) of a message would write it, too."""
+    folder.mkdir()
+    descriptor, path = tempfile.mkstemp(prefix="lmtpd-bench-log-", dir="/dev/shm")
+    os.close(descriptor)
+    (folder / "log").symlink_to(path)
+    atexit.register(os.unlink, path)
+    return folder
+
+
 class SystemdLmtpd(Peer):
     """lmtpd, started by systemd's activation tool as lmtpd-pool or, with accept, as lmtpd@.service would be."""
 
     name = "lmtpd"
 
     def __init__(self, site: Site, accept: bool) -> None:
-        super().__init__(site.root / "systemd")
+        super().__init__(keeps_log_in_memory(site.root / "systemd"))
         self.address = str(self.folder / "lmtp")
         self.log.touch()
         status = self.log.stat()
         self._command = [
+            # Its standard output must not be that of its log, or lmtpd would take both for a client's.
+            *["sh", "-c", 'exec "$@" >/dev/null', "sh"],
             program("systemd-socket-activate"),
             *(["--accept", "--inetd"] if accept else []),
             *["-l", self.address, f"--setenv=JOURNAL_STREAM={status.st_dev}:{status.st_ino}"],
@@ -403,6 +417,10 @@ class SystemdLmtpd(Peer):
 
 class DovecotLmtp(Dovecot):
     """Dovecot's LMTP server, in place of that for IMAP."""
+
+    def __init__(self, site: Site) -> None:
+        keeps_log_in_memory(site.root / "dovecot")
+        super().__init__(site)
 
     @property
     def lmtp_address(self) -> str:
@@ -906,7 +924,9 @@ def main() -> int:
     rounds, divisor = int(options["--rounds"]), 1
     if options["--quick"]:
         rounds, divisor = QUICK_ROUNDS, QUICK_DIVISOR
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that all is cleared away
+    # So that all is cleared away.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    signal.signal(signal.SIGALRM, lambda *_: sys.exit("a generator does not end"))
     try:
         with scratch() as folder, contextlib.ExitStack() as stack:
             tempfile.tempdir = str(folder)
