@@ -38,7 +38,8 @@ memory only: "sync" shows who calls fsync(2) and how often, and all are as their
 """
 
 # The floor is what a delivery cannot do without: create, write, fsync, close, rename, fsync the folder, by as many
-# processes as there are connections. lmtpd XX
+# processes as there are connections. "talk only" is a server that throws everything away, Postfix's smtp-sink: the two
+# together are about what can be had with this generator. lmtpd XX
 
 from __future__ import annotations
 
@@ -47,6 +48,7 @@ import contextlib
 import os
 import platform
 import re
+import shutil
 import signal
 import socket
 import statistics
@@ -227,8 +229,11 @@ class Contestant:
     """One of those that are compared.
 
     divisor: it gets the work's messages divided by this, being slower, so that all take about as long.
+    stores: whether there is something to be found afterwards.
     peak, resident: in MiB, the most that one of its processes had, and all of them together at a time.
     """
+
+    stores = True
 
     def __init__(self, name: str, divisor: int = 1) -> None:
         self.name, self.divisor = name, divisor
@@ -295,6 +300,12 @@ class Accepting(Server):
 
     def takes_part(self, work: Work) -> bool:
         return work.reconnect
+
+
+class Talking(Server):
+    """A server that keeps nothing."""
+
+    stores = False
 
 
 class CyrusServer(Server):
@@ -391,6 +402,21 @@ def keeps_log_in_memory(folder: Path) -> Path:
     return folder
 
 
+class SmtpSink(Peer):
+    """Postfix's server that throws everything away: what the conversation takes, which is not in the floor."""
+
+    name = "talk only"
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site.root / "sink")
+        self.address = str(self.folder / "lmtp")
+        shutil.chown(self.folder, STORE_USER)
+
+    def start(self) -> None:
+        command = [program("smtp-sink"), "-u", STORE_USER, "-L", f"unix:{self.address}", "1000"]
+        self.run(command, lambda: os.path.exists(self.address))
+
+
 class SystemdLmtpd(Peer):
     """lmtpd, started by systemd's activation tool as lmtpd-pool or, with accept, as lmtpd@.service would be."""
 
@@ -468,7 +494,7 @@ class Bench:
         self.pool = self._lmtpd("lmtpd", plain)
         accepting = self._lmtpd("Accept=yes", plain, accept=True)
         self.floor = Floor(folder / "floor")
-        self.contestants = [self.pool, self._dovecot(), self._cyrus(), self.floor, accepting]
+        self.contestants = [self.pool, self._dovecot(), self._cyrus(), self.floor, self._talk(), accepting]
         self.cold = self._site(plain)
 
     def _site(self, options: dict[str, str]) -> Site:
@@ -490,6 +516,10 @@ class Bench:
     def _cyrus(self) -> Server:
         peer = Cyrus(self._site({}).root / "cyrus", users=(), autocreate_users="anyone")
         return CyrusServer(self._stack.enter_context(peer))
+
+    def _talk(self) -> Server:
+        peer = self._stack.enter_context(SmtpSink(self._site({})))
+        return Talking(peer.name, peer, peer.address, lambda _: [], divisor=1)
 
     def fresh_pool(self) -> Server:
         """A pool that has done nothing yet."""
@@ -541,7 +571,8 @@ def measure(contestant: Contestant, work: Work, user: str, messages: int) -> Mea
     contestant.deliver(work, user, messages)
     seconds, cpu, others = clock.stop()
     contestant.look_at_memory()
-    check_arrival(contestant, work, user, before + messages * work.recipients)
+    if contestant.stores:
+        check_arrival(contestant, work, user, before + messages * work.recipients)
     return Measurement(work.amount(messages) / seconds, cpu * 1000 / messages, others)
 
 
@@ -626,7 +657,9 @@ def report_race(name: str, work: Work, results: dict[str, list[Measurement]], ju
 def report_disturbance(results: dict[str, list[Measurement]]) -> None:
     """Which rounds others had a part in."""
     worst = [max(result.others for result in one_round) for one_round in zip(*results.values())]
-    report(f"  others took {100 * statistics.median(worst):.0f} % of the CPU time in the median round's worst part")
+    report(
+        f"  others had {100 * statistics.median(worst):.0f} % of the CPU time in a round's worst measurement (median)"
+    )
     if disturbed := [f"{index} ({100 * part:.0f} %)" for index, part in enumerate(worst, 1) if part > DISTURBED]:
         report(f"  disturbed rounds: {', '.join(disturbed)}")
 
@@ -651,7 +684,7 @@ def sync_calls(bench: Bench) -> None:
     messages = 20
     report("", f"sync: calls per message on a connection kept open ({messages} messages)")
     for contestant in bench.contestants:
-        if isinstance(contestant, Server) and contestant.takes_part(ONE):
+        if isinstance(contestant, Server) and contestant.stores and contestant.takes_part(ONE):
             contestant.prepare(ONE, "sync")
             calls = traced(contestant, messages)
             counts = (f"{count / messages:g} {call}" for call, count in sorted(calls.items()))
@@ -775,14 +808,15 @@ def growth_of_folder(bench: Bench) -> None:
     contestants = [bench.pool, bench.floor]
     medians: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     for size in FOLDER_SIZES:
+        progress(f"growth-folder: {size:,}")
         for contestant in contestants:
             contestant.prepare(ONE, "full")
             fill(contestant.files("full")[0].parent, size)
-        os.sync()
-        times = {
-            name: [1000 / result.rate for result in results]
-            for name, results in race(bench, contestants, "full", ONE._replace(messages=500)).items()
-        }
+        times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+        for _ in range(bench.rounds):
+            for contestant in contestants:
+                result = measure(contestant, ONE, "full", 500 // bench.divisor)
+                times[contestant.name].append(1000 / result.rate)
         report(f"  {size:>9,}" + "".join(f"   {name} {spread(values)}" for name, values in times.items()))
         for name, values in times.items():
             medians[name].append(statistics.median(values))
