@@ -283,7 +283,7 @@ def test_a_silent_client_is_told_and_left(site: Site, before: bytes) -> None:
 
 
 def test_a_client_that_does_not_read_is_left(site: Site) -> None:
-    site.configure(lmtp_command_timeout="1s")
+    site.configure(lmtp_command_timeout="1s", lmtp_max_idle_commands="0")
     client = site.connect()
     client.sock.settimeout(5)
     with pytest.raises((BrokenPipeError, ConnectionResetError, TimeoutError)):
