@@ -699,8 +699,11 @@ class LmtpError(Exception):
     """A command is refused, or a recipient's delivery failed, with this reply."""
 
     def __init__(self, reply: Reply) -> None:
-        super().__init__(f"{reply} {reply.text}")
+        super().__init__(reply)
         self.reply = reply
+
+    def __str__(self) -> str:
+        return f"{self.reply} {self.reply.text}"
 
 
 TIMED_OUT = Reply(421, "4.4.2", "Nothing heard for too long, closing the connection")
@@ -3720,11 +3723,11 @@ class Session:
             self._idle = False
 
     def _dispatch(self, line: bytes) -> None:
-        unreadable = LmtpError(BAD_CHUNK if line[:4].upper() == b"BDAT" else BAD_SYNTAX)
+        unreadable = BAD_CHUNK if line[:4].upper() == b"BDAT" else BAD_SYNTAX
         try:
             command = line.decode("utf-8").rstrip(" ")
         except UnicodeDecodeError:
-            raise unreadable from None
+            raise LmtpError(unreadable) from None
         if self._config.chatty:
             log.info("command", line=self._loggable(line))
         verb, _, argument = command.partition(" ")
@@ -3732,7 +3735,7 @@ class Session:
             raise LmtpError(Reply(421, "4.3.2", notice))
         method = self.VERBS.get(verb.upper())
         if not method or not verb.isascii() or not is_printable(command):
-            raise unreadable
+            raise LmtpError(unreadable)
         if self._config.tls_required and not self._is_protected() and verb.upper() not in USEFUL_BEFORE_TLS:
             raise LmtpError(TLS_FIRST)
         method(self, argument)

@@ -39,7 +39,7 @@ memory only: "sync" shows who calls fsync(2) and how often, and all are as their
 
 # The floor is what a delivery cannot do without: create, write, fsync, close, rename, fsync the folder, by as many
 # processes as there are connections. "talk only" is a server that throws everything away, Postfix's smtp-sink: the two
-# together are about what can be had with this generator. lmtpd XX
+# together are about what can be had with this generator.
 
 from __future__ import annotations
 
@@ -440,11 +440,21 @@ class SystemdLmtpd(Peer):
             *(["--accept", "--inetd"] if accept else []),
             *["-l", self.address, f"--setenv=JOURNAL_STREAM={status.st_dev}:{status.st_ino}"],
             # A pool that has left would not be started again by this tool.
-            *site.command("-T", "0"),
+            *(as_the_unit_does(site) if accept else site.command("-T", "0")),
         ]
 
     def start(self) -> None:
         self.run(self._command, lambda: os.path.exists(self.address))
+
+
+def as_the_unit_does(site: Site) -> list[str]:
+    """The command without arguments, as lmtpd@.service has it, though the configuration is not /etc/imapd.conf."""
+    script = site.root / "lmtpd"
+    script.write_text(
+        f"#!{sys.executable}\nimport lmtpd\nlmtpd.NO_ARGUMENTS['-C'] = {str(site.conf)!r}\nlmtpd.command()\n"
+    )
+    script.chmod(0o755)
+    return [str(script)]
 
 
 class DovecotLmtp(Dovecot):
@@ -750,11 +760,11 @@ def cold(bench: Bench) -> None:
     """The whole life of a process for a connection with one message, against a Python that does nothing."""
     site = bench.cold
     environment = site.journal()
-    nothing = [sys.executable, "-I", "-c", "pass"]
+    nothing, command = [sys.executable, "-I", "-c", "pass"], as_the_unit_does(site)
     lives = {name: list[Life]() for name in ("lmtpd", "python", "again")}
     for _ in range(10 * bench.rounds):
         lives["python"].append(life(nothing, site, environment))
-        lives["lmtpd"].append(life(site.command(), site, environment))
+        lives["lmtpd"].append(life(command, site, environment))
         lives["again"].append(life(nothing, site, environment))
     stored = len(site.messages("cold"))
     if stored != len(lives["lmtpd"]):
