@@ -71,7 +71,7 @@ SWITCHES = {
     **dict.fromkeys(("no", "off", "false", "f", "0"), False),
 }
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-OCTETS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+OCTETS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 OPTION_PUNCTUATION = str.maketrans("", "", "-_")
 TLS_VERSIONS = ("tls1_0", "tls1_1", "tls1_2", "tls1_3")
 FACILITIES = {  # syslog(3)
@@ -189,7 +189,7 @@ def as_duration(value: str) -> int:
 
 def as_octets(value: str) -> int:
     """Octets: 1000, 64K, 20M, 1G; the units are powers of 1024, a B after them is allowed."""
-    digits = value.lower().rstrip("kmgb")
+    digits = value.lower().rstrip("kmgtb")
     unit = value.lower()[len(digits) :]
     factor = OCTETS.get(unit.removesuffix("b"))
     if factor is None or not (value.isascii() and digits.isdigit()):
@@ -253,6 +253,11 @@ def expand(template: str, values: dict[str, str]) -> str:
             raise ValueError(f"may contain only %{', %'.join(values)} and %%")
         parts += values[place[0]], place[1:]
     return "".join(parts).replace("\0", "%")
+
+
+def letters_in(template: str) -> set[str]:
+    """The letters that stand for something in a template, see expand()."""
+    return {place[:1] for place in template.replace("%%", "").split("%")[1:]}
 
 
 def as_command(value: str) -> str:
@@ -394,7 +399,7 @@ class Config:
 
     files: tuple[str, ...]  # the configuration file, and those it includes
     partition: str  # the folder that all Maildirs are in
-    special_uses: dict[str, str]  # folders that have one (RFC 6154), from the options xlist-USE
+    special_uses: dict[str, str]  # special uses (RFC 6154) and the folders that have them, from the options xlist-USE
     unknown: list[str]  # settings that are not of lmtpd, each "file:line: name"
 
     @classmethod
@@ -423,7 +428,7 @@ class Config:
         config.defaultdomain = config.defaultdomain.lower()
         config.partition = default_partition(config, settings, service, file)
         config.special_uses = {
-            settings.pop(name)[0]: f"\\{name[len(XLIST) :]}" for name in list(settings) if name.startswith(XLIST)
+            f"\\{name[len(XLIST) :]}": settings.pop(name)[0] for name in list(settings) if name.startswith(XLIST)
         }
         config.unknown = [f"{where}: {name}" for name, (_, where) in settings.items() if "partition-" not in name]
         return config
@@ -431,7 +436,7 @@ class Config:
 
 def default_partition(config: Config, settings: dict[str, tuple[str, str]], service: str, file: str) -> str:
     """The folder that all Maildirs are in: the partition, or what maildir_path begins with. Raises ConfigError."""
-    if "%p" not in config.maildir_path.replace("%%", ""):
+    if "p" not in letters_in(config.maildir_path):
         return os.path.dirname(config.maildir_path.partition("%")[0])
     names = [name for name in settings if name.startswith("partition-")]
     name = f"partition-{config.defaultpartition.lower() or 'default'}"
@@ -623,6 +628,14 @@ def stderr_is_journal() -> bool:
     except OSError:
         return False
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def stdout_is_journal() -> bool:
+    """Whether standard output is that stream, too, and so nobody who speaks LMTP."""
+    try:
+        return stderr_is_journal() and os.path.sameopenfile(1, 2)
+    except OSError:
+        return False
 
 
 def keep_stderr_from_client() -> None:
@@ -1202,12 +1215,14 @@ def connect_to_service(path: str) -> socket.socket:
     from socket import socket as buffered_socket  # one with makefile()
 
     sock = buffered_socket(socket.AF_UNIX)
-    sock.settimeout(SERVICE_TIMEOUT)
+    # With settimeout(), connect() would fail at once where others wait to be accepted, see unix(7).
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, SERVICE_TIMEOUT.to_bytes(8, sys.byteorder) + bytes(8))
     try:
         sock.connect(path)
     except OSError as error:
         sock.close()
         raise Unavailable(f"{path}: {error}") from None
+    sock.settimeout(SERVICE_TIMEOUT)
     return sock
 
 
@@ -1415,7 +1430,8 @@ class Recipient:
         self.is_postmaster = self.user.lower() == "postmaster"
         if config.lmtp_downcase_rcpt or self.is_postmaster:
             self.user = self.user.lower()
-        self.is_shared = bool(self.detail) and self.user == config.postuser
+        postuser = config.postuser.lower() if config.lmtp_downcase_rcpt else config.postuser
+        self.is_shared = bool(self.detail) and self.user == postuser
         keeps_domain = config.virtdomains != "off" and address.domain != config.defaultdomain
         self.domain = address.domain if keeps_domain else ""
 
@@ -1592,19 +1608,21 @@ class Message:
         """Writes to the draft, or where that fails to another one, which takes its place. Raises OSError."""
         while True:
             try:
+                if draft is not self.draft and self.draft:
+                    draft.copy(self.draft, self.size)
                 draft.write(data)
-                return
+                break
             except OSError as error:
+                if draft is not self.draft:
+                    draft.discard()
                 another = next(self._drafts, None)
                 if not another:
                     raise
                 log.warning("spooling elsewhere", cause=error)
-            self.draft = another
-            try:
-                another.copy(draft, self.size)
-            finally:
-                draft.discard()
-            draft = another
+                draft = another
+        if draft is not self.draft and self.draft:
+            self.draft.discard()
+        self.draft = draft
 
     def _storage_failed(self, error: OSError) -> None:
         log.error("spooling failed", cause=error)
@@ -1734,6 +1752,7 @@ USER_UNKNOWN = Reply(550, "5.1.1", "User unknown")
 NAMES_MADE = itertools.count(1)
 HOST = socket.gethostname().replace("/", "\\057").replace(":", "\\072")  # as maildir(5) writes it
 WRITEBACK_SIZE = 1 << 20  # octets
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)  # errors that say that there is no such folder
 NO_HARD_LINK = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP)
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -1807,7 +1826,8 @@ def take_ids(uid: int, gid: int, groups: Sequence[int]) -> None:
 class Draft:
     """A message file in the tmp/ of a Maildir, where nobody looks yet.
 
-    folder: a descriptor of the tmp/, which is closed with the draft. identity: whose file it is.
+    folder: a descriptor of the tmp/, which is closed with the draft. identity: whose file it is. device: the file
+    system that it is on.
     Raises OSError, save for discard(). Source: maildir(5).
     """
 
@@ -1817,6 +1837,7 @@ class Draft:
         self._folder = folder
         self._size = self._sent_to_disk = 0
         try:
+            self.device = os.fstat(folder).st_dev
             self._fd = os.open(self._name, NEW_FILE, 0o666, dir_fd=folder)
         except OSError:
             os.close(folder)
@@ -1840,10 +1861,8 @@ class Draft:
         while data := os.pread(other._fd, min(READ_SIZE, size - offset), offset):
             self.write(data)
             offset += len(data)
-
-    def device(self) -> int:
-        """The file system that it is on."""
-        return os.fstat(self._fd).st_dev
+        if offset < size:
+            raise OSError(errno.EIO, "a draft is shorter than it was")
 
     def hide(self) -> None:
         """Takes its name away, so that nobody else can open it, and it can only be copied."""
@@ -1904,7 +1923,7 @@ class Delivered:
         except OSError:
             with self._mailbox.identity:
                 os.unlink(self.name, dir_fd=self._folder)
-            self._mailbox.count(-self._octets, -self._messages)
+            self._mailbox.charge(-self._octets, -self._messages)
             raise
         finally:
             os.close(self._folder)
@@ -2050,7 +2069,7 @@ class Quota:
     def __init__(self, tree: Tree, limits: tuple[int, int] | None, config: Config) -> None:
         self._tree, self._limits, self._config = tree, limits, config
         self._default = config.default_quota, config.default_quota_messages
-        self._excluded = [folder_directory(folder_parts(name, config)) for name in config.quota_exclude_folders]
+        self._excluded = [spelling for name in config.quota_exclude_folders for spelling in spellings(name, config)]
         self._is_none = False
 
     def begin(self) -> None:
@@ -2068,7 +2087,7 @@ class Quota:
         except FileNotFoundError:
             limits = self._limits or self._default
             self._is_none = not any(limits)
-            return None if self._is_none else self.count(limits)
+            return None if self._is_none else self.recount(limits)
         try:
             age = time.time() - os.fstat(fd).st_mtime
             content = os.read(fd, QUOTA_FILE_LIMIT)
@@ -2077,9 +2096,9 @@ class Quota:
         try:
             usage = Usage.parse(content, age)
         except ValueError:
-            return self.count(self._limits or self._limits_in(content))
+            return self.recount(self._limits or self._limits_in(content))
         if self._limits and usage.limits != self._limits:
-            return self.count(self._limits)
+            return self.recount(self._limits)
         return usage
 
     def add(self, octets: int, messages: int) -> None:
@@ -2091,7 +2110,7 @@ class Quota:
         except FileNotFoundError:
             return
 
-    def count(self, limits: tuple[int, int]) -> Usage:
+    def recount(self, limits: tuple[int, int]) -> Usage:
         """Counts all messages and writes the file anew; again, if the Maildir has changed meanwhile."""
         for _ in range(RECOUNTS):
             parts = self._counted_parts()
@@ -2102,7 +2121,7 @@ class Quota:
                 break
         return usage
 
-    def counts(self, folder: str, name: str) -> bool:
+    def includes(self, folder: str, name: str) -> bool:
         """Whether a message in that folder, whose file has a name that ends so, counts."""
         is_deleted = FLAG_LETTERS[r"\deleted"] in name.partition(":2,")[2]
         return folder not in self._excluded and not (is_deleted and self._config.quota_exclude_deleted)
@@ -2119,7 +2138,7 @@ class Quota:
         """The parts of the Maildir whose messages count, and when each was changed."""
         folders = [folder for folder in self._tree.folders() if folder.startswith(".")]
         changed = {}
-        counted = [folder for folder in (INBOX, *folders) if self.counts(folder, "")]
+        counted = [folder for folder in (INBOX, *folders) if self.includes(folder, "")]
         for part in (f"{folder}/{part}" for folder in counted for part in ("new", "cur")):
             try:
                 fd = self._tree.open(part)
@@ -2134,7 +2153,7 @@ class Quota:
         try:
             with os.scandir(fd) as entries:
                 for entry in entries:
-                    if entry.name.startswith(".") or not self.counts(INBOX, entry.name):
+                    if entry.name.startswith(".") or not self.includes(INBOX, entry.name):
                         continue
                     try:
                         yield size_of(entry)
@@ -2197,7 +2216,7 @@ class Keywords:
         finally:
             os.close(fd)
         lines = [line.partition(" ") for line in content.split("\n")]
-        numbered = [(int(number), name) for number, _, name in lines if name and DECIMAL.issuperset(number)]
+        numbered = [(int(number), name) for number, _, name in lines if number and name and DECIMAL.issuperset(number)]
         return {name.lower(): (number, name) for number, name in numbered if number < len(KEYWORD_LETTERS)}, changed
 
 
@@ -2237,8 +2256,13 @@ class DovecotLock:
                 self._break_if_stale()
                 time.sleep(0.02)
             else:
-                os.write(fd, f"{os.getpid()}:{socket.gethostname()}".encode())
-                os.close(fd)
+                try:
+                    os.write(fd, f"{os.getpid()}:{socket.gethostname()}".encode())
+                except OSError:
+                    os.unlink(LOCK_FILE, dir_fd=self._place)
+                    raise
+                finally:
+                    os.close(fd)
                 return
 
     def _holder(self, name: str = LOCK_FILE) -> tuple[str, str, float]:
@@ -2257,8 +2281,7 @@ class DovecotLock:
     def _is_stale(self, name: str = LOCK_FILE) -> bool:
         """Whether the lock is of a process that is no more, or that has not been heard of for too long."""
         process, host, age = self._holder(name)
-        is_gone = host == socket.gethostname() and process.isdigit() and not os.path.exists(f"/proc/{process}")
-        return is_gone or age > LOCK_STALE
+        return age > LOCK_STALE or (host == socket.gethostname() and process.isdigit() and is_gone(int(process)))
 
     def _break_if_stale(self) -> None:
         """Removes a stale lock; aside first, for meanwhile another may have removed it and taken its own."""
@@ -2269,11 +2292,27 @@ class DovecotLock:
             os.rename(LOCK_FILE, aside, src_dir_fd=self._place, dst_dir_fd=self._place)
         except FileNotFoundError:
             return
-        if self._is_stale(aside):
-            log.warning("stale lock removed", mailbox=self._tree.path_of(self._folder), process=self._holder(aside)[0])
-        else:
-            os.link(aside, LOCK_FILE, src_dir_fd=self._place, dst_dir_fd=self._place, follow_symlinks=False)
-        os.unlink(aside, dir_fd=self._place)
+        try:
+            if self._is_stale(aside):
+                process = self._holder(aside)[0]
+                log.warning("stale lock removed", mailbox=self._tree.path_of(self._folder), process=process)
+            else:
+                os.link(aside, LOCK_FILE, src_dir_fd=self._place, dst_dir_fd=self._place, follow_symlinks=False)
+        except FileExistsError:
+            return  # a third one has taken it
+        finally:
+            os.unlink(aside, dir_fd=self._place)
+
+
+def is_gone(process: int) -> bool:
+    """Whether there is no such process; one of somebody else may be hidden in /proc."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 def folder_parts(name: str, config: Config) -> tuple[str, ...]:
@@ -2292,6 +2331,20 @@ def folder_parts(name: str, config: Config) -> tuple[str, ...]:
 def folder_directory(parts: Sequence[str]) -> str:
     """The name of a folder's directory in a Maildir++."""
     return "".join(f".{to_modified_utf7(part)}" for part in parts)
+
+
+def folder_named(name: str, config: Config) -> str:
+    """The folder of that name, INBOX if no folder can have it."""
+    try:
+        return folder_directory(folder_parts(name, config))
+    except ValueError:
+        return INBOX
+
+
+def spellings(name: str, config: Config) -> list[str]:
+    """The directories that a folder of that name may have: in modified UTF-7, and as Courier has it, in UTF-8."""
+    folder = folder_named(name, config)
+    return sorted({folder, from_modified_utf7(folder)}, key=len, reverse=True)
 
 
 def to_modified_utf7(text: str) -> str:
@@ -2363,11 +2416,17 @@ class Maildir:
             for folder in ("tmp", "cur"):
                 self._tree.make(folder)
             for name in self._config.autocreate_inbox_folders:
-                self._make_folder(folder_directory(folder_parts(name, self._config)))
+                if folder := folder_named(name, self._config):  # else it is the INBOX
+                    self._make_folder(folder)
             self._subscribe()
             self._quota.begin()
             self._tree.make("new")  # with it the Maildir exists
         self._missing = False
+
+    def is_there(self) -> bool:
+        """Whether its place is there, as that on a disk which is not mounted is not."""
+        with self.identity:
+            return os.path.isdir(self.path)
 
     def path_of(self, folder: str) -> str:
         """Where the folder is."""
@@ -2378,12 +2437,16 @@ class Maildir:
         with self.identity:
             try:
                 os.close(self._tree.open(f"{folder}/cur"))
-            except (FileNotFoundError, NotADirectoryError):
-                return False
+            except OSError as error:
+                if error.errno in ABSENT:
+                    return False
+                raise
         return True
 
     def folders(self) -> list[str]:
         """All folders but the INBOX. Raises OSError."""
+        if self._missing:
+            return []
         with self.identity:
             return sorted(folder for folder in self._tree.folders() if folder.startswith("."))
 
@@ -2398,20 +2461,20 @@ class Maildir:
 
         A quota that cannot be found out does not keep mail out.
         """
-        if self._missing or not self._quota.counts(folder, ""):
+        if self._missing or not self._quota.includes(folder, ""):
             return
         try:
             with self.identity:
                 usage = self._quota.usage()
                 if usage and usage.doubtful and not usage.has_room_for(octets, messages):
-                    usage = self._quota.count(usage.limits)
+                    usage = self._quota.recount(usage.limits)
         except OSError as error:
             log.warning("quota unknown", mailbox=self.path, cause=error)
             return
         if usage and not usage.has_room_for(octets, messages):
             raise LmtpError(MAILBOX_FULL_FOR_GOOD if self._config.lmtp_over_quota_perm_failure else MAILBOX_FULL)
 
-    def count(self, octets: int, messages: int) -> None:
+    def charge(self, octets: int, messages: int) -> None:
         """Adds to what of the quota is used, if there is one."""
         if not messages:
             return
@@ -2440,8 +2503,8 @@ class Maildir:
             except OSError:
                 os.close(part)
                 raise
-            size, number = (message.size, 1) if self._quota.counts(folder, info) else (0, 0)
-            self.count(size, number)
+            size, number = (message.size, 1) if self._quota.includes(folder, info) else (0, 0)
+            self.charge(size, number)
         return Delivered(self, part, name, size, number)
 
     def _open_part(self, folder: str, flags: Sequence[str]) -> tuple[int, str]:
@@ -2472,7 +2535,7 @@ class Maildir:
         folders = [folder_parts(name, self._config) for name in self._config.autocreate_subscribe_folders]
         if not folders:
             return
-        for_dovecot = ["\t".join(map(to_modified_utf7, parts)) for parts in folders]
+        for_dovecot = ["\t".join(map(to_modified_utf7, parts or ("INBOX",))) for parts in folders]
         for_courier = [f"INBOX{folder_directory(parts)}" for parts in folders]
         self._tree.add_file(
             INBOX, "subscriptions", "".join(f"{line}\n" for line in ("V\t2", "", *for_dovecot)).encode()
@@ -2566,8 +2629,8 @@ class PasswdUsers:
             raise LmtpError(USER_UNKNOWN) from None
         if entry.pw_uid < max(self._min_uid, 1) or entry.pw_uid == NOBODY:
             raise LmtpError(USER_UNKNOWN)
-        groups = os.getgrouplist(userid, entry.pw_gid)
-        return Account(userid, Identity(entry.pw_uid, entry.pw_gid, groups), home=entry.pw_dir)
+        groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
+        return Account(entry.pw_name, Identity(entry.pw_uid, entry.pw_gid, groups), home=entry.pw_dir)
 
 
 def is_in_group(user: str, group: str) -> bool:
@@ -2637,22 +2700,26 @@ class DovecotUsers:
         if not (location := fields.get("mail", "")):
             return ""
         kind, _, rest = location.partition(":")
-        path = rest.partition(":")[0].replace("%h", home)
-        if path.startswith("~/"):
-            path = home + path[1:]
-        if kind != "maildir" or not path.startswith("/") or "%" in path or "LAYOUT=fs" in rest.split(":"):
+        path, *settings = rest.split(":")
+        if home:
+            path = path.replace("%h", home)
+            path = home + path[1:] if path.startswith("~/") else path
+        elsewhere = [
+            setting for setting in settings if setting.startswith(("INBOX=", "LAYOUT=")) and "++" not in setting
+        ]
+        if kind != "maildir" or not path.startswith("/") or "%" in path or elsewhere:
             raise ValueError(f"mail={location}: is no Maildir++ with an absolute path")
         return path
 
     def _limits(self, fields: dict[str, str], userid: str) -> tuple[int, int] | None:
         """The limits in the field quota_rule; None if there is none, or none that we know."""
-        if "quota_rule" not in fields:
-            return None
+        rules = [fields[name] for name in fields if name.startswith("quota_rule")]
         try:
-            return parse_quota_rule(fields["quota_rule"])
+            limits = [parse_quota_rule(rule) for rule in rules if rule.startswith("*:")]
         except ValueError as error:
             log.warning("quota unknown", user=userid, cause=error)
             return None
+        return (max(octets for octets, _ in limits), max(number for _, number in limits)) if limits else None
 
     def _ask(self, userid: str) -> tuple[str, dict[str, str]]:
         """The userid and the fields of the answer. Dovecot may have been started anew since we last asked it."""
@@ -2681,8 +2748,11 @@ class DovecotUsers:
         self._requests += 1
         identity = str(self._requests)
         try:
+            deadline = time.monotonic() + SERVICE_TIMEOUT
             service.say("USER", identity, userid, "service=lmtp")
             while True:
+                if time.monotonic() > deadline:
+                    raise Silent(f"{self._path}: does not answer the question")
                 verdict, *words = service.hear()
                 if words and words[0] == identity and verdict in ("USER", "NOTFOUND", "FAIL"):
                     break
@@ -2694,7 +2764,11 @@ class DovecotUsers:
             raise LmtpError(USER_UNKNOWN)
         if verdict == "FAIL":
             raise Unavailable(f"{self._path}: {' '.join(words[1:]) or 'temporary failure'}")
-        return words[1], {name: unescaped(value) for name, _, value in (word.partition("=") for word in words[2:])}
+        if len(words) < 2:
+            raise ValueError("a user without a name")
+        return unescaped(words[1]), {
+            name: unescaped(value) for name, _, value in (word.partition("=") for word in words[2:])
+        }
 
 
 def unescaped(value: str) -> str:
@@ -2726,17 +2800,9 @@ class MaildirStore:
 
     def __init__(self, config: Config) -> None:
         """Raises ConfigError."""
-        if config.userdb == "maildir" and "%h" in config.maildir_path.replace("%%", ""):
+        if config.userdb == "maildir" and "h" in letters_in(config.maildir_path):
             raise ConfigError("maildir_path: %h needs userdb: passwd or dovecot")
-        for name in (
-            *config.autocreate_inbox_folders,
-            *config.autocreate_subscribe_folders,
-            *config.quota_exclude_folders,
-        ):
-            try:
-                folder_parts(name, config)
-            except ValueError as error:
-                raise ConfigError(f"autocreate_..._folders, quota_exclude_folders: {error}") from None
+        check_folder_names(config)
         self._config = config
         self._identity = Identity.of_process()
         self._users: MaildirUsers | PasswdUsers | DovecotUsers = MaildirUsers()
@@ -2750,12 +2816,15 @@ class MaildirStore:
         if not recipient.user or not is_safe_name(recipient.userid):
             raise LmtpError(USER_UNKNOWN)
         account = self._users.find(recipient.userid)
-        path = account.path or self._path_of(account, recipient)
+        path = (account.path or self._path_of(account, recipient)).rstrip("/")
         try:
             missing = not self._has_maildir(path, account.identity)
         except OSError as error:
             self._check_absence(path, account, error)
             missing = True
+        except ValueError as error:  # a NUL, or what cannot be encoded
+            log.error("mailbox not accessible", mailbox=path, cause=error)
+            raise LmtpError(STORAGE_FAILED) from None
         return Maildir(path, account.identity, self._config, missing, account.limits)
 
     def shared(self) -> Maildir | None:
@@ -2771,8 +2840,8 @@ class MaildirStore:
         names = {"u": account.userid, "n": user, "d": domain or self._config.defaultdomain}
         template = self._config.maildir_path
         path = expand(template, {**names, "h": account.home, "p": self._config.partition})
-        used = (name for letter, name in names.items() if f"%{letter}" in template)
-        if not all(map(is_safe_name, used)) or any(len(part.encode()) > NAME_LIMIT for part in path.split("/")):
+        used = (name for letter, name in names.items() if letter in letters_in(template))
+        if not all(map(is_safe_name, used)) or any(len(os.fsencode(part)) > NAME_LIMIT for part in path.split("/")):
             raise LmtpError(USER_UNKNOWN)
         if not path.startswith("/"):
             log.error("mailbox not accessible", mailbox=path, cause="the user has no home directory")
@@ -2792,8 +2861,8 @@ class MaildirStore:
 
     def _check_absence(self, path: str, account: Account, error: OSError) -> None:
         """Raises LmtpError unless the Maildir is really absent, and may be made."""
-        absent = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
-        if not absent or not (account.known or self._is_spool_there()):
+        is_certain = error.errno == errno.ENOENT if account.known else error.errno in ABSENT and self._is_spool_there()
+        if not is_certain:
             log.error("mailbox not accessible", mailbox=path, cause=error)
             raise LmtpError(STORAGE_FAILED)
         may_be_made = account.known or (self._config.autocreate_post and self._is_among_autocreated(account.userid))
@@ -2819,12 +2888,12 @@ class MaildirStore:
 
 def check_folder_names(config: Config) -> None:
     """Raises ConfigError if an option names a folder that there can't be."""
-    for option in ("autocreate_inbox_folders", "autocreate_subscribe_folders", "quota_exclude_folders"):
+    for setting in ("autocreate_inbox_folders", "autocreate_subscribe_folders", "quota_exclude_folders"):
         try:
-            for name in getattr(config, option):
+            for name in getattr(config, setting):
                 folder_parts(name, config)
         except ValueError as error:
-            raise ConfigError(f"{option}: {error}") from None
+            raise ConfigError(f"{setting}: {error}") from None
 
 
 def is_safe_name(name: str) -> bool:
@@ -2840,8 +2909,9 @@ def open_folder(path: str, guarded: bool) -> int:
     if not guarded:
         return os.open(path, FOLDER)
     fd = os.open("/", FOLDER)
-    *above, last = [(part, FOLDER | os.O_PATH) for part in path.split("/") if part]
-    for part, flags in (*above, (last[0], FOLDER)):  # to pass through, no right to read is needed
+    parts = [part for part in path.split("/") if part] or ["."]
+    for left, part in enumerate(parts, 1 - len(parts)):
+        flags = FOLDER | os.O_PATH if left else FOLDER  # to pass through, no right to read is needed
         status = os.fstat(fd)
         trusted = status.st_uid == 0 and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         try:
@@ -3054,7 +3124,11 @@ class DeliveryAgent:
         mailboxes = [destination.mailbox for destination in envelope.destinations]
         if len({(mailbox.identity.uid, mailbox.identity.gid) for mailbox in mailboxes}) > 1:
             draft = Draft(open_folder(self._config.configdirectory, guarded=False), self._identity)
-            draft.hide()
+            try:
+                draft.hide()
+            except OSError:
+                draft.discard()
+                raise
             yield draft
             return
         devices: set[int] = set()
@@ -3066,12 +3140,10 @@ class DeliveryAgent:
                     raise
                 log.warning("spooling elsewhere", mailbox=mailbox.path, cause=error)
                 continue
-            with mailbox.identity:
-                device = draft.device()
-            if device in devices:
+            if draft.device in devices:
                 draft.discard()
                 continue
-            devices.add(device)
+            devices.add(draft.device)
             yield draft
 
     def deliver(self, message: Message, envelope: Envelope, delivered: Reply) -> list[Reply]:
@@ -3095,7 +3167,7 @@ class DeliveryAgent:
                 self._duplicates.add(message.message_id, stored)
         replies = []
         for copy in copies:
-            reply = copy.reply or delivered
+            reply = copy.reply or STORAGE_FAILED  # never, for each is settled
             replies.append(reply)
             log.info(
                 copy.event,
@@ -3113,6 +3185,9 @@ class DeliveryAgent:
     def _destination(self, recipient: Recipient, ignores_quota: bool) -> Destination:
         if recipient.is_shared:
             shared = self._store.shared()
+            if shared and not shared.is_there():
+                log.error("mailbox not accessible", mailbox=shared.path, cause="it is not there")
+                raise LmtpError(STORAGE_FAILED)
             if not shared or self._existing_folder(shared, recipient.detail) == INBOX:
                 raise LmtpError(USER_UNKNOWN)
             return Destination(recipient, shared, recipient.detail, ignores_quota)
@@ -3124,6 +3199,7 @@ class DeliveryAgent:
         for userid in filter(None, deputies):
             if mailbox := self._find(recipient_of(userid, self._config)):
                 return Destination(recipient, mailbox, "", ignores_quota)
+            log.warning("no deputy", user=userid)
         raise LmtpError(USER_UNKNOWN)
 
     def _find(self, recipient: Recipient) -> Maildir | None:
@@ -3145,7 +3221,8 @@ class DeliveryAgent:
             mailbox.make()
             folder = self._folder_of(destination)
             copy.mailbox = mailbox.path_of(folder)
-            if self._is_duplicate(message, copy, placed):
+            copy.twin = placed.get(copy.mailbox) if self._duplicates else None
+            if copy.twin or self._has_got(copy.mailbox, message):
                 copy.event = "duplicate"
                 return
             if self._config.lmtp_strict_quota and not destination.ignores_quota:
@@ -3155,17 +3232,13 @@ class DeliveryAgent:
         except Exception as error:
             copy.fail(failure(error, copy.mailbox))
 
-    def _is_duplicate(self, message: Message, copy: Copy, placed: dict[str, Copy]) -> bool:
-        if not self._duplicates:
-            return False
-        copy.twin = placed.get(copy.mailbox)
-        known = is_identified(message) and self._duplicates.has(message.message_id, copy.mailbox)
-        return bool(copy.twin) or known
+    def _has_got(self, mailbox: str, message: Message) -> bool:
+        return bool(self._duplicates and is_identified(message) and self._duplicates.has(message.message_id, mailbox))
 
     def _settle(self, copy: Copy, delivered: Reply) -> None:
         """Makes what _place() did durable, or says why not."""
-        if copy.twin:
-            copy.reply = copy.twin.reply
+        if copy.twin and copy.twin.reply is not delivered:
+            copy.fail(copy.twin.reply or STORAGE_FAILED)
         elif copy.delivered:
             try:
                 copy.delivered.sync()
@@ -3190,12 +3263,10 @@ class DeliveryAgent:
     def _existing_folder(self, mailbox: Maildir, detail: str) -> str:
         """The folder that a sub-address names, INBOX if there is none. Raises LmtpError."""
         folder = folder_named(detail, self._config)
-        in_utf8 = from_modified_utf7(folder)  # as Courier has it
         try:
-            if folder == INBOX or mailbox.has_folder(folder):
-                return folder
-            if in_utf8 != folder and mailbox.has_folder(in_utf8):
-                return in_utf8
+            for spelling in spellings(detail, self._config):
+                if spelling == INBOX or mailbox.has_folder(spelling):
+                    return spelling
             if self._config.lmtp_fuzzy_mailbox_match:
                 return most_similar_folder(folder, mailbox.folders())
             return INBOX
@@ -3205,7 +3276,8 @@ class DeliveryAgent:
     def _excluded_folders(self) -> list[str]:
         """The folders to which no sub-address leads, because of their special use (RFC 6154)."""
         uses = [use.lower() for use in self._config.lmtp_exclude_specialuse]
-        return [folder_named(name, self._config) for name, use in self._config.special_uses.items() if use in uses]
+        names = [name for use, name in self._config.special_uses.items() if use in uses]
+        return [spelling for name in names for spelling in spellings(name, self._config)]
 
 
 def recipient_of(userid: str, config: Config) -> Recipient:
@@ -3216,15 +3288,8 @@ def recipient_of(userid: str, config: Config) -> Recipient:
 
 def is_identified(message: Message) -> bool:
     """Whether the message came with an identification by which it can be known again."""
-    return message.has_message_id and 0 < len(message.message_id) <= MESSAGE_ID_LIMIT
-
-
-def folder_named(name: str, config: Config) -> str:
-    """The folder of that name, INBOX if no folder can have it."""
-    try:
-        return folder_directory(folder_parts(name, config))
-    except ValueError:
-        return INBOX
+    says_something = bool(message.message_id.strip("<> "))  # broken senders give all their messages an empty one
+    return message.has_message_id and says_something and len(message.message_id) <= MESSAGE_ID_LIMIT
 
 
 def most_similar_folder(folder: str, folders: Sequence[str]) -> str:
@@ -4176,7 +4241,7 @@ class Stop:
 
     def notice(self) -> str:
         """The first line of the shutdown file, "" while there is none."""
-        if not os.access(self._shutdown_file, os.F_OK):  # cheaper than an exception
+        if not os.access(self._shutdown_file, os.F_OK, effective_ids=True):  # cheaper than an exception
             return ""
         try:
             with open(self._shutdown_file, encoding="utf-8", errors="replace") as file:
@@ -4706,7 +4771,8 @@ def sockets_from_systemd() -> list[Socket]:
 
 def inherited_sockets() -> Iterator[int]:
     """The descriptors of the sockets that this process was started with."""
-    passed = range(3, 3 + int(os.environ.get("LISTEN_FDS", "0")))
+    count = os.environ.get("LISTEN_FDS", "0")
+    passed = range(3, 3 + int(count)) if count.isdigit() else ()
     for fd in sorted({0, MASTER_LISTEN_FD, *passed}):
         try:
             if stat.S_ISSOCK(os.fstat(fd).st_mode):
@@ -4802,13 +4868,14 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
 def refuse_to_start(status: int, text: str) -> int:
     """Tells the client, or all that wait, to keep the mail and try again; the exit status."""
     reply = Reply(421, "4.3.0", text).render()
-    try:
-        for client in waiting_clients():
-            with client:
-                client.send(reply)
-        os.write(1, reply)
-    except OSError:
-        return status  # nobody is there to be told
+    tell: list[Callable[[bytes], object]] = [client.send for client in waiting_clients()]
+    if not stdout_is_journal():
+        tell.append(lambda octets: os.write(1, octets))
+    for say in tell:
+        try:
+            say(reply)
+        except OSError:
+            continue  # this one has gone
     return status
 
 
