@@ -121,7 +121,10 @@ def test_another_folder_is_another_matter(site: Site) -> None:
     assert len(site.messages("jane")) == len(site.messages("jane", ".lists")) == 1
 
 
-@pytest.mark.parametrize("field", ["X-Other: {}", "Message-ID:", "Message-ID: \r\n\t", "References: <{}@example.com>"])
+@pytest.mark.parametrize(
+    "field",
+    ["X-Other: {}", "Message-ID:", "Message-ID: \r\n\t", "Message-ID: <>", "Message-ID: < >", "References: <{}@a.com>"],
+)
 def test_without_a_message_id_nothing_is_a_duplicate(site: Site, field: str) -> None:
     for _ in range(2):
         assert deliver(site, message(field=field), "jane") == ["250 2.1.5"]

@@ -569,3 +569,52 @@ def test_a_client_in_idle_sees_the_message_within_a_second(lists: Site, address:
             while not imap.readline().startswith(b"x OK"):
                 pass
         imap.logout()
+
+
+# What must not keep mail out
+
+
+def test_a_name_too_long_for_the_disk_in_one_spelling_leads_to_the_inbox(lists: Site) -> None:
+    assert destination(lists, connected(lists), "jane+" + "字" * 90) == "jane"
+
+
+def test_a_new_user_may_have_a_sub_address_where_folders_are_compared(site: Site) -> None:
+    client = connected(
+        site, autocreate_post="yes", lmtp_fuzzy_mailbox_match="yes", quota_exclude_folders="Trash", default_quota="1M"
+    )
+    assert destination(site, client, "newcomer+lists") == "newcomer"
+
+
+def test_a_path_may_end_in_a_slash(site: Site) -> None:
+    assert destination(site, connected(site, maildir_path="%p/%u/", autocreate_post="yes"), "newcomer") == "newcomer"
+
+
+def test_a_per_cent_sign_before_a_letter_does_not_stand_for_it(site: Site) -> None:
+    assert (
+        destination(site, connected(site, maildir_path="%p/%%d/%n", autocreate_post="yes"), "newcomer") == "%d/newcomer"
+    )
+
+
+def test_the_inbox_may_be_among_the_folders_of_a_new_user(site: Site) -> None:
+    options = {"autocreate_inbox_folders": "INBOX|Sent", "autocreate_subscribe_folders": "INBOX|Sent"}
+    assert destination(site, connected(site, autocreate_post="yes", **options), "newcomer") == "newcomer"
+    assert (site.spool / "newcomer/subscriptions").read_text() == "V\t2\n\nINBOX\nSent\n"
+
+
+def test_a_folder_may_have_several_special_uses(lists: Site) -> None:
+    client = connected(lists, **{"xlist-drafts": "Lists", "xlist-archive": "Lists"})
+    assert destination(lists, client, "jane+Lists") == "jane"
+
+
+def test_the_postuser_is_the_same_in_any_case(shared: Site) -> None:
+    assert send(connected(shared, postuser="BB"), "Bb+news@example.com").startswith("250 2.1.5")
+
+
+def test_mail_for_shared_folders_waits_while_their_place_is_missing(shared: Site) -> None:
+    client = connected(shared, shared_maildir=str(shared.root / "not-mounted"))
+    assert send(client, "+news@example.com").startswith("451 4.3.0")
+
+
+def test_a_deputy_who_is_nobody_is_logged(site: Site) -> None:
+    assert send(connected(site, lmtp_catchall_mailbox="nobody"), "unknown@example.com").startswith("550 5.1.1")
+    assert "no deputy session=" in site.log_text()
