@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import ssl
 import stat
 import subprocess
@@ -109,6 +110,24 @@ def test_a_command_together_with_the_end_of_the_handshake(tls_site: Site, contex
     client.send(outgoing.read())
     incoming.write(client.sock.recv(65536))
     assert tls.read() == b"250 2.0.0 Ok\r\n"
+
+
+def test_tls_over_pipes(tls_site: Site, context: ssl.SSLContext) -> None:
+    """A pipe is trusted, but for one on which a proxy speaks for a client on the internet."""
+    ours, theirs = socket.socketpair()
+    command = ["sh", "-c", 'cat | "$@" | cat', "sh", *tls_site.command("-H")]
+    with theirs, tls_site.log.open("ab") as log:
+        process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=log)
+    client = Client(ours)
+    client.send(b"PROXY TCP4 192.0.2.1 192.0.2.2 50000 24\r\n")
+    client.reply()
+    secure(client, context)
+    assert client.command(f"AUTH PLAIN {plain('relay', PASSWORD)}").startswith("235")
+    assert client.deliver(MESSAGE, "jane")[0].startswith("250")
+    assert "([192.0.2.1]) (authenticated user=relay" in received(tls_site)
+    assert client.command("QUIT").startswith("221")
+    client.close()
+    assert process.wait(PATIENCE) == 0
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
