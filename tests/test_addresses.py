@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from contextlib import nullcontext
 from functools import cache
 from typing import NoReturn
@@ -360,8 +361,9 @@ def test_no_recipient_names_a_place_outside_the_store(
     for name in names_in_the_store(Recipient(Address(local, domain), config), config):
         assert name
         assert not name.startswith(".")
-        assert name.isprintable()
-        assert "\0" not in name
+        assert not any(
+            unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") for character in name
+        )
         assert len(name.encode()) <= 255
 
 
