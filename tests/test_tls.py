@@ -117,7 +117,7 @@ def test_tls_over_pipes(tls_site: Site, context: ssl.SSLContext) -> None:
     ours, theirs = socket.socketpair()
     command = ["sh", "-c", 'cat | "$@" | cat', "sh", *tls_site.command("-H")]
     with theirs, tls_site.log.open("ab") as log:
-        process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=log)
+        process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=log)
     client = Client(ours)
     client.send(b"PROXY TCP4 192.0.2.1 192.0.2.2 50000 24\r\n")
     client.reply()
@@ -127,7 +127,7 @@ def test_tls_over_pipes(tls_site: Site, context: ssl.SSLContext) -> None:
     assert "([192.0.2.1]) (authenticated user=relay" in received(tls_site)
     assert client.command("QUIT").startswith("221")
     client.close()
-    assert process.wait(PATIENCE) == 0
+    process.wait(PATIENCE)  # its status is that of cat, which may have had something left to write
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
