@@ -1196,6 +1196,8 @@ def proxied_peer_v2(version: int, family: int, address: bytes, proxy: Peer) -> P
 # ======================================================================
 
 SERVICE_TIMEOUT = 30  # seconds that a daemon may take to answer
+PAUSE = 10.0  # seconds without what has failed
+DOVECOT_ESCAPES = {"0": "\0", "1": "\1", "t": "\t", "r": "\r", "n": "\n"}
 
 
 class Unavailable(Exception):
@@ -1262,6 +1264,27 @@ class DovecotService:
         """Ends the connection."""
         self._answers.close()
         self._sock.close()
+
+
+def unescaped(value: str) -> str:
+    """A field of Dovecot's protocols without its escapes."""
+    first, *rest = value.split("\1")
+    return first + "".join(DOVECOT_ESCAPES.get(part[:1], part[:1]) + part[1:] for part in rest)
+
+
+class Pause:
+    """Time in which what has failed is left alone, so that not everybody has to wait for it in vain."""
+
+    def __init__(self) -> None:
+        self._end = 0.0
+
+    def begin(self) -> None:
+        """Begins it now."""
+        self._end = time.monotonic() + PAUSE
+
+    def lasts(self) -> bool:
+        """Whether it has not ended yet."""
+        return time.monotonic() < self._end
 
 
 # ======================================================================
@@ -1768,7 +1791,6 @@ KEYWORD_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LOCK_PATIENCE, LOCK_STALE = 30, 120  # seconds
 NOBODY = 65534  # the user id of who has no other
 PASSWD_SIZE = 512  # octets, more than a struct passwd has anywhere
-DOVECOT_ESCAPES = {"0": "\0", "1": "\1", "t": "\t", "r": "\r", "n": "\n"}
 MAILBOX_FULL = Reply(452, "4.2.2", "Mailbox is full, try again later")
 MAILBOX_FULL_FOR_GOOD = Reply(552, "5.2.2", "Mailbox is full")
 
@@ -1993,21 +2015,38 @@ class Tree:
             os.close(fd)
 
     def add_file(self, folder: str, name: str, content: bytes) -> None:
-        """Makes a file in the folder, unless there is one of that name."""
-        try:
-            self.write_file(folder, name, os.O_CREAT | os.O_EXCL, content)
-        except FileExistsError:
-            return
+        """Makes a file in the folder, all at once, unless there is one of that name."""
+
+        def link(draft: Draft, place: int) -> None:
+            try:
+                draft.link(place, name)
+            except FileExistsError:
+                return
+            except OSError as error:
+                if error.errno not in NO_HARD_LINK:
+                    raise
+                if name not in os.listdir(place):
+                    draft.move(place, name)
+
+        self._put_file(folder, content, link)
 
     def replace_file(self, folder: str, name: str, content: bytes, newer_than: float = 0) -> None:
-        """Replaces a file in the folder by another, which gets a later time than the one given."""
+        """Replaces a file in the folder, all at once, by another, which gets a later time than the one given."""
+
+        def move(draft: Draft, place: int) -> None:
+            draft.make_newer(newer_than)
+            draft.move(place, name)
+
+        self._put_file(folder, content, move)
+
+    def _put_file(self, folder: str, content: bytes, put: Callable[[Draft, int], None]) -> None:
         draft = Draft(self.open_or_make(f"{folder}/tmp"), self._identity)
         try:
             draft.write(content)
-            draft.make_newer(newer_than)
+            draft.sync()
             place = self.open(folder)
             try:
-                draft.move(place, name)
+                put(draft, place)
             finally:
                 os.close(place)
         finally:
@@ -2666,13 +2705,11 @@ class DovecotUsers:
     Source: Dovecot's documentation of its authentication protocol, the part for masters.
     """
 
-    PAUSE = 10.0  # seconds without a question after one that was not answered in time
-
     def __init__(self, path: str) -> None:
         self._path = path
         self._service: DovecotService | None = None
         self._requests = 0
-        self._not_before = 0.0
+        self._pause = Pause()
 
     def find(self, userid: str) -> Account:
         """The user's account. Raises LmtpError."""
@@ -2723,7 +2760,7 @@ class DovecotUsers:
 
     def _ask(self, userid: str) -> tuple[str, dict[str, str]]:
         """The userid and the fields of the answer. Dovecot may have been started anew since we last asked it."""
-        if time.monotonic() < self._not_before:
+        if self._pause.lasts():
             raise Unavailable(f"{self._path}: has not answered lately")
         if self._service:
             try:
@@ -2758,7 +2795,7 @@ class DovecotUsers:
                     break
         except Silent:
             self._close()
-            self._not_before = time.monotonic() + self.PAUSE
+            self._pause.begin()
             raise
         if verdict == "NOTFOUND":
             raise LmtpError(USER_UNKNOWN)
@@ -2769,12 +2806,6 @@ class DovecotUsers:
         return unescaped(words[1]), {
             name: unescaped(value) for name, _, value in (word.partition("=") for word in words[2:])
         }
-
-
-def unescaped(value: str) -> str:
-    """A field of Dovecot's protocols without its escapes."""
-    first, *rest = value.split("\1")
-    return first + "".join(DOVECOT_ESCAPES.get(part[:1], part[:1]) + part[1:] for part in rest)
 
 
 def parse_quota_rule(rule: str) -> tuple[int, int]:
@@ -2960,7 +2991,6 @@ def unique_name() -> str:
 
 BATCH = 200  # mailboxes that are open at a time, of which each needs a descriptor
 DATABASE_PATIENCE = 5.0  # seconds that the database of duplicates may be locked
-DATABASE_PAUSE = 10.0  # seconds without it after it has failed
 DAY = 86400  # seconds
 EXPIRED_AT_ONCE = 10  # records that are dropped at most for each message
 MESSAGE_ID_LIMIT = 998  # characters of what is taken for an identification, RFC 5322 section 2.1.1
@@ -2976,7 +3006,7 @@ class Duplicates:
         self._path = config.duplicate_db_path or f"{config.configdirectory}/deliver.db"
         self._expiry = config.duplicate_expiry
         self._database: Database | None = None
-        self._not_before = 0.0
+        self._pause = Pause()
 
     def prepare(self) -> None:
         """Imports what is needed, so that forked processes need not."""
@@ -3008,7 +3038,7 @@ class Duplicates:
 
     def _execute(self, statements: Sequence[tuple[str, Sequence[object]]]) -> list[object]:
         """The rows that the last of the statements gives."""
-        if time.monotonic() < self._not_before:
+        if self._pause.lasts():
             return []
         import sqlite3
 
@@ -3017,9 +3047,9 @@ class Duplicates:
             for statement, values in statements:
                 rows = self._database.execute(statement, values).fetchall()
             return rows
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, ValueError) as error:  # the last for a path that is no text
             log.error("duplicates unknown", database=self._path, cause=error)
-            self._not_before = time.monotonic() + DATABASE_PAUSE
+            self._pause.begin()
             self._close()
             return []
 

@@ -19,6 +19,8 @@ import pytest
 from harness import PATIENCE, STORE_USER, Client, Site
 from peers import program
 
+import lmtpd
+
 DAY = 24 * 3600
 LARGE_BODY = b"x" * 1_000_000 + b"\r\n"
 
@@ -532,3 +534,10 @@ def was_delivered(client: Client) -> bool:
     except OSError:
         return False
     return bool(replies[-1]) and replies[-1][-1].startswith("250")
+
+
+def test_a_path_that_is_no_text_keeps_no_mail_out(site: Site) -> None:
+    """As that of a home whose name is not UTF-8; what is raised after a message is stored would bring it once more."""
+    duplicates = lmtpd.Duplicates(lmtpd.Config.load(str(site.conf)))
+    duplicates.add("<1@example.com>", ["/home/\udcff"])
+    assert not duplicates.has("<1@example.com>", "/home/\udcff")

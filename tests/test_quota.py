@@ -659,3 +659,17 @@ def refuses_from(site: Site, client: Client) -> int:
         set_quota(site, f"{middle or 1}S\n{lines}")
         low, high = (low, middle) if rcpt(client).startswith("250") else (middle + 1, high)
     return low
+
+
+def test_a_disk_that_is_full_while_a_maildir_is_made_does_not_lift_the_quota(site: Site) -> None:
+    """No file is larger than 5 octets meanwhile, so that one that were written in its place would be cut short."""
+    site.configure(autocreate_post="yes", autocreate_quota="1024", autocreate_subscribe_folders="Sent")
+    session = b"LHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<newcomer>\r\nDATA\r\n" + letter() + b".\r\nQUIT\r\n"
+    full = subprocess.run(
+        ["prlimit", "--fsize=5", *site.command()], input=session, capture_output=True, timeout=PATIENCE
+    )
+    assert b"\r\n452 4.3.1 " in full.stdout
+    assert b"\r\n250 2.1.5 Ok SESSIONID" in site.pipe(session).stdout
+    assert (site.spool / "newcomer/maildirsize").read_text().startswith("1048576S\n0 0\n")
+    assert (site.spool / "newcomer/subscriptions").read_text() == "V\t2\n\nSent\n"
+    assert not list((site.spool / "newcomer/tmp").iterdir())
