@@ -1378,14 +1378,16 @@ def scan_local_part(argument: str, start: int) -> tuple[str, int]:
     """The local-part that begins there, without quotes, and where it ends. Raises ValueError."""
     if argument.startswith('"', start):
         return scan_quoted_string(argument, start + 1)
-    end = start
-    for end in range(start, len(argument) + 1):
-        if argument[end : end + 1] in ("@", ">", ""):
-            break
+    end = first_of("@>", argument, start)
     local = argument[start:end]
     if local and not is_made_of(local, DOT_STRING):
         raise ValueError("the local part has characters that must be quoted")
     return local, end
+
+
+def first_of(characters: str, text: str, start: int = 0) -> int:
+    """Where the first of these characters is, from there on; the end of the text if there is none."""
+    return min([place for c in characters if (place := text.find(c, start)) >= 0], default=len(text))
 
 
 def scan_quoted_string(argument: str, start: int) -> tuple[str, int]:
@@ -1447,8 +1449,7 @@ class Recipient:
 
     def __init__(self, address: Address, config: Config) -> None:
         self.address = address
-        ends = [end for delimiter in config.recipient_delimiter if (end := address.local.find(delimiter)) >= 0]
-        end = min(ends, default=len(address.local))
+        end = first_of(config.recipient_delimiter, address.local)
         self.user, self.detail = address.local[:end], address.local[end + 1 :]
         self.is_postmaster = self.user.lower() == "postmaster"
         if config.lmtp_downcase_rcpt or self.is_postmaster:
@@ -1848,8 +1849,7 @@ def take_ids(uid: int, gid: int, groups: Sequence[int]) -> None:
 class Draft:
     """A message file in the tmp/ of a Maildir, where nobody looks yet.
 
-    folder: a descriptor of the tmp/, which is closed with the draft. identity: whose file it is. device: the file
-    system that it is on.
+    folder: a descriptor of the tmp/, which is closed with the draft. identity: whose file it is.
     Raises OSError, save for discard(). Source: maildir(5).
     """
 
@@ -1859,7 +1859,6 @@ class Draft:
         self._folder = folder
         self._size = self._sent_to_disk = 0
         try:
-            self.device = os.fstat(folder).st_dev
             self._fd = os.open(self._name, NEW_FILE, 0o666, dir_fd=folder)
         except OSError:
             os.close(folder)
@@ -1885,6 +1884,11 @@ class Draft:
             offset += len(data)
         if offset < size:
             raise OSError(errno.EIO, "a draft is shorter than it was")
+
+    def device(self) -> int:
+        """The number of the file system that it is on."""
+        with self.identity:
+            return os.fstat(self._fd).st_dev
 
     def hide(self) -> None:
         """Takes its name away, so that nobody else can open it, and it can only be copied."""
@@ -2831,7 +2835,8 @@ class MaildirStore:
 
     def __init__(self, config: Config) -> None:
         """Raises ConfigError."""
-        if config.userdb == "maildir" and "h" in letters_in(config.maildir_path):
+        self._letters = letters_in(config.maildir_path)
+        if config.userdb == "maildir" and "h" in self._letters:
             raise ConfigError("maildir_path: %h needs userdb: passwd or dovecot")
         check_folder_names(config)
         self._config = config
@@ -2869,10 +2874,9 @@ class MaildirStore:
         if account.userid != recipient.userid:  # the database calls him something else
             user, _, domain = account.userid.partition("@")
         names = {"u": account.userid, "n": user, "d": domain or self._config.defaultdomain}
-        template = self._config.maildir_path
-        path = expand(template, {**names, "h": account.home, "p": self._config.partition})
-        used = (name for letter, name in names.items() if letter in letters_in(template))
-        if not all(map(is_safe_name, used)) or any(len(os.fsencode(part)) > NAME_LIMIT for part in path.split("/")):
+        path = expand(self._config.maildir_path, {**names, "h": account.home, "p": self._config.partition})
+        used = [name for letter, name in names.items() if letter in self._letters]
+        if not all(map(is_safe_name, used)) or max(map(len, os.fsencode(path).split(b"/"))) > NAME_LIMIT:
             raise LmtpError(USER_UNKNOWN)
         if not path.startswith("/"):
             log.error("mailbox not accessible", mailbox=path, cause="the user has no home directory")
@@ -3170,10 +3174,11 @@ class DeliveryAgent:
                     raise
                 log.warning("spooling elsewhere", mailbox=mailbox.path, cause=error)
                 continue
-            if draft.device in devices:
+            device = draft.device()
+            if device in devices:
                 draft.discard()
                 continue
-            devices.add(draft.device)
+            devices.add(device)
             yield draft
 
     def deliver(self, message: Message, envelope: Envelope, delivered: Reply) -> list[Reply]:
@@ -3740,6 +3745,7 @@ class Session:
         self._auth_refused = False
         self._client = "unknown"
         self._transaction: Transaction | None = None
+        self._delivered = Reply(250, "2.1.5", f"Ok SESSIONID=<{self.id}>")
         self._bad_commands = self._idle_commands = 0
         self._idle = self._overfull = False
         self._parting: Reply | None = None
@@ -4153,8 +4159,7 @@ class Session:
 
     def _deliver(self, transaction: Transaction, message: Message) -> None:
         message.complete()
-        delivered = Reply(250, "2.1.5", f"Ok SESSIONID=<{self.id}>")
-        for reply in self._agent.deliver(message, transaction, delivered):
+        for reply in self._agent.deliver(message, transaction, self._delivered):
             self._reply(reply)
         self._bad_commands = self._idle_commands = 0
         self._reset()
