@@ -1123,17 +1123,22 @@ class Peer:
 
     @classmethod
     def of(cls, fd: int) -> Peer:
-        """The peer of the descriptor: its address, or for a unix socket its credentials (unix(7), SO_PEERCRED)."""
+        """The peer of the descriptor, which may be no socket."""
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             return cls("standard input")
         with Socket(fileno=os.dup(fd)) as sock:
-            if sock.family == socket.AF_UNIX:
-                credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)  # ints: pid, uid, gid
-                return cls(f"unix socket, uid {int.from_bytes(credentials[4:8], sys.byteorder)}")
-            try:
-                return cls.at(str(sock.getpeername()[0]))
-            except OSError:
-                return cls("unknown", internet=True)
+            return cls.of_socket(sock)
+
+    @classmethod
+    def of_socket(cls, sock: socket.socket) -> Peer:
+        """The peer of the socket: its address, or for a unix socket its credentials (unix(7), SO_PEERCRED)."""
+        if sock.family == socket.AF_UNIX:
+            credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)  # ints: pid, uid, gid
+            return cls(f"unix socket, uid {int.from_bytes(credentials[4:8], sys.byteorder)}")
+        try:
+            return cls.at(str(sock.getpeername()[0]))
+        except OSError:
+            return cls("unknown", internet=True)
 
     @classmethod
     def at(cls, address: str) -> Peer:
@@ -4337,9 +4342,8 @@ class Server:
         """Gets ready for many connections, in a process that will fork."""
         self._agent.prepare()
 
-    def serve(self) -> None:
+    def serve(self, peer: Peer) -> None:
         """Serves the connection that standard input and output are: a socket, pipe, file or terminal."""
-        peer = Peer.of(0)
         connection = Connection(0, 1, self.config.lmtp_command_timeout, self.config.lmtp_session_timeout, self.stop.fd)
         if peer.internet and self.config.tcp_keepalive:
             keep_alive(0, self.config)
@@ -4461,9 +4465,10 @@ class Worker:
             if self._lock >= 0:  # so says master(8); a pool has no use for it
                 self._report(UNAVAILABLE)
             with connection:
+                peer = Peer.of_socket(connection)
                 use_as_standard_io(connection.fileno())
             self._report(CONNECTED)
-            self._server.serve()
+            self._server.serve(peer)
             use_as_standard_io(self._null)
             self._served += 1
             if self._served >= self._server.uses or self._server.stop.leaving:
@@ -4496,7 +4501,8 @@ class Worker:
         patience = None if waits_forever else self._server.timeout
         while not stop.leaving:
             ready = [fd for fd, _ in self._arrivals.poll(patience)]
-            stop.wake()
+            if stop.fd in ready:
+                stop.wake()
             if not ready or self._parent in ready or self._server.is_outdated():
                 return None
             turn = (os.getpid() + self._served) % len(self._listeners)  # else a busy first one would starve the others
@@ -4509,7 +4515,8 @@ class Worker:
 def accept(listener: Socket) -> Socket | None:
     """A connection, None if another process was quicker or the client has gone."""
     try:
-        return Socket(fileno=listener._accept()[0])  # type: ignore[attr-defined]
+        connection = listener._accept()[0]  # type: ignore[attr-defined]
+        return Socket(listener.family, listener.type, listener.proto, connection)
     except (BlockingIOError, ConnectionError):
         return None
     except OSError as error:
@@ -4535,8 +4542,13 @@ class Pool:
         self._child_left = self._outdated = False
         self._idle_one_left = False  # perhaps with a connection that the kernel woke no other for
         self._reports, self._reported = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._events, self._arrivals = select.poll(), select.poll()
+        for fd in (server.stop.fd, self._reports):
+            self._events.register(fd, select.POLLIN)
+            self._arrivals.register(fd, select.POLLIN)
         for listener in listeners:
             listener.setblocking(False)
+            self._arrivals.register(listener, select.POLLIN)
 
     def run(self) -> None:
         """Serves until it is time to leave; the workers have left then, too."""
@@ -4545,9 +4557,11 @@ class Pool:
         self._notify.send("READY=1")
         while not self._is_over():
             self._keep_ready()
-            if self._wait(self._tell_status()):
+            happened = self._wait(self._tell_status())
+            if any(listener.fileno() in happened for listener in self._listeners):
                 self._start_worker(on_stock=False)
-            self._read_reports()
+            if self._reports in happened:
+                self._read_reports()
             self._reap()
         self._finish()
 
@@ -4573,18 +4587,18 @@ class Pool:
         while self._ready() < self._server.config.lmtp_prefork and self._may_start() and not self._outdated:
             self._start_worker(on_stock=True)
 
-    def _wait(self, patience: float) -> bool:
-        """Waits so many seconds for something to happen; whether a connection waits that needs a worker."""
-        poll = select.poll()
-        poll.register(self._server.stop.fd, select.POLLIN)
-        poll.register(self._reports, select.POLLIN)
+    def _wait(self, patience: float) -> set[int]:
+        """Waits so many seconds for something to happen; the descriptors that have become readable.
+
+        Listening sockets are among them only if a connection that waits there needs a worker.
+        """
         wanted = (self._idle_one_left or not self._ready()) and self._may_start()
         self._idle_one_left = self._idle_one_left and not wanted
-        for listener in self._listeners if wanted else ():
-            poll.register(listener, select.POLLIN)
+        poll = self._arrivals if wanted else self._events
         happened = {fd for fd, _ in poll.poll(self._patience(patience) * 1000)}
-        self._server.stop.wake()
-        return any(listener.fileno() in happened for listener in self._listeners)
+        if self._server.stop.fd in happened:
+            self._server.stop.wake()
+        return happened
 
     def _patience(self, longest: float) -> float:
         """Seconds until something has to be done though nothing happens."""
@@ -4629,11 +4643,7 @@ class Pool:
             os._exit(status)
 
     def _read_reports(self) -> None:
-        try:
-            reports = os.read(self._reports, READ_SIZE)
-        except BlockingIOError:
-            return
-        for message, process in Reporter.parse(reports):
+        for message, process in Reporter.parse(os.read(self._reports, READ_SIZE)):
             self._served += message == CONNECTED
             self._busy_at = self._busy_at if message == UNAVAILABLE else time.monotonic()
             if process in self._workers:
@@ -4769,7 +4779,7 @@ def run(server: Server) -> None:
         use_as_standard_io(connection.fileno())
         connection.close()
     server.debug()
-    server.serve()
+    server.serve(Peer.of(0))
 
 
 def run_under_master(server: Server, identity: str) -> None:
