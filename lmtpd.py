@@ -638,6 +638,15 @@ def stdout_is_journal() -> bool:
         return False
 
 
+def fill_standard_descriptors() -> None:
+    """Opens standard input and output to nowhere if they are closed, so that nothing else takes their places."""
+    for fd in (0, 1):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
+
+
 def keep_stderr_from_client() -> None:
     """Turns standard error to nowhere if it is the client's connection, or closed; a terminal is a person's."""
     if stderr_is_journal():
@@ -797,6 +806,7 @@ class Connection:
         if self._never_blocks:
             os.set_blocking(sink, False)
         self._input, self._output = bytearray(), bytearray()
+        self._encrypted = bytearray()  # a part of it may have left, and then the rest must follow
         self.tls: Tls | None = None
 
     def peek(self) -> None:
@@ -861,7 +871,7 @@ class Connection:
         if self._output:
             self.tls.encrypt(bytes(self._output))
             self._output.clear()
-        self._send(self.tls.outgoing())
+        self._send_encrypted(self.tls)
 
     def start_tls(self, context: SSLContext) -> None:
         """Begins encryption as the server. What the client sent before is dropped (RFC 3207 section 4.2, 6).
@@ -879,7 +889,7 @@ class Connection:
         except LmtpError:
             raise Disconnected("TLS: the handshake takes too long") from None
         finally:
-            self._send(self.tls.outgoing())
+            self._send_encrypted(self.tls)
         self._input += self.tls.decrypt()  # the first commands may have come with the end of the handshake
 
     def end(self) -> None:
@@ -887,7 +897,7 @@ class Connection:
         self.flush()
         if self.tls:
             self.tls.end()
-            self._send(self.tls.outgoing())
+            self._send_encrypted(self.tls)
 
     def linger(self) -> None:
         """Lets the client read our last words: a socket closed with something unread takes them back.
@@ -926,6 +936,10 @@ class Connection:
     def _fill(self, deadline: float) -> None:
         self.flush()
         self._input += self._read(deadline - time.monotonic())
+
+    def _send_encrypted(self, tls: Tls) -> None:
+        self._encrypted += tls.outgoing()
+        self._send(self._encrypted)
 
     def _send(self, data: bytearray) -> None:
         if data and not self._never_blocks:
@@ -1028,9 +1042,9 @@ class Tls:
         """Takes octets from the wire."""
         self._incoming.write(data)
 
-    def outgoing(self) -> bytearray:
+    def outgoing(self) -> bytes:
         """Octets for the wire."""
-        return bytearray(self._outgoing.read())
+        return self._outgoing.read()
 
     def encrypt(self, data: bytes) -> None:
         """Takes octets in the clear, for the wire."""
@@ -1108,6 +1122,12 @@ def make_tls_context(config: Config) -> SSLContext:
         context.load_verify_locations(config.tls_crl_file)
         context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
     return context
+
+
+def files_for_tls(config: Config) -> list[str]:
+    """The files that were read for STARTTLS."""
+    files = (config.tls_server_cert, config.tls_server_key, config.tls_client_ca_file, config.tls_crl_file)
+    return [file for file in files if file]
 
 
 def no_password() -> str:
@@ -1883,11 +1903,8 @@ class Draft:
 
     def write(self, data: bytes) -> None:
         """Appends data."""
-        while written := os.write(self._fd, data):
-            self._size += written
-            if written == len(data):
-                break
-            data = data[written:]
+        write_all(self._fd, data)
+        self._size += len(data)
         if self._size - self._sent_to_disk >= WRITEBACK_SIZE:
             # The disk begins to write while the rest still arrives, and sync() has less to wait for.
             os.posix_fadvise(self._fd, self._sent_to_disk, self._size - self._sent_to_disk, os.POSIX_FADV_DONTNEED)
@@ -1946,6 +1963,15 @@ class Draft:
             log.warning("draft left behind", file=self._name, cause=error)
         finally:
             os.close(self._folder)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Writes all of data to a file. Raises OSError, also if it takes nothing and does not say why."""
+    while data:
+        written = os.write(fd, data)
+        if not written:
+            raise OSError(errno.EIO, "nothing was written")
+        data = data[written:]
 
 
 class Delivered:
@@ -2031,7 +2057,7 @@ class Tree:
         """Writes to a plain file in the folder, which these flags of open(2) say how to open."""
         fd = self.open_file(folder, name, os.O_WRONLY | flags)
         try:
-            os.write(fd, content)
+            write_all(fd, content)
         finally:
             os.close(fd)
 
@@ -2317,7 +2343,7 @@ class DovecotLock:
                 time.sleep(0.02)
             else:
                 try:
-                    os.write(fd, f"{os.getpid()}:{socket.gethostname()}".encode())
+                    write_all(fd, f"{os.getpid()}:{socket.gethostname()}".encode())
                 except OSError:
                     os.unlink(LOCK_FILE, dir_fd=self._place)
                     raise
@@ -2979,7 +3005,8 @@ def open_folder(path: str, guarded: bool) -> int:
 def make_folders(path: str, spool: str, guarded: bool) -> None:
     """Makes a folder for good, and those between it and the spool. Raises OSError."""
     parent, name = os.path.split(path)
-    if parent not in (spool, "/") and not os.path.isdir(parent):
+    # Below the spool one that is there may have been made by another process, and not yet synced.
+    if parent not in (spool, "/") and (parent.startswith(f"{spool}/") or not os.path.isdir(parent)):
         make_folders(parent, spool, guarded)
     make_folder(parent, name, guarded)
 
@@ -3031,7 +3058,10 @@ class Duplicates:
 
     def prepare(self) -> None:
         """Imports what is needed, so that forked processes need not."""
-        import sqlite3  # noqa: F401
+        try:
+            import sqlite3  # noqa: F401
+        except ImportError:
+            return  # it is said when it is missed
 
     def has(self, message_id: str, mailbox: str) -> bool:
         """Whether a message of that Message-ID has been delivered there."""
@@ -3061,18 +3091,24 @@ class Duplicates:
         """The rows that the last of the statements gives."""
         if self._pause.lasts():
             return []
-        import sqlite3
-
+        try:
+            import sqlite3
+        except ImportError as error:
+            self._give_up(error)
+            return []
         try:
             self._database = self._database or self._open()
             for statement, values in statements:
                 rows = self._database.execute(statement, values).fetchall()
             return rows
         except (sqlite3.Error, OSError, ValueError) as error:  # the last for a path that is no text
-            log.error("duplicates unknown", database=self._path, cause=error)
-            self._pause.begin()
+            self._give_up(error)
             self._close()
             return []
+
+    def _give_up(self, error: Exception) -> None:
+        log.error("duplicates unknown", database=self._path, cause=error)
+        self._pause.begin()
 
     def _open(self) -> Database:
         import sqlite3
@@ -3855,6 +3891,8 @@ class Session:
         if not method or not verb.isascii() or not is_printable(command):
             raise LmtpError(unreadable)
         if self._config.tls_required and not self._is_protected() and verb.upper() not in USEFUL_BEFORE_TLS:
+            if verb.upper() == "BDAT":
+                self._skip_chunk(parse_chunk_size(argument)[0])
             raise LmtpError(TLS_FIRST)
         method(self, argument)
 
@@ -4018,8 +4056,7 @@ class Session:
         size, last = parse_chunk_size(argument)
         transaction = self._transaction
         if not transaction or not transaction.destinations:
-            for _ in self._chunk(size):
-                pass
+            self._skip_chunk(size)
             raise LmtpError(NO_RECIPIENTS)
         if not transaction.message:
             transaction.message = self._new_message(transaction)
@@ -4174,6 +4211,10 @@ class Session:
             size -= len(data)
             yield data
 
+    def _skip_chunk(self, size: int) -> None:
+        for _ in self._chunk(size):
+            pass
+
     def _deliver(self, transaction: Transaction, message: Message) -> None:
         message.complete()
         for reply in self._agent.deliver(message, transaction, self._delivered):
@@ -4251,7 +4292,7 @@ PR_SET_DUMPABLE, PR_SET_PTRACER, PR_SET_PTRACER_ANY = 4, 0x59616D61, -1  # prctl
 
 
 class Interrupted(Exception):
-    """A signal came while Stop.raises was set."""
+    """What Stop.raise_until() is there for has happened."""
 
 
 class Stop:
@@ -4260,16 +4301,15 @@ class Stop:
     requested: finish the transaction, then leave (SIGTERM, SIGINT). leaving: finish the connection,
     then leave (SIGHUP). at_once: leave as soon as the message in hand is stored or dropped (a second
     SIGTERM, or 30 seconds after the first).
-    fd: a descriptor that a signal makes readable, until wake(). raises: whether a signal raises Interrupted,
-    for a wait that cannot look at fd.
+    fd: a descriptor that a signal makes readable, until wake().
     """
 
     def __init__(self, shutdown_file: str) -> None:
-        self.requested = self.leaving = self.at_once = self.raises = False
+        self.requested = self.leaving = self.at_once = self._raises = False
         self._shutdown_file = shutdown_file
         signal.signal(signal.SIGTERM, self._terminate)
         signal.signal(signal.SIGINT, self._terminate)
-        signal.signal(signal.SIGALRM, self._terminate)
+        signal.signal(signal.SIGALRM, self._ring)
         signal.signal(signal.SIGHUP, self._hang_up)
         self.fd, self._signalled = -1, -1
         self.open()
@@ -4291,6 +4331,19 @@ class Stop:
         except BlockingIOError:
             return
 
+    def raise_until(self, deadline: float = FOREVER) -> None:
+        """Lets a signal, and the passing of the deadline, raise Interrupted, for a wait that cannot look at fd."""
+        self._raises = True
+        if deadline < FOREVER:
+            signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 0.001))
+
+    def raise_no_more(self) -> None:
+        """Ends what raise_until() began."""
+        self._raises = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if self.requested:  # meanwhile, and the time for that has just been stopped
+            signal.alarm(GRACE)
+
     def notice(self) -> str:
         """The first line of the shutdown file, "" while there is none."""
         if not os.access(self._shutdown_file, os.F_OK, effective_ids=True):  # cheaper than an exception
@@ -4309,8 +4362,17 @@ class Stop:
 
     def _hang_up(self, *_: object) -> None:
         self.leaving = True
-        if self.raises:
-            self.raises = False
+        self._interrupt()
+
+    def _ring(self, *_: object) -> None:
+        if self.requested:
+            self._terminate()
+        else:
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        if self._raises:
+            self._raises = False
             raise Interrupted
 
 
@@ -4335,7 +4397,7 @@ class Server:
         if self._debug and not config.debug_command:
             raise ConfigError("-D needs the option debug_command")
         self._agent = DeliveryAgent(config)
-        self._files = (__file__, *config.files)
+        self._files = (__file__, *config.files, *(files_for_tls(config) if tls else ()))
         self._versions = versions(self._files)
 
     def prepare(self) -> None:
@@ -4365,7 +4427,7 @@ class Server:
             raise Disconnected("terminated")
 
     def is_outdated(self) -> bool:
-        """Whether the program or its configuration has been changed since it was read."""
+        """Whether the program, its configuration or its certificates have been changed since they were read."""
         return versions(self._files) != self._versions
 
     def debug(self) -> None:
@@ -4381,13 +4443,13 @@ class Server:
         command = debug_command(self.config.debug_command, sys.executable, os.getpid(), self.service) or ""
         null = subprocess.DEVNULL
         try:
-            self.stop.raises = True
+            self.stop.raise_until()
             result = subprocess.run(command, shell=True, check=False, stdin=null, stdout=null, stderr=null)
             log.info("debugger", command=command, status=result.returncode)
         except Interrupted:
             log.info("debugger", command=command, status="interrupted")
         finally:
-            self.stop.raises = False
+            self.stop.raise_no_more()
 
 
 def as_count(value: str, name: str) -> int:
@@ -4477,29 +4539,30 @@ class Worker:
         self._report(UNAVAILABLE)
 
     def _next(self) -> Socket | None:
+        """The next connection; None when it is time to leave."""
+        timeout, is_new = self._server.timeout, self._on_stock and not self._served
+        deadline = FOREVER if is_new or not timeout else time.monotonic() + timeout
         if self._lock < 0:
-            return self._accept()
+            return self._accept(deadline)
         import fcntl
 
         stop = self._server.stop
         try:
-            stop.raises = True
+            stop.raise_until(deadline)
             if not stop.leaving:
                 fcntl.lockf(self._lock, fcntl.LOCK_EX)
-            stop.raises = False
-            return self._accept()
+            stop.raise_no_more()
+            return self._accept(deadline)
         except Interrupted:
             return None
         finally:
-            stop.raises = False
+            stop.raise_no_more()
             fcntl.lockf(self._lock, fcntl.LOCK_UN)
 
-    def _accept(self) -> Socket | None:
-        """The next connection; None when it is time to leave."""
+    def _accept(self, deadline: float) -> Socket | None:
         stop = self._server.stop
-        waits_forever = not self._server.timeout or (self._on_stock and not self._served)
-        patience = None if waits_forever else self._server.timeout
         while not stop.leaving:
+            patience = None if deadline == FOREVER else max(deadline - time.monotonic(), 0)
             ready = [fd for fd, _ in self._arrivals.poll(patience)]
             if stop.fd in ready:
                 stop.wake()
@@ -4572,7 +4635,7 @@ class Pool:
         if self._server.stop.leaving:
             return True
         if self._outdated:
-            log.info("program or configuration changed, leaving")
+            log.info("program, configuration or certificates changed, leaving")
             return True
         idle = time.monotonic() - self._busy_at
         return not self._workers and 0 < self._server.timeout <= idle
@@ -4687,7 +4750,7 @@ class Pool:
                     os.kill(process, signal.SIGTERM if urgency else signal.SIGHUP)
             poll = select.poll()
             poll.register(stop.fd, select.POLLIN)
-            poll.poll(1000)
+            poll.poll(min(1.0, self._notify.interval / 2) * 1000)
             stop.wake()
             self._notify.alive()
             self._reap()
@@ -4778,6 +4841,8 @@ def run(server: Server) -> None:
     for connection in sockets:
         use_as_standard_io(connection.fileno())
         connection.close()
+    if not sockets and not (sys.stdin and sys.stdout):  # they are None if they were closed when Python started
+        raise OSError(errno.EBADF, "standard input or output is closed")
     server.debug()
     server.serve(Peer.of(0))
 
@@ -4815,7 +4880,7 @@ def sockets_from_systemd() -> list[Socket]:
         from systemd import daemon
     except ImportError:
         raise ConfigError("systemd passes sockets, but the package systemd-python is not installed") from None
-    fds = daemon.listen_fds()
+    fds = daemon.listen_fds(False)  # the environment stays as it is for refuse_to_start()
     if not all(daemon.is_socket(fd, type=socket.SOCK_STREAM) for fd in fds):
         raise ConfigError("systemd passes something that is no stream socket: see ListenStream= in systemd.socket(5)")
     sockets = [Socket(fileno=fd) for fd in fds]
@@ -4828,8 +4893,9 @@ def sockets_from_systemd() -> list[Socket]:
 
 def inherited_sockets() -> Iterator[int]:
     """The descriptors of the sockets that this process was started with."""
-    count = os.environ.get("LISTEN_FDS", "0")
-    passed = range(3, 3 + int(count)) if count.isdigit() else ()
+    count = os.environ.get("LISTEN_FDS", "")
+    is_ours = os.environ.get("LISTEN_PID") == str(os.getpid())
+    passed = range(3, 3 + int(count)) if is_ours and count.isdigit() else ()
     for fd in sorted({0, MASTER_LISTEN_FD, *passed}):
         try:
             if stat.S_ISSOCK(os.fstat(fd).st_mode):
@@ -4876,6 +4942,7 @@ def socket_from_inetd() -> Socket:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs lmtpd with these arguments, by default the command line's; the exit status of sysexits(3)."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until Stop can handle them
+    fill_standard_descriptors()
     keep_stderr_from_client()  # also from what Python says of its own accord when it imports
     log.open()
     try:
@@ -4896,6 +4963,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         log.startup_error("configuration error", cause=error)
         return refuse_to_start(os.EX_CONFIG, "Configuration error, see the log")
+    except OSError as error:
+        log.traceback("system error", cause=error)
+        return refuse_to_start(os.EX_OSERR, "System error, see the log")
     except Exception:
         log.traceback("internal error")
         return refuse_to_start(os.EX_SOFTWARE, "Internal error, see the log")
@@ -4905,7 +4975,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def command() -> NoReturn:
     """The command lmtpd. It leaves without the interpreter's tidying up, which the system does as well."""
     status = main()
-    sys.stdout.flush()
+    if sys.stdout:
+        sys.stdout.flush()
     os._exit(status)
 
 

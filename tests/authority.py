@@ -21,6 +21,7 @@ serial = serial
 crlnumber = crlnumber
 default_md = sha256
 default_days = 2
+unique_subject = no
 default_crl_days = 2
 policy = any
 copy_extensions = copy

@@ -338,10 +338,15 @@ def test_a_process_killed_in_the_middle_leaves_nothing_to_be_seen(site: Site, mo
 
 def failing(site: Site, inject: str, content: bytes, *recipients: str) -> list[str]:
     """Delivers while the system call fails; the replies to the final dot."""
+    return traced(site, ["-o", "/dev/null", "-e", f"inject={inject}"], content, *recipients)
+
+
+def traced(site: Site, options: list[str], content: bytes, *recipients: str) -> list[str]:
+    """Delivers under strace(1); the replies to the final dot."""
     rcpt = b"".join(b"RCPT TO:<%s>\r\n" % recipient.encode() for recipient in recipients)
     with site.log.open("ab") as log:
         result = subprocess.run(
-            ["strace", "-f", "-o", "/dev/null", "-e", f"inject={inject}", *site.command()],
+            ["strace", "-f", *options, *site.command()],
             input=b"LHLO x\r\nMAIL FROM:<>\r\n" + rcpt + b"DATA\r\n" + content + b".\r\nQUIT\r\n",
             stdout=subprocess.PIPE,
             stderr=log,
@@ -366,6 +371,19 @@ def test_a_sync_that_fails_is_a_temporary_failure(
     for user in ("jane", "joe"):
         assert site.files(user) == site.files(user, kind="tmp") == []
     assert os.strerror(getattr(errno, error)) in site.log_text()
+
+
+@pytest.mark.parametrize("content", [MESSAGE, LARGE], ids=["small", "large"])
+def test_a_disk_that_takes_nothing_and_does_not_say_why_is_a_temporary_failure(site: Site, content: bytes) -> None:
+    trace = site.root / "trace"
+    traced(site, ["-y", "-e", "trace=write", "-o", str(trace)], content, "jane")
+    writes = [line for line in trace.read_text().splitlines() if "write(" in line]
+    number = next(number for number, line in enumerate(writes, 1) if f"{site.spool}/jane/tmp/" in line)
+    [stored] = site.files("jane")
+    stored.unlink()
+    assert failing(site, f"write:retval=0:when={number}", content, "jane")[0].startswith("451 4.3.0")
+    assert site.files("jane") == site.files("jane", kind="tmp") == []
+    assert "nothing was written" in site.log_text()
 
 
 def test_the_fault_of_one_recipient_is_not_the_fault_of_the_next(site: Site) -> None:

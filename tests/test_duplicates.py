@@ -536,6 +536,17 @@ def was_delivered(client: Client) -> bool:
     return bool(replies[-1]) and replies[-1][-1].startswith("250")
 
 
+def test_a_python_without_a_database_keeps_no_mail_out(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = site.root / "modules"
+    modules.mkdir()
+    (modules / "sqlite3.py").write_text("raise ImportError('there is none')\n")
+    monkeypatch.setenv("PYTHONPATH", str(modules))
+    for number in range(2):
+        assert deliver(site, message(number), "jane") == ["250 2.1.5"]
+    assert "duplicates unknown" in site.log_text()
+    assert "traceback" not in site.log_text()
+
+
 def test_a_path_that_is_no_text_keeps_no_mail_out(site: Site) -> None:
     """As that of a home whose name is not UTF-8; what is raised after a message is stored would bring it once more."""
     duplicates = lmtpd.Duplicates(lmtpd.Config.load(str(site.conf)))

@@ -229,7 +229,7 @@ class Undisturbed(lmtpd.Stop):
     """No signal, no shutdown file."""
 
     def __init__(self) -> None:
-        self.requested = self.leaving = self.at_once = self.raises = False
+        self.requested = self.leaving = self.at_once = False
         self.fd, self._end = os.pipe()
 
     def notice(self) -> str:

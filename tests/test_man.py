@@ -12,6 +12,7 @@ from pathlib import Path
 import docopt
 import pytest
 from harness import Site
+from peers import INETD_CONF
 
 import lmtpd
 
@@ -237,6 +238,10 @@ def timeless(text: str) -> str:
     text = re.sub(r"lmtpd\.\d+\.\d+@", "ID@", text)
     text = re.sub(r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d [-+]\d{4}", "DATE", text)
     return text.replace(lmtpd.PRODUCT, "PRODUCT")
+
+
+def test_the_line_for_inetd_is_the_one_that_is_run() -> None:
+    assert literals(LMTPD_8)[2] == INETD_CONF.splitlines(keepends=True)[0]
 
 
 def test_example_session_goes_as_shown(site: Site) -> None:

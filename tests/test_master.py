@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from harness import PATIENCE, STORE_USER, Client, Site
 from peers import Cyrus, connect, lmtpd_for_others, program, wait_for
+from test_man import LMTPD_8, section
 
 PREFORK = 2
 MAXCHILD = 10
@@ -44,6 +45,13 @@ exec "$@"
 """
 # What master(8) says when the states that a child reports are not those it expects, or a child is lost.
 COMPLAINTS = ("too many", "lost", "READY state", "duplicate", "UNKNOWN", "unrecognized", "abnormally", "bogus")
+
+
+def literal_in(page: Path, title: str) -> str:
+    """The literal block in a subsection of a manual page."""
+    found = re.search(r"^\.Bd -literal.*?\n(.*?)^\.Ed$", section(page, title, "Ss"), re.MULTILINE | re.DOTALL)
+    assert found
+    return found[1]
 
 
 class Syslog:
@@ -97,11 +105,15 @@ class Master(Cyrus):
         self.write_cyrus_conf(self._prefork)
 
     def write_cyrus_conf(self, prefork: int) -> None:
-        self.cyrus_conf.write_text(
-            "START {\n}\nSERVICES {\n"
-            f'  lmtpunix cmd="{self._command}" listen="{self.address}" prefork={prefork} maxchild={MAXCHILD}\n'
-            "}\nEVENTS {\n}\n"
-        )
+        services = literal_in(LMTPD_8, "Cyrus master")
+        for shown, here in {
+            "/usr/local/bin/lmtpd": self._command,
+            "/run/cyrus/socket/lmtp": str(self.address),
+            "prefork=2 maxchild=10": f"prefork={prefork} maxchild={MAXCHILD}",
+        }.items():
+            assert shown in services
+            services = services.replace(shown, here)
+        self.cyrus_conf.write_text(f"START {{\n}}\n{services}EVENTS {{\n}}\n")
 
     def start(self) -> None:
         master = [str(self.programs / "master"), "-D", "-p", str(self.folder / "pid")]
@@ -236,15 +248,22 @@ def has_started(process: int) -> bool:
 
 def test_nothing_is_lost_across_reloads(site: Site) -> None:
     with started(site, "-U", "100000") as master:
-        reload_under_load(site, master)
+        reload_under_load(site, master, wait=True)
 
 
-def reload_under_load(site: Site, master: Master) -> None:
+def test_nothing_is_lost_by_a_reload_while_processes_start(site: Site) -> None:
+    with Master(site, lmtpd_for_others(site), "-U", "20") as master:
+        reload_under_load(site, master, wait=False)
+        # One may die of the signal while it is not yet more than a process.
+        assert len(master.complaints()) <= 2
+
+
+def reload_under_load(site: Site, master: Master, wait: bool) -> None:
     for reload in range(5):
         source = master.source("-s", "10", "-m", "1000")
         time.sleep(0.2)
-        # master passes the signal on to its children. A Python that is just starting would die of it.
-        wait_for(lambda: all(map(has_started, master.children())), "the processes to have started")
+        if wait:  # so that it is sure that none is hit by the signal before it can do anything about it
+            wait_for(lambda: all(map(has_started, master.children())), "the processes to have started")
         master.write_cyrus_conf(prefork=PREFORK + reload % 2)
         master.process.send_signal(signal.SIGHUP)
         finish(source)
@@ -265,7 +284,6 @@ def test_processes_leave_after_their_uses(site: Site) -> None:
 
 
 def test_an_idle_process_leaves(site: Site) -> None:
-    # Those that have not served yet stay, and may have the lock: only a process alone is sure to see its time pass.
     with started(site, "-T", "1", prefork=0) as master:
         for _ in range(2):
             client = master.client()
@@ -274,6 +292,32 @@ def test_an_idle_process_leaves(site: Site) -> None:
             time.sleep(0.8)
             assert master.children() == [worker]
             wait_for(lambda: not master.children(), "the idle process to leave")
+
+
+def test_idle_processes_leave_though_others_have_the_lock(site: Site) -> None:
+    with started(site, "-T", "1") as master:
+        clients = [master.client() for _ in range(5)]
+        served = {server_of(client) for client in clients}
+        wait_for(lambda: len(master.ready()) == PREFORK, "spare processes")
+        before = time.monotonic()
+        for client in clients:
+            leave(client)
+        # master keeps as many as it is told to, so that not all that leave are replaced.
+        wait_for(lambda: not served.intersection(master.living()), "those that have served to leave")
+        assert 0.9 < time.monotonic() - before < 10
+        wait_for(lambda: len(master.ready()) == PREFORK, "spare processes")
+        master.load("-m", "5")
+        assert len(site.files("jane")) == 5
+
+
+def test_syslog_has_the_facility_and_the_prefix_that_are_set(site: Site) -> None:
+    site.configure(syslog_facility="local3", syslog_prefix="inside")
+    with started(site) as master:
+        master.load("-m", "1")
+        wait_for(lambda: [line for line in master.syslog.of("lmtpd") if "delivered " in line], "the log")
+        # The facility times eight, and 6 for "info".
+        [line] = [line for line in master.syslog.lines if ": delivered " in line]
+        assert re.match(rf"<{19 * 8 + 6}>.* inside/lmtpd\[\d+\]: delivered session=", line)
 
 
 def test_a_killed_process_hurts_nobody_else(site: Site) -> None:

@@ -665,7 +665,10 @@ class TestShutdownFile:
 
     @pytest.mark.parametrize(
         "command",
-        ["MAIL FROM:<>", "RCPT TO:<jane>", "DATA", "RSET", "VRFY jane", "HELP", "TRACE x"],
+        [
+            *("MAIL FROM:<>", "RCPT TO:<jane>", "DATA", "BDAT 0 LAST", "RSET", "VRFY jane", "HELP", "TRACE x"),
+            *("AUTH EXTERNAL =", "STARTTLS", "EHLO x"),
+        ],
     )
     def test_commands_are_refused(self, site: Site, target: Target, command: str) -> None:
         self.announce(site)

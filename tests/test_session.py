@@ -471,6 +471,19 @@ def over_tcp(site: Site, *arguments: str) -> Client:
     return Client(client)
 
 
+@pytest.mark.parametrize(("closed", "told"), [("<&-", b"421 4.3.0 System error"), (">&-", b""), ("<&- >&-", b"")])
+def test_a_closed_standard_descriptor_is_an_error_of_the_system(site: Site, closed: str, told: bytes) -> None:
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", *site.command()]
+    with site.log.open("ab") as log:
+        result = subprocess.run(
+            command, input=b"LHLO x\r\n", stdout=subprocess.PIPE, stderr=log, env=site.journal(), timeout=PATIENCE
+        )
+    assert result.returncode == os.EX_OSERR
+    assert result.stdout.startswith(told)
+    assert result.stdout.count(b"\r\n") == bool(told)
+    assert 'system error cause="[Errno 9] standard input or output is closed"' in site.log_text()
+
+
 @pytest.mark.parametrize(("soft_noauth", "reply"), [("yes", "430 4.7.0"), ("no", "530 5.7.0")])
 def test_an_internet_client_has_to_authenticate(site: Site, soft_noauth: str, reply: str) -> None:
     site.configure(soft_noauth=soft_noauth)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import socket
 import ssl
 import stat
@@ -15,7 +16,9 @@ from pathlib import Path
 import pytest
 from authority import Authority, secure
 from harness import PATIENCE, Client, Site
+from starters import Inetd
 from test_auth import MAIL, PASSWORD, encoded, plain, scram, write_passwords
+from test_service import logged
 from test_session import MESSAGE, over_tcp
 
 
@@ -128,6 +131,48 @@ def test_tls_over_pipes(tls_site: Site, context: ssl.SSLContext) -> None:
     assert client.command("QUIT").startswith("221")
     client.close()
     process.wait(PATIENCE)  # its status is that of cat, which may have had something left to write
+
+
+def test_last_words_to_a_client_that_has_not_read_are_readable(tls_site: Site, context: ssl.SSLContext) -> None:
+    tls_site.configure(lmtp_max_idle_commands="0")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = Client(socket.create_connection(server.getsockname()))
+        connection, _ = server.accept()
+        with connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+            tls_site.start(connection)
+    client.hello()
+    secure(client, context)
+    for _ in range(50):  # more than what the system keeps of a connection, in parts that are answered before the next
+        client.send(b"HELP\r\n" * 300)
+        time.sleep(0.02)
+    tls_site.child.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    said = b"".join(iter(lambda: client.sock.recv(65536), b""))
+    *lines, last, _ = said.split(b"\r\n")
+    assert last == b"421 4.3.2 Shutting down, try again later"
+    assert {line[:3] for line in lines} == {b"214"}
+    assert tls_site.child.wait(PATIENCE) == 0
+
+
+def test_a_new_certificate_is_used_by_the_next_connection(tls_site: Site, authority: Authority) -> None:
+    with Inetd(logged(tls_site), wait=True) as starter:
+
+        def shown() -> bytes:
+            client = starter.connect()
+            client.hello()
+            certificate = secure(client, authority.client_context()).getpeercert(binary_form=True)
+            assert client.command("QUIT").startswith("221")
+            client.close()
+            return certificate or b""
+
+        before = shown()
+        assert shown() == before
+        certificate, key = authority.sign("mx.example.com")
+        assert str(certificate) == tls_site.options["tls_server_cert"]
+        key.chmod(0o600)
+        assert shown() != before
+        assert "certificates changed, leaving" in tls_site.log_text()
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
@@ -407,6 +452,8 @@ def test_tls_that_is_required(tls_site: Site, context: ssl.SSLContext) -> None:
         "AUTH PLAIN AGEAYg==",
     ):
         assert client.command(command)[:9] == "530 5.7.0"
+    client.send(b"BDAT 12 LAST\r\nNOOP\r\nQUIT\r\n")  # octets of a message, not commands
+    assert client.reply()[0].startswith("530 5.7.0")
     assert client.command("NOOP").startswith("250")
     secure(client, context)
     assert client.command(f"AUTH PLAIN {plain('relay', PASSWORD)}").startswith("235")
