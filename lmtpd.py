@@ -361,7 +361,9 @@ class Config:
         as_number, "0", "the bits that a TLS cipher must have before AUTH is taken; 0: no TLS needed"
     )
     sasl_password_file = option(as_file, "", "the file of users and password verifiers")
-    sasl_pwcheck_method = option(as_choice("saslauthd", "dovecot", "file"), "saslauthd", "who checks passwords")
+    sasl_pwcheck_method = option(
+        as_choice("saslauthd", "dovecot", "file", "auxprop"), "saslauthd", "who checks passwords"
+    )
     sasl_saslauthd_path = option(as_path, "/run/saslauthd/mux", "the socket of saslauthd")
     serverinfo = option(as_choice("on", "min", "off"), "on", "what greeting and trace header say of the product")
     servername = option(as_text, "", "the name of this host in replies and headers; by default the system's")
@@ -427,9 +429,10 @@ class Config:
         config.servername = config.servername or socket.gethostname()
         config.defaultdomain = config.defaultdomain.lower()
         config.partition = default_partition(config, settings, service, file)
-        config.special_uses = {
-            f"\\{name[len(XLIST) :]}": settings.pop(name)[0] for name in list(settings) if name.startswith(XLIST)
-        }
+        config.special_uses = {}
+        for prefix in (XLIST, f"{service}_{XLIST}"):  # the latter overrides the other
+            for name in [name for name in settings if name.startswith(prefix)]:
+                config.special_uses[f"\\{name[len(prefix) :]}"] = settings.pop(name)[0]
         config.unknown = [f"{where}: {name}" for name, (_, where) in settings.items() if "partition-" not in name]
         return config
 
@@ -962,10 +965,11 @@ class Connection:
             raise Disconnected("the client does not read our replies")
 
     def _read(self, timeout: float) -> bytes:
-        data = self._receive(timeout)
         if not self.tls:
-            return data
-        self.tls.feed(data)
+            return self._receive(timeout)
+        if self.tls.ended:
+            raise Disconnected("end of file")
+        self.tls.feed(self._receive(timeout))
         return self.tls.decrypt()
 
     def _receive(self, timeout: float) -> bytes:
@@ -1003,8 +1007,9 @@ class Connection:
 class Tls:
     """TLS as a server, between octets in the clear and octets on the wire, which somebody else carries.
 
-    protocol, cipher, bits: known after the handshake. identity: the common name in the certificate that the client
-    has shown and that was verified, "" without one. Every method raises Disconnected when TLS fails or ends.
+    ended: whether the peer has said that nothing follows. protocol, cipher, bits: known after the handshake.
+    identity: the common name in the certificate that the client has shown and that was verified, "" without one.
+    Every method raises Disconnected when TLS fails or ends.
     """
 
     def __init__(self, context: SSLContext) -> None:
@@ -1014,6 +1019,7 @@ class Tls:
         self._wants_more = ssl.SSLWantReadError
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self.ended = False
         self.protocol, self.cipher, self.bits = "", "", 0
         self.identity = ""
 
@@ -1066,6 +1072,7 @@ class Tls:
                 raise self._failure(error) from None
         if not parts:
             raise Disconnected("end of file")
+        self.ended = True
         return b"".join(parts)
 
     def end(self) -> None:
@@ -1136,10 +1143,13 @@ def no_password() -> str:
 
 
 class Peer:
-    """Who is at the other end. name: for the trace header and the log. internet: whether it came over a network."""
+    """Who is at the other end.
 
-    def __init__(self, name: str, internet: bool = False) -> None:
-        self.name, self.internet = name, internet
+    name: for the trace header and the log. internet: whether it came over a network. address: "" if it is not known.
+    """
+
+    def __init__(self, name: str, internet: bool = False, address: str = "") -> None:
+        self.name, self.internet, self.address = name, internet, address
 
     @classmethod
     def of(cls, fd: int) -> Peer:
@@ -1164,7 +1174,7 @@ class Peer:
     def at(cls, address: str) -> Peer:
         """The peer at an internet address."""
         address = address.removeprefix("::ffff:")
-        return cls(f"[IPv6:{address}]" if ":" in address else f"[{address}]", internet=True)
+        return cls(f"[IPv6:{address}]" if ":" in address else f"[{address}]", True, address)
 
 
 def read_proxy_header(connection: Connection, proxy: Peer) -> Peer:
@@ -2200,8 +2210,11 @@ class Quota:
         """Counts all messages and writes the file anew; again, if the Maildir has changed meanwhile."""
         for _ in range(RECOUNTS):
             parts = self._counted_parts()
-            sizes = [size for part in parts for size in self._sizes_in(part)]
-            usage = Usage(limits, (sum(sizes), len(sizes)), doubtful=False)
+            octets = messages = 0
+            for part in parts:
+                for size in self._sizes_in(part):
+                    octets, messages = octets + size, messages + 1
+            usage = Usage(limits, (octets, messages), doubtful=False)
             self._tree.replace_file(INBOX, QUOTA_FILE, usage.render())
             if self._counted_parts() == parts:
                 break
@@ -2530,7 +2543,7 @@ class Maildir:
         return True
 
     def folders(self) -> list[str]:
-        """All folders but the INBOX. Raises OSError."""
+        """All folders but the INBOX, and what looks like one, see has_folder(). Raises OSError."""
         if self._missing:
             return []
         with self.identity:
@@ -2869,7 +2882,7 @@ def parse_quota_rule(rule: str) -> tuple[int, int]:
         if name == "messages":
             messages = as_number(value)
         else:
-            octets = as_kibioctets(value) if name == "storage" else as_octets(value)
+            octets = as_octets(f"{value}K" if name == "storage" and value.isdigit() else value)
     return octets, messages
 
 
@@ -3356,7 +3369,7 @@ class DeliveryAgent:
                 if spelling == INBOX or mailbox.has_folder(spelling):
                     return spelling
             if self._config.lmtp_fuzzy_mailbox_match:
-                return most_similar_folder(folder, mailbox.folders())
+                return most_similar_folder(folder, list(filter(mailbox.has_folder, mailbox.folders())))
             return INBOX
         except OSError as error:
             raise LmtpError(failure(error, mailbox.path)) from None
@@ -3593,6 +3606,7 @@ def check_with_saslauthd(path: str, service: str, user: str, password: str) -> N
 class DovecotAuth:
     """Dovecot's authentication service, as a client of it: every mechanism that it offers is passed through.
 
+    mechanisms: those. plaintext: those among them that show a password or what is as good as one.
     Source: Dovecot's documentation of its authentication protocol, version 1.
     """
 
@@ -3601,32 +3615,51 @@ class DovecotAuth:
         self._service = DovecotService(path)
         self._requests = 0
         self.mechanisms: list[str] = []
+        self.plaintext: list[str] = []
         self._service.say("VERSION", "1", "1")
         self._service.say("CPID", str(os.getpid()))
         while (words := self._service.hear())[0] != "DONE":
             if words[0] == "MECH" and "private" not in words:
                 self.mechanisms.append(words[1].upper())
+                if "plaintext" in words:
+                    self.plaintext.append(words[1].upper())
 
-    def mechanism(self, name: str, service: str, secured: bool, has_initial: bool) -> Mechanism:
-        """The mechanism of that name. Without an initial response, the first challenge is Dovecot's."""
+    def mechanism(self, name: str, service: str, address: str, secured: bool, has_initial: bool) -> Mechanism:
+        """The mechanism of that name. Without an initial response, the first challenge is Dovecot's.
+
+        address: the client's, "" if it has none.
+        """
         self._requests += 1
         identity = str(self._requests)
         response = [f"resp={to_base64((yield b''))}"] if has_initial else []
-        self._service.say("AUTH", identity, name, f"service={service}", *(["secured"] if secured else []), *response)
+        parameters = [f"service={service}", "nologin"]
+        parameters += [f"rip={address}"] if address else []
+        parameters += ["secured"] if secured else []
+        self._service.say("AUTH", identity, name, *parameters, *response)
         while True:
             verdict, *words = self._service.hear()
             if not words or words[0] != identity:
                 continue
             if verdict == "CONT":
-                answer = yield from_base64(words[1].encode())
+                try:
+                    answer = yield from_base64(words[1].encode())
+                except GeneratorExit:
+                    self._cancel(identity)
+                    raise
                 self._service.say("CONT", identity, to_base64(answer))
             elif verdict == "OK":
                 return next(word[5:] for word in words if word.startswith("user="))
-            elif "temp" in words:
+            elif not {"temp", "code=temp_fail"}.isdisjoint(words):
                 raise Unavailable(f"{self._service.path}: temporary failure")
             else:
                 user = next((word[5:] for word in words if word.startswith("user=")), "")
                 raise AuthenticationFailed("dovecot: " + " ".join(words[1:]), user)
+
+    def _cancel(self, identity: str) -> None:
+        try:
+            self._service.say("CANCEL", identity)
+        except Unavailable:
+            return  # the next attempt will find out
 
     def close(self) -> None:
         """Ends the connection."""
@@ -3636,11 +3669,11 @@ class DovecotAuth:
 class Authenticator:
     """The ways in which the clients of a server may authenticate, with who checks their passwords.
 
-    service: the name that saslauthd and Dovecot are told.
+    service, address: the name and the client's address that saslauthd and Dovecot are told.
     """
 
-    def __init__(self, config: Config, service: str) -> None:
-        self._config, self._service = config, service
+    def __init__(self, config: Config, service: str, address: str = "") -> None:
+        self._config, self._service, self._address = config, service, address
         self._dovecot: DovecotAuth | None = None
 
     def names(self, tls: Tls | None) -> list[str]:
@@ -3648,6 +3681,10 @@ class Authenticator:
         names = ["EXTERNAL"] if tls and tls.identity else []
         if self._config.sasl_pwcheck_method == "dovecot":
             return names + self._dovecot_mechanisms()
+        if self._config.sasl_pwcheck_method == "auxprop":
+            cause = "sasl_pwcheck_method: auxprop is for Cyrus alone; set lmtp_sasl_pwcheck_method"
+            log.error("authentication unavailable", cause=cause)
+            return names
         if self._config.sasl_pwcheck_method == "file":
             if not self._config.sasl_password_file:
                 return names
@@ -3663,12 +3700,16 @@ class Authenticator:
         if name == "EXTERNAL":
             return external(tls.identity if tls else TRUSTED_USER)
         if self._dovecot:
-            return self._dovecot.mechanism(name, self._service, tls is not None, has_initial)
+            return self._dovecot.mechanism(name, self._service, self._address, tls is not None, has_initial)
         if name == "PLAIN":
             return plain(self._check)
         if name == "LOGIN":
             return login(self._check)
         return scram(name, PasswordFile(self._config.sasl_password_file), tls.binding() if tls else b"")
+
+    def is_plaintext(self, name: str) -> bool:
+        """Whether the mechanism shows a password to whoever listens."""
+        return name in PLAINTEXT_MECHANISMS or (self._dovecot is not None and name in self._dovecot.plaintext)
 
     def close(self) -> None:
         """Forgets the connection that is served."""
@@ -4144,7 +4185,7 @@ class Session:
         if self._trusted:
             return False
         tls = self._connection.tls
-        if not tls and name in PLAINTEXT_MECHANISMS and not self._config.allowplaintext:
+        if not tls and self._authenticator.is_plaintext(name) and not self._config.allowplaintext:
             return True
         return (tls.bits if tls else 0) < self._config.sasl_minimum_layer
 
@@ -4417,7 +4458,7 @@ class Server:
                 log.warning("connection refused", peer=peer.name, cause=error)
                 return
         trusted = self._trusts_internet or not peer.internet
-        authenticator = Authenticator(self.config, self.service)
+        authenticator = Authenticator(self.config, self.service, peer.address)
         Session(connection, peer, trusted, self._tls, authenticator, self._agent, self.stop, self.config).serve()
         authenticator.close()
 

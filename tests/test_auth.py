@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -485,7 +486,7 @@ class AuthDovecot(Dovecot):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self.path = str(self.folder / "auth-client")
-        mechanisms = "plain login scram-sha-1 scram-sha-256 cram-md5"
+        mechanisms = "plain login scram-sha-1 scram-sha-256 cram-md5 xoauth2 oauthbearer"
         self.conf.write_text(
             self.conf.read_text() + f"auth_mechanisms = {mechanisms}\nauth_failure_delay = 0\n"
             f"service auth {{\n  unix_listener {self.path} {{\n    mode = 0666\n  }}\n}}\n"
@@ -541,11 +542,13 @@ def dovecot_site(auth_site: Site, dovecot: AuthDovecot) -> Site:
 
 
 def test_dovecot_s_mechanisms_are_offered(dovecot_site: Site) -> None:
-    assert sorted(offered(over_tcp(dovecot_site))) == ["CRAM-MD5", "LOGIN", "PLAIN", "SCRAM-SHA-1", "SCRAM-SHA-256"]
+    safe, plaintext = ["CRAM-MD5", "SCRAM-SHA-1", "SCRAM-SHA-256"], ["LOGIN", "OAUTHBEARER", "PLAIN", "XOAUTH2"]
+    assert sorted(offered(over_tcp(dovecot_site))) == sorted(safe + plaintext)
     dovecot_site.configure(allowplaintext="no")
     client = over_tcp(dovecot_site)
-    assert sorted(offered(client)) == ["CRAM-MD5", "SCRAM-SHA-1", "SCRAM-SHA-256"]
-    assert client.command("AUTH PLAIN")[:10] == "538 5.7.11"
+    assert sorted(offered(client)) == safe
+    for name in plaintext:
+        assert client.command(f"AUTH {name}")[:10] == "538 5.7.11"
     assert client.command("AUTH DIGEST-MD5")[:9] == "504 5.5.4"
 
 
@@ -582,6 +585,50 @@ def test_dovecot_goes_on_after_a_cancelled_exchange(dovecot_site: Site) -> None:
         assert client.command(f"AUTH {name}").startswith("334")
         assert client.command("*")[:9] == "501 5.7.0"
     assert scram(client, "SCRAM-SHA-256", "relay", EVERYBODYS).startswith("235")
+
+
+def test_dovecot_is_told_where_the_client_is(auth_site: Site) -> None:
+    dovecot = AuthDovecot(auth_site)
+    auth_site.configure(sasl_pwcheck_method="dovecot", sasl_auth_socket_path=dovecot.path)
+    conf = dovecot.conf.read_text()
+    replies = []
+    for net in ("127.0.0.0/8", "192.0.2.0/24"):
+        restricted = conf.replace("args = password=", f"args = allow_nets={net} password=")
+        assert restricted != conf
+        dovecot.conf.write_text(restricted)
+        with dovecot:
+            replies.append(greeted(auth_site).command(f"AUTH PLAIN {plain('relay', EVERYBODYS)}")[:3])
+    assert replies == ["235", "535"]
+
+
+def test_dovecot_that_cannot_tell_is_no_reason_to_refuse_for_good(auth_site: Site) -> None:
+    dovecot = AuthDovecot(auth_site)
+    auth_site.configure(sasl_pwcheck_method="dovecot", sasl_auth_socket_path=dovecot.path)
+    sql = dovecot.folder / "sql.conf"
+    sql.write_text(f"driver = sqlite\nconnect = {dovecot.folder}/db\npassword_query = SELECT password FROM missing\n")
+    conf = dovecot.conf.read_text()
+    broken = re.sub(
+        r"passdb \{.*?\n\}", f"passdb {{\n  driver = sql\n  args = {sql}\n}}", conf, count=1, flags=re.DOTALL
+    )
+    assert broken != conf
+    dovecot.conf.write_text(broken)
+    with dovecot:
+        client = greeted(auth_site)
+        for _ in range(2):
+            assert client.command(f"AUTH PLAIN {plain('relay', EVERYBODYS)}")[:9] == "454 4.7.0"
+    assert "authentication unavailable" in auth_site.log_text()
+    assert "authentication failed" not in auth_site.log_text()
+
+
+def test_a_checker_that_only_cyrus_has_stops_no_mail(site: Site) -> None:
+    """As in the imapd.conf that some distributions have for Cyrus."""
+    site.configure(sasl_pwcheck_method="auxprop")
+    client = site.connect()
+    client.hello()
+    assert client.deliver(MESSAGE, "jane")[0].startswith("250")
+    other = over_tcp(site)
+    assert offered(other) == []
+    assert "set lmtp_sasl_pwcheck_method" in site.log_text()
 
 
 def test_dovecot_that_is_down_and_comes_back(dovecot_site: Site, dovecot: AuthDovecot) -> None:

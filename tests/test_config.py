@@ -336,6 +336,13 @@ def test_what_a_client_names_is_never_taken_for_a_template() -> None:
     assert lmtpd.expand("%p/%u", {"p": "/spool", "u": "%p%u%%"}) == "/spool/%p%u%%"
 
 
+def test_special_uses_have_the_prefix_of_the_service_too(conf: Conf) -> None:
+    config = conf.load(
+        f"{ALWAYS}xlist-drafts: Drafts\nlmtp_xlist-drafts: Others\nlmtp_xlist-junk: Spam\nimap_xlist-sent: Sent\n"
+    )
+    assert config.special_uses == {"\\drafts": "Others", "\\junk": "Spam"}
+
+
 def test_the_defaults_are_those_of_cyrus(conf: Conf) -> None:
     config = conf.load(ALWAYS)
     assert (config.configdirectory, config.partition) == ("/lib", "/spool")

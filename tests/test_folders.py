@@ -288,6 +288,14 @@ def test_a_similar_name_is_good_enough_where_that_is_set(site: Site, detail: str
     assert destination(site, connected(site, lmtp_fuzzy_mailbox_match="yes"), f"jane+{detail}") == "jane/.My-List"
 
 
+@pytest.mark.parametrize("name", [".ssh", ".config"])
+def test_a_directory_that_is_no_folder_is_similar_to_none(site: Site, name: str) -> None:
+    (site.spool / "jane" / name).mkdir()
+    client = connected(site, lmtp_fuzzy_mailbox_match="yes")
+    assert destination(site, client, f"jane+{name[1:].upper()}") == "jane"
+    assert list((site.spool / "jane" / name).iterdir()) == []
+
+
 def test_the_same_name_is_better_than_a_similar_one(site: Site) -> None:
     site.add_user("jane/.my_list", "jane/.My-List", "jane/.MY LIST")
     client = connected(site, lmtp_fuzzy_mailbox_match="yes")

@@ -11,6 +11,7 @@ import shutil
 import socket
 import tempfile
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 from harness import config_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scramp import ScramMechanism
 
 import lmtpd
 
@@ -42,6 +44,8 @@ CORPUS = [
     b"RSET\r\nNOOP x\r\nVRFY jane\r\nHELP\r\nTRACE id-1\r\n",
     b"AUTH EXTERNAL =\r\n",
     b"AUTH EXTERNAL\r\njane\r\nAUTH PLAIN AGEAYg==\r\nSTARTTLS\r\n",
+    b"AUTH LOGIN\r\nYQ==\r\nYg==\r\n",
+    b"AUTH SCRAM-SHA-256 biwsbj1hLHI9eA==\r\nYz1iaXdzLHI9eCxwPXk=\r\n",
     b"QUIT\r\n",
     b"NOOP " + b"x" * 8184 + b"\r\nNOOP " + b"x" * 8190 + b"\r\n",
 ]
@@ -239,6 +243,8 @@ class Undisturbed(lmtpd.Stop):
 class Scene:
     """A store that sessions are run on, and what stands around it."""
 
+    trusted = True  # whether its clients need not authenticate
+
     def __init__(self, log: list[str], **options: str) -> None:
         self.log = log
         fast = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -275,7 +281,9 @@ class Scene:
             connection = lmtpd.Connection(source, sink, 5, 0, self.stop.fd)
             peer = lmtpd.Peer("a test")
             authenticator = lmtpd.Authenticator(self.config, "lmtp")
-            lmtpd.Session(connection, peer, True, None, authenticator, self.store, self.stop, self.config).serve()
+            lmtpd.Session(
+                connection, peer, self.trusted, None, authenticator, self.store, self.stop, self.config
+            ).serve()
             authenticator.close()
             return os.pread(sink, 1 << 24, 0)
         finally:
@@ -328,14 +336,22 @@ class Scene:
 
 
 @pytest.fixture
-def scenes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Scene]]:
+def scenes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Scene]]:
     log: list[str] = []
     free = {"lmtp_max_bad_commands": "0", "lmtp_max_idle_commands": "0"}
+    passwords = tmp_path / "passwords"
+    salt, stored_key, server_key, iterations = ScramMechanism("SCRAM-SHA-256").make_auth_info("b", iteration_count=4096)
+    keys = ",".join(b64encode(key).decode() for key in (salt, stored_key, server_key))
+    passwords.write_text(f"a:{{SCRAM-SHA-256}}{iterations},{keys}\n")
+    passwords.chmod(0o600)
+    password_of_a = {"sasl_pwcheck_method": "file", "sasl_password_file": str(passwords)}
     scenes = [
         Scene(log, **free),
         Scene(log, **free, autocreate_post="yes", maxmessagesize="2000", virtdomains="userid"),
         Scene(log, lmtp_max_bad_commands="2", lmtp_max_idle_commands="4", chatty="yes", reject8bit="yes"),
+        Scene(log, **free, allowplaintext="yes", admins="a", **password_of_a),
     ]
+    scenes[-1].trusted = False
     monkeypatch.setattr(lmtpd.log, "_emit", lambda _level, line: log.append(line))
     monkeypatch.setattr(time, "sleep", lambda _: None)
     yield scenes

@@ -94,25 +94,48 @@ def test_mail_over_tls(tls_site: Site, context: ssl.SSLContext, version: ssl.TLS
     assert sock.recv(1) == b""
 
 
-def test_a_command_together_with_the_end_of_the_handshake(tls_site: Site, context: ssl.SSLContext) -> None:
-    """As Exim sends it with TLS 1.3, in which the client has the last word."""
-    client = over_tcp(tls_site)
-    client.hello()
+def shaken_hands(
+    client: Client, context: ssl.SSLContext, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO
+) -> ssl.SSLObject:
+    """TLS whose octets the test carries; the last ones of the handshake have yet to be sent."""
     assert client.command("STARTTLS").startswith("220")
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     tls = context.wrap_bio(incoming, outgoing, server_hostname="mx.example.com")
     while True:
         try:
             tls.do_handshake()
-            break
+            return tls
         except ssl.SSLWantReadError:
             client.send(outgoing.read())
             incoming.write(client.sock.recv(65536))
+
+
+def test_a_command_together_with_the_end_of_the_handshake(tls_site: Site, context: ssl.SSLContext) -> None:
+    """As Exim sends it with TLS 1.3, in which the client has the last word."""
+    client = over_tcp(tls_site)
+    client.hello()
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = shaken_hands(client, context, incoming, outgoing)
     assert tls.version() == "TLSv1.3"
     tls.write(b"NOOP\r\n")
     client.send(outgoing.read())
     incoming.write(client.sock.recv(65536))
     assert tls.read() == b"250 2.0.0 Ok\r\n"
+
+
+def test_the_end_that_comes_together_with_the_last_words_is_not_waited_for(
+    tls_site: Site, context: ssl.SSLContext
+) -> None:
+    client = over_tcp(tls_site)
+    client.hello()
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = shaken_hands(client, context, incoming, outgoing)
+    tls.write(b"NOOP\r\n")
+    with pytest.raises(ssl.SSLWantReadError):
+        tls.unwrap()
+    client.send(outgoing.read())
+    assert tls_site.child.wait(PATIENCE / 2) == 0
+    assert "disconnected session=" in tls_site.log_text()
+    assert tls_site.log_text().rstrip().endswith('reason="end of file"')
 
 
 def test_tls_over_pipes(tls_site: Site, context: ssl.SSLContext) -> None:
