@@ -3130,6 +3130,7 @@ class Duplicates:
         # A record that a crash of the system takes away costs a second copy, not a message.
         database.execute("PRAGMA synchronous = NORMAL")
         if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'delivered'").fetchall():
+            database.execute("PRAGMA page_size = 1024")  # of which each record writes two
             database.execute("PRAGMA journal_mode = WAL")
             columns = "message_id TEXT, mailbox TEXT, at REAL, UNIQUE (message_id, mailbox)"
             database.execute(f"CREATE TABLE IF NOT EXISTS delivered ({columns})")
