@@ -252,10 +252,10 @@ def test_nothing_is_lost_across_reloads(site: Site) -> None:
 
 
 def test_nothing_is_lost_by_a_reload_while_processes_start(site: Site) -> None:
-    with Master(site, lmtpd_for_others(site), "-U", "20") as master:
+    with Master(site, lmtpd_for_others(site), "-U", "50") as master:
         reload_under_load(site, master, wait=False)
-        # One may die of the signal while it is not yet more than a process.
-        assert len(master.complaints()) <= 2
+        # One may die of the signal before env(1) holds it back, but not so many that master gives the service up.
+        assert not [line for line in master.syslog.of("master") if "too many" in line]
 
 
 def reload_under_load(site: Site, master: Master, wait: bool) -> None:
