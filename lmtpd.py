@@ -16,8 +16,28 @@ Options:
   --version       Show the version.
 """
 
-# One message's way through the program is the order of this file: small things
-# first, main() last. A section may use those above it and none below.
+# The file follows the path of a message. Helpers come first, main() last. A section
+# uses only the sections above it. The sections, and what each owns:
+#
+# Configuration   the table of options, the syntax of imapd.conf(5)
+# Logging         where a log line goes, and its form
+# Replies         replies, and their form on the wire
+# Stopping        what ends the process early: signals, timers, the shutdown file
+# Connection      octets in and out, deadlines, TLS, who the peer is
+# Local services  requests to daemons on this host
+# Addresses       paths and parameters of commands; user, detail and domain of a recipient
+# Files           identities, guarded paths, drafts, durable files and directories
+# Message         what comes after DATA or BDAT: decoding, limits, header, added fields
+# Maildir++       names of folders and message files, quota, keywords, Dovecot's lock
+# Mailboxes       a user's Maildir: folders, quota, placing a message
+# Users           the user databases
+# Mailstore       the way from a recipient to a mailbox
+# Records         the database of messages that were delivered already
+# Delivery        one message and all its recipients, from placement to replies
+# Authentication  SASL mechanisms, password checks, who may deliver
+# Session         the verbs, and the state of the transaction
+# Service         where connections come from, and how many a process serves
+# Main            command line, configuration, privileges, exit status
 
 from __future__ import annotations
 
@@ -50,6 +70,8 @@ __version__ = "0.1.0"
 
 PRODUCT = f"lmtpd {__version__}"
 CRLF, LF = b"\r\n", b"\n"
+READ_SIZE = 65536  # octets read at a time
+FOREVER = float("inf")  # a deadline that never comes
 # What docopt makes of an empty command line, which it takes some time for.
 NO_ARGUMENTS = {
     "-C": "/etc/imapd.conf",
@@ -79,8 +101,6 @@ FACILITIES = {  # syslog(3)
     **{name: number << 3 for number, name in enumerate(("news", "uucp", "cron", "authpriv", "ftp"), 7)},
     **{f"local{number}": 16 + number << 3 for number in range(8)},
 }
-
-
 XLIST = "xlist-"  # before the special use, in the name of an option
 
 
@@ -522,7 +542,7 @@ def read_lines(file: str) -> Iterator[tuple[str, str, str]]:
 # ======================================================================
 # Logging
 #
-# Owns where a line goes and what it looks like: "event key=value ...".
+# Owns where a log line goes and what it looks like: "event key=value ...".
 # Must not know what happened.
 # ======================================================================
 
@@ -669,7 +689,7 @@ log = Log()
 
 
 # ======================================================================
-# Errors
+# Replies
 #
 # Owns replies and how they are written on the wire.
 # Must not know when they are given.
@@ -747,18 +767,113 @@ def storage_reply(error: OSError) -> Reply:
 
 
 # ======================================================================
-# Connection
+# Stopping
 #
-# Owns octets in and out on two file descriptors, their deadlines, and who the
-# peer is. Must not know LMTP.
+# Owns what may end the process early: signals, timers, the shutdown file.
+# Must not know connections.
 # ======================================================================
 
-READ_SIZE = 65536
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+GRACE = 30  # seconds that a transaction in progress gets after SIGTERM
+
+
+class Interrupted(Exception):
+    """What Stop.raise_until() is there for has happened."""
+
+
+class Stop:
+    """What may end this process: signals, and the shutdown file of the administrator.
+
+    requested: finish the transaction, then leave (SIGTERM, SIGINT). leaving: finish the connection,
+    then leave (SIGHUP). at_once: leave as soon as the message in hand is stored or dropped (a second
+    SIGTERM, or 30 seconds after the first).
+    fd: a descriptor that a signal makes readable, until wake().
+    """
+
+    def __init__(self, shutdown_file: str) -> None:
+        self.requested = self.leaving = self.at_once = self._raises = False
+        self._shutdown_file = shutdown_file
+        signal.signal(signal.SIGTERM, self._terminate)
+        signal.signal(signal.SIGINT, self._terminate)
+        signal.signal(signal.SIGALRM, self._ring)
+        signal.signal(signal.SIGHUP, self._hang_up)
+        self.fd, self._signalled = -1, -1
+        self.open()
+
+    def open(self) -> None:
+        """Makes the descriptor, and lets signals in; a forked process needs one of its own."""
+        old = self.fd, self._signalled
+        self.fd, self._signalled = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
+        for fd in old:
+            if fd >= 0:
+                os.close(fd)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def wake(self) -> None:
+        """Empties the descriptor."""
+        try:
+            os.read(self.fd, READ_SIZE)
+        except BlockingIOError:
+            return
+
+    def raise_until(self, deadline: float = FOREVER) -> None:
+        """Lets a signal, and the passing of the deadline, raise Interrupted, for a wait that cannot look at fd."""
+        self._raises = True
+        if deadline < FOREVER:
+            signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 0.001))
+
+    def raise_no_more(self) -> None:
+        """Ends what raise_until() began."""
+        self._raises = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if self.requested:  # meanwhile, and the time for that has just been stopped
+            signal.alarm(GRACE)
+
+    def notice(self) -> str:
+        """The first line of the shutdown file, "" while there is none."""
+        if not os.access(self._shutdown_file, os.F_OK, effective_ids=True):  # cheaper than an exception
+            return ""
+        try:
+            with open(self._shutdown_file, encoding="utf-8", errors="replace") as file:
+                return file.readline().strip() or SHUTTING_DOWN.text
+        except OSError:
+            return ""
+
+    def _terminate(self, *_: object) -> None:
+        self.at_once = self.requested
+        self.requested = True
+        signal.alarm(GRACE)
+        self._hang_up()
+
+    def _hang_up(self, *_: object) -> None:
+        self.leaving = True
+        self._interrupt()
+
+    def _ring(self, *_: object) -> None:
+        if self.requested:
+            self._terminate()
+        else:
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        if self._raises:
+            self._raises = False
+            raise Interrupted
+
+
+# ======================================================================
+# Connection
+#
+# Owns octets in and out on two file descriptors, their deadlines, TLS, and who
+# the peer is.
+# Must not know LMTP.
+# ======================================================================
+
 WRITE_SIZE = 4096  # what a descriptor that polls writable takes without blocking, pipe(7)
 OUTPUT_LIMIT = 65536
 LINE_LIMIT = 8192  # octets of a command line with its end
 LINGER = 2.0  # seconds
-FOREVER = float("inf")
 PROXY_V1_LIMIT = 105  # octets of the longest header without its end
 PROXY_V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 PROXY_V2_LOCAL, PROXY_V2_PROXY = 0x20, 0x21
@@ -1325,8 +1440,9 @@ class Pause:
 # ======================================================================
 # Addresses
 #
-# Owns the syntax of paths and parameters, and what of a recipient is user, detail
-# and domain. Must not know folders on disk.
+# Owns the syntax of paths and parameters, and which part of a recipient is
+# user, detail and domain.
+# Must not know folders.
 # ======================================================================
 
 PATH_LIMIT = 900  # octets; RFC 5321 section 4.5.3.1.3 asks for 256, a header line has room for 998
@@ -1498,6 +1614,318 @@ class Recipient:
     def userid(self) -> str:
         """The name by which the mailstore knows the user."""
         return f"{self.user}@{self.domain}" if self.domain else self.user
+
+
+# ======================================================================
+# Files
+#
+# Owns identities, guarded paths, drafts, and files and directories that are
+# made durable.
+# Must not know mail.
+# ======================================================================
+
+NAME_LIMIT = 255  # octets of a name in a file system
+NAMES_MADE = itertools.count(1)
+HOST = socket.gethostname().replace("/", "\\057").replace(":", "\\072")  # as maildir(5) writes it
+WRITEBACK_SIZE = 1 << 20  # octets
+NO_HARD_LINK = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP)
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+OLD_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a user may have put a FIFO there
+
+
+class Identity:
+    """A user's rights: while a "with" block lasts, the process acts with his user and group ids, and with no others.
+
+    own: whether they are the process's anyway, and nothing changes. Blocks of one identity may be nested.
+    Raises OSError where root is needed for it. Source: credentials(7).
+    """
+
+    def __init__(self, uid: int, gid: int, groups: Sequence[int]) -> None:
+        self.uid, self.gid, self._groups = uid, gid, groups
+        self.own = (uid, gid) == (os.geteuid(), os.getegid())
+        self._depth = 0
+        self._before: tuple[int, int, Sequence[int]] = (-1, -1, ())
+
+    @classmethod
+    def of_process(cls) -> Identity:
+        """The identity that the process has."""
+        return cls(os.geteuid(), os.getegid(), ())
+
+    def __enter__(self) -> None:
+        if self.own:
+            return
+        if not self._depth:
+            self._before = os.geteuid(), os.getegid(), os.getgroups()
+            try:
+                take_ids(self.uid, self.gid, self._groups)
+            except BaseException:
+                take_ids(*self._before)
+                raise
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        if self.own:
+            return
+        self._depth -= 1
+        if not self._depth:
+            take_ids(*self._before)
+
+
+def take_ids(uid: int, gid: int, groups: Sequence[int]) -> None:
+    """Makes these the effective ids of the process, which root must have started. Raises OSError."""
+    try:
+        os.seteuid(0)
+    except PermissionError:
+        text = f"only an lmtpd that root has started can act as the user with the id {uid}"
+        raise PermissionError(errno.EPERM, text) from None
+    os.setgroups(groups)
+    os.setegid(gid)
+    os.seteuid(uid)
+
+
+class Draft:
+    """A message file in the tmp/ of a Maildir, where nobody looks yet.
+
+    folder: a descriptor of the tmp/, which is closed with the draft. identity: whose file it is.
+    Raises OSError, save for discard(). Source: maildir(5).
+    """
+
+    def __init__(self, folder: int, identity: Identity) -> None:
+        self.identity = identity
+        self._name = unique_name()
+        self._folder = folder
+        self._size = self._sent_to_disk = 0
+        try:
+            self._fd = os.open(self._name, NEW_FILE, 0o666, dir_fd=folder)
+        except OSError:
+            os.close(folder)
+            raise
+
+    def write(self, data: bytes) -> None:
+        """Appends data."""
+        write_all(self._fd, data)
+        self._size += len(data)
+        if self._size - self._sent_to_disk >= WRITEBACK_SIZE:
+            # The disk begins to write while the rest still arrives, and sync() has less to wait for.
+            os.posix_fadvise(self._fd, self._sent_to_disk, self._size - self._sent_to_disk, os.POSIX_FADV_DONTNEED)
+            self._sent_to_disk = self._size
+
+    def copy(self, other: Draft, size: int) -> None:
+        """Appends so many octets from the beginning of another draft."""
+        offset = 0
+        while data := os.pread(other._fd, min(READ_SIZE, size - offset), offset):
+            self.write(data)
+            offset += len(data)
+        if offset < size:
+            raise OSError(errno.EIO, "a draft is shorter than it was")
+
+    def device(self) -> int:
+        """The number of the file system that it is on."""
+        with self.identity:
+            return os.fstat(self._fd).st_dev
+
+    def hide(self) -> None:
+        """Takes its name away, so that nobody else can open it, and it can only be copied."""
+        os.unlink(self._name, dir_fd=self._folder)
+        self._name = ""
+
+    def may_be_of(self, identity: Identity) -> bool:
+        """Whether the file may also be a file of that identity."""
+        return bool(self._name) and (identity.uid, identity.gid) == (self.identity.uid, self.identity.gid)
+
+    def sync(self) -> None:
+        """Ends the writing: when this returns, all octets are on the disk."""
+        os.fsync(self._fd)
+
+    def make_newer(self, seconds: float) -> None:
+        """Gives the file a time that is later by a second, if it is not later anyway."""
+        now = time.time()
+        if now < seconds + 1:
+            os.utime(self._fd, (now, seconds + 1))
+
+    def link(self, folder: int, name: str) -> None:
+        """Gives the file a second name in another folder, of which this is a descriptor."""
+        os.link(self._name, name, src_dir_fd=self._folder, dst_dir_fd=folder, follow_symlinks=False)
+
+    def move(self, folder: int, name: str) -> None:
+        """Gives the file that name, in that folder, instead of its own."""
+        os.rename(self._name, name, src_dir_fd=self._folder, dst_dir_fd=folder)
+        self._name = ""
+
+    def discard(self) -> None:
+        """Ends it, and removes the file, unless it has been moved."""
+        try:
+            os.close(self._fd)
+            if self._name:
+                with self.identity:
+                    os.unlink(self._name, dir_fd=self._folder)
+        except OSError as error:
+            log.warning("draft left behind", file=self._name, cause=error)
+        finally:
+            os.close(self._folder)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Writes all of data to a file. Raises OSError, also if it takes nothing and does not say why."""
+    while data:
+        written = os.write(fd, data)
+        if not written:
+            raise OSError(errno.EIO, "nothing was written")
+        data = data[written:]
+
+
+class Tree:
+    """The folders and files of a Maildir, as the file system knows them. Everything raises OSError.
+
+    guarded: a symbolic link is followed only where nobody but root can have put it, see open_folder().
+    """
+
+    def __init__(self, path: str, identity: Identity) -> None:
+        self.path, self.guarded = path, not identity.own
+        self._identity = identity
+
+    def path_of(self, folder: str) -> str:
+        """Where the folder is."""
+        return f"{self.path}/{folder}".rstrip("/")
+
+    def open(self, folder: str) -> int:
+        """A descriptor of a folder below it, "" for itself."""
+        return open_folder(self.path_of(folder), self.guarded)
+
+    def open_or_make(self, folder: str) -> int:
+        """The same; the folder is made if it is missing, but not those above it."""
+        try:
+            return self.open(folder)
+        except FileNotFoundError:
+            self.make(folder)
+            return self.open(folder)
+
+    def make(self, folder: str) -> None:
+        """Makes a folder for good."""
+        parent, name = os.path.split(f"{self.path}/{folder}")
+        make_folder(parent, name, self.guarded)
+
+    def folders(self) -> list[str]:
+        """The names of all folders in it."""
+        place = self.open("")
+        try:
+            with os.scandir(place) as entries:
+                return [entry.name for entry in entries if entry.is_dir(follow_symlinks=not self.guarded)]
+        finally:
+            os.close(place)
+
+    def open_file(self, folder: str, name: str, flags: int) -> int:
+        """A descriptor of a plain file in the folder."""
+        if self.guarded:
+            place = self.open(folder)
+            try:
+                fd = os.open(name, flags | OLD_FILE, 0o666, dir_fd=place)
+            finally:
+                os.close(place)
+        else:
+            fd = os.open(f"{self.path_of(folder)}/{name}", flags | OLD_FILE, 0o666)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "not a plain file", name)
+        return fd
+
+    def write_file(self, folder: str, name: str, flags: int, content: bytes) -> None:
+        """Writes to a plain file in the folder, which these flags of open(2) say how to open."""
+        fd = self.open_file(folder, name, os.O_WRONLY | flags)
+        try:
+            write_all(fd, content)
+        finally:
+            os.close(fd)
+
+    def add_file(self, folder: str, name: str, content: bytes) -> None:
+        """Makes a file in the folder, all at once, unless there is one of that name."""
+
+        def link(draft: Draft, place: int) -> None:
+            try:
+                draft.link(place, name)
+            except FileExistsError:
+                return
+            except OSError as error:
+                if error.errno not in NO_HARD_LINK:
+                    raise
+                if name not in os.listdir(place):
+                    draft.move(place, name)
+
+        self._put_file(folder, content, link)
+
+    def replace_file(self, folder: str, name: str, content: bytes, newer_than: float = 0) -> None:
+        """Replaces a file in the folder, all at once, by another, which gets a later time than the one given."""
+
+        def move(draft: Draft, place: int) -> None:
+            draft.make_newer(newer_than)
+            draft.move(place, name)
+
+        self._put_file(folder, content, move)
+
+    def _put_file(self, folder: str, content: bytes, put: Callable[[Draft, int], None]) -> None:
+        draft = Draft(self.open_or_make(f"{folder}/tmp"), self._identity)
+        try:
+            draft.write(content)
+            draft.sync()
+            place = self.open(folder)
+            try:
+                put(draft, place)
+            finally:
+                os.close(place)
+        finally:
+            draft.discard()
+
+
+def open_folder(path: str, guarded: bool) -> int:
+    """A descriptor of the folder at an absolute path. Raises OSError.
+
+    guarded: a symbolic link is followed only where nobody but root can have put it.
+    """
+    if not guarded:
+        return os.open(path, FOLDER)
+    fd = os.open("/", FOLDER)
+    parts = [part for part in path.split("/") if part] or ["."]
+    for left, part in enumerate(parts, 1 - len(parts)):
+        flags = FOLDER | os.O_PATH if left else FOLDER  # to pass through, no right to read is needed
+        status = os.fstat(fd)
+        trusted = status.st_uid == 0 and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        try:
+            below = os.open(part, flags if trusted else flags | os.O_NOFOLLOW, dir_fd=fd)
+        except NotADirectoryError:
+            raise OSError(errno.ELOOP, "no folder, and if it is a symbolic link, not followed", path) from None
+        finally:
+            os.close(fd)
+        fd = below
+    return fd
+
+
+def make_folders(path: str, spool: str, guarded: bool) -> None:
+    """Makes a folder for good, and those between it and the spool. Raises OSError."""
+    parent, name = os.path.split(path)
+    # Below the spool one that is there may have been made by another process, and not yet synced.
+    if parent not in (spool, "/") and (parent.startswith(f"{spool}/") or not os.path.isdir(parent)):
+        make_folders(parent, spool, guarded)
+    make_folder(parent, name, guarded)
+
+
+def make_folder(parent: str, name: str, guarded: bool) -> None:
+    """Makes a folder of that name for good. Raises OSError."""
+    folder = open_folder(parent, guarded)
+    try:
+        os.mkdir(name, 0o777, dir_fd=folder)
+    except FileExistsError:
+        pass  # made by another process for another message, and perhaps not yet synced
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def unique_name() -> str:
+    """A name that no other message on this host has or will have: time, process, count, host. Source: maildir(5)."""
+    seconds, microseconds = divmod(time.time_ns() // 1000, 1_000_000)
+    return f"{seconds}.M{microseconds:06d}P{os.getpid()}Q{next(NAMES_MADE)}.{HOST}"
 
 
 # ======================================================================
@@ -1812,22 +2240,13 @@ def received_field(
 
 
 # ======================================================================
-# Mailstore
+# Maildir++
 #
-# Owns who has a mailbox, where it is, and how a message gets into it for good.
-# Must not know LMTP, nor who asked.
+# Owns the names of folders and message files, the quota file, the keyword file
+# and Dovecot's lock.
+# Must not know whose Maildir it is.
 # ======================================================================
 
-NAME_LIMIT = 255  # octets of a name in a file system
-USER_UNKNOWN = Reply(550, "5.1.1", "User unknown")
-NAMES_MADE = itertools.count(1)
-HOST = socket.gethostname().replace("/", "\\057").replace(":", "\\072")  # as maildir(5) writes it
-WRITEBACK_SIZE = 1 << 20  # octets
-ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)  # errors that say that there is no such folder
-NO_HARD_LINK = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP)
-FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-OLD_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a user may have put a FIFO there
 INBOX = ""
 QUOTA_FILE, KEYWORD_FILE, LOCK_FILE = "maildirsize", "dovecot-keywords", "dovecot-uidlist.lock"
 QUOTA_FILE_LIMIT = 5120  # octets after which it is written anew
@@ -1837,277 +2256,77 @@ FLAG_LETTERS = {r"\draft": "D", r"\flagged": "F", r"\answered": "R", r"\seen": "
 KEYWORD_ATOM = frozenset(map(chr, range(33, 127))) - frozenset('(){%*"\\]')  # RFC 3501 section 9, flag-keyword
 KEYWORD_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LOCK_PATIENCE, LOCK_STALE = 30, 120  # seconds
-NOBODY = 65534  # the user id of who has no other
-PASSWD_SIZE = 512  # octets, more than a struct passwd has anywhere
-MAILBOX_FULL = Reply(452, "4.2.2", "Mailbox is full, try again later")
-MAILBOX_FULL_FOR_GOOD = Reply(552, "5.2.2", "Mailbox is full")
 
 
-class Identity:
-    """A user's rights: while a "with" block lasts, the process acts with his user and group ids, and with no others.
-
-    own: whether they are the process's anyway, and nothing changes. Blocks of one identity may be nested.
-    Raises OSError where root is needed for it. Source: credentials(7).
-    """
-
-    def __init__(self, uid: int, gid: int, groups: Sequence[int]) -> None:
-        self.uid, self.gid, self._groups = uid, gid, groups
-        self.own = (uid, gid) == (os.geteuid(), os.getegid())
-        self._depth = 0
-        self._before: tuple[int, int, Sequence[int]] = (-1, -1, ())
-
-    @classmethod
-    def of_process(cls) -> Identity:
-        """The identity that the process has."""
-        return cls(os.geteuid(), os.getegid(), ())
-
-    def __enter__(self) -> None:
-        if self.own:
-            return
-        if not self._depth:
-            self._before = os.geteuid(), os.getegid(), os.getgroups()
-            try:
-                take_ids(self.uid, self.gid, self._groups)
-            except BaseException:
-                take_ids(*self._before)
-                raise
-        self._depth += 1
-
-    def __exit__(self, *_: object) -> None:
-        if self.own:
-            return
-        self._depth -= 1
-        if not self._depth:
-            take_ids(*self._before)
+def folder_parts(name: str, config: Config) -> tuple[str, ...]:
+    """The parts of a folder's name, () for the INBOX; ValueError for a name that no folder can have."""
+    if name.upper() == "INBOX":
+        return ()
+    parts = tuple(name.split("/" if config.unixhierarchysep else "."))
+    for part in parts:
+        if not part or not is_printable(part) or "/" in part or "." in part:
+            raise ValueError(f"{name!r} cannot be a folder's name")
+    if len(folder_directory(parts)) > NAME_LIMIT:
+        raise ValueError(f"{name!r} is too long for a folder's name")
+    return parts
 
 
-def take_ids(uid: int, gid: int, groups: Sequence[int]) -> None:
-    """Makes these the effective ids of the process, which root must have started. Raises OSError."""
+def folder_directory(parts: Sequence[str]) -> str:
+    """The name of a folder's directory in a Maildir++."""
+    return "".join(f".{to_modified_utf7(part)}" for part in parts)
+
+
+def folder_named(name: str, config: Config) -> str:
+    """The folder of that name, INBOX if no folder can have it."""
     try:
-        os.seteuid(0)
-    except PermissionError:
-        text = f"only an lmtpd that root has started can act as the user with the id {uid}"
-        raise PermissionError(errno.EPERM, text) from None
-    os.setgroups(groups)
-    os.setegid(gid)
-    os.seteuid(uid)
+        return folder_directory(folder_parts(name, config))
+    except ValueError:
+        return INBOX
 
 
-class Draft:
-    """A message file in the tmp/ of a Maildir, where nobody looks yet.
-
-    folder: a descriptor of the tmp/, which is closed with the draft. identity: whose file it is.
-    Raises OSError, save for discard(). Source: maildir(5).
-    """
-
-    def __init__(self, folder: int, identity: Identity) -> None:
-        self.identity = identity
-        self._name = unique_name()
-        self._folder = folder
-        self._size = self._sent_to_disk = 0
-        try:
-            self._fd = os.open(self._name, NEW_FILE, 0o666, dir_fd=folder)
-        except OSError:
-            os.close(folder)
-            raise
-
-    def write(self, data: bytes) -> None:
-        """Appends data."""
-        write_all(self._fd, data)
-        self._size += len(data)
-        if self._size - self._sent_to_disk >= WRITEBACK_SIZE:
-            # The disk begins to write while the rest still arrives, and sync() has less to wait for.
-            os.posix_fadvise(self._fd, self._sent_to_disk, self._size - self._sent_to_disk, os.POSIX_FADV_DONTNEED)
-            self._sent_to_disk = self._size
-
-    def copy(self, other: Draft, size: int) -> None:
-        """Appends so many octets from the beginning of another draft."""
-        offset = 0
-        while data := os.pread(other._fd, min(READ_SIZE, size - offset), offset):
-            self.write(data)
-            offset += len(data)
-        if offset < size:
-            raise OSError(errno.EIO, "a draft is shorter than it was")
-
-    def device(self) -> int:
-        """The number of the file system that it is on."""
-        with self.identity:
-            return os.fstat(self._fd).st_dev
-
-    def hide(self) -> None:
-        """Takes its name away, so that nobody else can open it, and it can only be copied."""
-        os.unlink(self._name, dir_fd=self._folder)
-        self._name = ""
-
-    def may_be_of(self, identity: Identity) -> bool:
-        """Whether the file may also be a file of that identity."""
-        return bool(self._name) and (identity.uid, identity.gid) == (self.identity.uid, self.identity.gid)
-
-    def sync(self) -> None:
-        """Ends the writing: when this returns, all octets are on the disk."""
-        os.fsync(self._fd)
-
-    def make_newer(self, seconds: float) -> None:
-        """Gives the file a time that is later by a second, if it is not later anyway."""
-        now = time.time()
-        if now < seconds + 1:
-            os.utime(self._fd, (now, seconds + 1))
-
-    def link(self, folder: int, name: str) -> None:
-        """Gives the file a second name in another folder, of which this is a descriptor."""
-        os.link(self._name, name, src_dir_fd=self._folder, dst_dir_fd=folder, follow_symlinks=False)
-
-    def move(self, folder: int, name: str) -> None:
-        """Gives the file that name, in that folder, instead of its own."""
-        os.rename(self._name, name, src_dir_fd=self._folder, dst_dir_fd=folder)
-        self._name = ""
-
-    def discard(self) -> None:
-        """Ends it, and removes the file, unless it has been moved."""
-        try:
-            os.close(self._fd)
-            if self._name:
-                with self.identity:
-                    os.unlink(self._name, dir_fd=self._folder)
-        except OSError as error:
-            log.warning("draft left behind", file=self._name, cause=error)
-        finally:
-            os.close(self._folder)
+def spellings(name: str, config: Config) -> list[str]:
+    """The directories that a folder of that name may have: in modified UTF-7, and as Courier has it, in UTF-8."""
+    folder = folder_named(name, config)
+    return sorted({folder, from_modified_utf7(folder)}, key=len, reverse=True)
 
 
-def write_all(fd: int, data: bytes) -> None:
-    """Writes all of data to a file. Raises OSError, also if it takes nothing and does not say why."""
-    while data:
-        written = os.write(fd, data)
-        if not written:
-            raise OSError(errno.EIO, "nothing was written")
-        data = data[written:]
-
-
-class Delivered:
-    """A message in a mailbox, where it can be seen; after sync() it is there for good.
-
-    name: its file's. octets, messages: what it has added to the quota.
-    """
-
-    def __init__(self, mailbox: Maildir, folder: int, name: str, octets: int, messages: int) -> None:
-        self.name = name
-        self._octets, self._messages = octets, messages
-        self._mailbox, self._folder = mailbox, folder
-
-    def sync(self) -> None:
-        """Makes it durable, or else takes it back and raises OSError. To be called once."""
-        try:
-            os.fsync(self._folder)
-        except OSError:
-            with self._mailbox.identity:
-                os.unlink(self.name, dir_fd=self._folder)
-            self._mailbox.charge(-self._octets, -self._messages)
-            raise
-        finally:
-            os.close(self._folder)
-
-
-class Tree:
-    """The folders and files of a Maildir, as the file system knows them. Everything raises OSError.
-
-    guarded: a symbolic link is followed only where nobody but root can have put it, see open_folder().
-    """
-
-    def __init__(self, path: str, identity: Identity) -> None:
-        self.path, self.guarded = path, not identity.own
-        self._identity = identity
-
-    def path_of(self, folder: str) -> str:
-        """Where the folder is."""
-        return f"{self.path}/{folder}".rstrip("/")
-
-    def open(self, folder: str) -> int:
-        """A descriptor of a folder below it, "" for itself."""
-        return open_folder(self.path_of(folder), self.guarded)
-
-    def open_or_make(self, folder: str) -> int:
-        """The same; the folder is made if it is missing, but not those above it."""
-        try:
-            return self.open(folder)
-        except FileNotFoundError:
-            self.make(folder)
-            return self.open(folder)
-
-    def make(self, folder: str) -> None:
-        """Makes a folder for good."""
-        parent, name = os.path.split(f"{self.path}/{folder}")
-        make_folder(parent, name, self.guarded)
-
-    def folders(self) -> list[str]:
-        """The names of all folders in it."""
-        place = self.open("")
-        try:
-            with os.scandir(place) as entries:
-                return [entry.name for entry in entries if entry.is_dir(follow_symlinks=not self.guarded)]
-        finally:
-            os.close(place)
-
-    def open_file(self, folder: str, name: str, flags: int) -> int:
-        """A descriptor of a plain file in the folder."""
-        if self.guarded:
-            place = self.open(folder)
-            try:
-                fd = os.open(name, flags | OLD_FILE, 0o666, dir_fd=place)
-            finally:
-                os.close(place)
+def to_modified_utf7(text: str) -> str:
+    """The text in ASCII, as IMAP has it. Source: RFC 3501 section 5.1.3."""
+    encoded, foreign = [], ""
+    for character in f"{text}\0":
+        if character == "\0" or " " <= character <= "~":
+            if foreign:
+                encoded.append(f"&{modified_base64(foreign)}-")
+                foreign = ""
+            encoded.append("&-" if character == "&" else character)
         else:
-            fd = os.open(f"{self.path_of(folder)}/{name}", flags | OLD_FILE, 0o666)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise OSError(errno.EINVAL, "not a plain file", name)
-        return fd
+            foreign += character
+    return "".join(encoded)[:-1]
 
-    def write_file(self, folder: str, name: str, flags: int, content: bytes) -> None:
-        """Writes to a plain file in the folder, which these flags of open(2) say how to open."""
-        fd = self.open_file(folder, name, os.O_WRONLY | flags)
+
+def modified_base64(text: str) -> str:
+    """The UTF-16 of a text in the base64 of RFC 3501 section 5.1.3."""
+    from binascii import b2a_base64
+
+    octets = text.encode("utf-16-be", "surrogatepass")
+    return b2a_base64(octets, newline=False).decode("ascii").rstrip("=").replace("/", ",")
+
+
+def from_modified_utf7(text: str) -> str:
+    """The text that to_modified_utf7() has made ASCII; what is malformed stays as it is."""
+    from binascii import a2b_base64
+
+    first, *rest = text.split("&")
+    decoded = [first]
+    for part in rest:
+        encoded, _, after = part.partition("-")
+        padding = "=" * (-len(encoded) % 4)
         try:
-            write_all(fd, content)
-        finally:
-            os.close(fd)
-
-    def add_file(self, folder: str, name: str, content: bytes) -> None:
-        """Makes a file in the folder, all at once, unless there is one of that name."""
-
-        def link(draft: Draft, place: int) -> None:
-            try:
-                draft.link(place, name)
-            except FileExistsError:
-                return
-            except OSError as error:
-                if error.errno not in NO_HARD_LINK:
-                    raise
-                if name not in os.listdir(place):
-                    draft.move(place, name)
-
-        self._put_file(folder, content, link)
-
-    def replace_file(self, folder: str, name: str, content: bytes, newer_than: float = 0) -> None:
-        """Replaces a file in the folder, all at once, by another, which gets a later time than the one given."""
-
-        def move(draft: Draft, place: int) -> None:
-            draft.make_newer(newer_than)
-            draft.move(place, name)
-
-        self._put_file(folder, content, move)
-
-    def _put_file(self, folder: str, content: bytes, put: Callable[[Draft, int], None]) -> None:
-        draft = Draft(self.open_or_make(f"{folder}/tmp"), self._identity)
-        try:
-            draft.write(content)
-            draft.sync()
-            place = self.open(folder)
-            try:
-                put(draft, place)
-            finally:
-                os.close(place)
-        finally:
-            draft.discard()
+            octets = a2b_base64(encoded.replace(",", "/") + padding)
+            decoded.append((octets.decode("utf-16-be") if encoded else "&") + after)
+        except ValueError:
+            decoded.append(f"&{part}")
+    return "".join(decoded)
 
 
 class Usage:
@@ -2414,75 +2633,40 @@ def is_gone(process: int) -> bool:
     return False
 
 
-def folder_parts(name: str, config: Config) -> tuple[str, ...]:
-    """The parts of a folder's name, () for the INBOX; ValueError for a name that no folder can have."""
-    if name.upper() == "INBOX":
-        return ()
-    parts = tuple(name.split("/" if config.unixhierarchysep else "."))
-    for part in parts:
-        if not part or not is_printable(part) or "/" in part or "." in part:
-            raise ValueError(f"{name!r} cannot be a folder's name")
-    if len(folder_directory(parts)) > NAME_LIMIT:
-        raise ValueError(f"{name!r} is too long for a folder's name")
-    return parts
+# ======================================================================
+# Mailboxes
+#
+# Owns a user's Maildir: its folders, its quota, and how a message gets into it.
+# Must not know LMTP or Sieve.
+# ======================================================================
+
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)  # errors that say that there is no such folder
+MAILBOX_FULL = Reply(452, "4.2.2", "Mailbox is full, try again later")
+MAILBOX_FULL_FOR_GOOD = Reply(552, "5.2.2", "Mailbox is full")
 
 
-def folder_directory(parts: Sequence[str]) -> str:
-    """The name of a folder's directory in a Maildir++."""
-    return "".join(f".{to_modified_utf7(part)}" for part in parts)
+class Delivered:
+    """A message in a mailbox, where it can be seen; after sync() it is there for good.
 
+    name: its file's. octets, messages: what it has added to the quota.
+    """
 
-def folder_named(name: str, config: Config) -> str:
-    """The folder of that name, INBOX if no folder can have it."""
-    try:
-        return folder_directory(folder_parts(name, config))
-    except ValueError:
-        return INBOX
+    def __init__(self, mailbox: Maildir, folder: int, name: str, octets: int, messages: int) -> None:
+        self.name = name
+        self._octets, self._messages = octets, messages
+        self._mailbox, self._folder = mailbox, folder
 
-
-def spellings(name: str, config: Config) -> list[str]:
-    """The directories that a folder of that name may have: in modified UTF-7, and as Courier has it, in UTF-8."""
-    folder = folder_named(name, config)
-    return sorted({folder, from_modified_utf7(folder)}, key=len, reverse=True)
-
-
-def to_modified_utf7(text: str) -> str:
-    """The text in ASCII, as IMAP has it. Source: RFC 3501 section 5.1.3."""
-    encoded, foreign = [], ""
-    for character in f"{text}\0":
-        if character == "\0" or " " <= character <= "~":
-            if foreign:
-                encoded.append(f"&{modified_base64(foreign)}-")
-                foreign = ""
-            encoded.append("&-" if character == "&" else character)
-        else:
-            foreign += character
-    return "".join(encoded)[:-1]
-
-
-def modified_base64(text: str) -> str:
-    """The UTF-16 of a text in the base64 of RFC 3501 section 5.1.3."""
-    from binascii import b2a_base64
-
-    octets = text.encode("utf-16-be", "surrogatepass")
-    return b2a_base64(octets, newline=False).decode("ascii").rstrip("=").replace("/", ",")
-
-
-def from_modified_utf7(text: str) -> str:
-    """The text that to_modified_utf7() has made ASCII; what is malformed stays as it is."""
-    from binascii import a2b_base64
-
-    first, *rest = text.split("&")
-    decoded = [first]
-    for part in rest:
-        encoded, _, after = part.partition("-")
-        padding = "=" * (-len(encoded) % 4)
+    def sync(self) -> None:
+        """Makes it durable, or else takes it back and raises OSError. To be called once."""
         try:
-            octets = a2b_base64(encoded.replace(",", "/") + padding)
-            decoded.append((octets.decode("utf-16-be") if encoded else "&") + after)
-        except ValueError:
-            decoded.append(f"&{part}")
-    return "".join(decoded)
+            os.fsync(self._folder)
+        except OSError:
+            with self._mailbox.identity:
+                os.unlink(self.name, dir_fd=self._folder)
+            self._mailbox.charge(-self._octets, -self._messages)
+            raise
+        finally:
+            os.close(self._folder)
 
 
 class Maildir:
@@ -2675,6 +2859,18 @@ class Maildir:
             draft.discard()
             raise
         return draft
+
+
+# ======================================================================
+# Users
+#
+# Owns the user databases: Maildirs, the accounts of the host, Dovecot's.
+# Must not know LMTP.
+# ======================================================================
+
+USER_UNKNOWN = Reply(550, "5.1.1", "User unknown")
+NOBODY = 65534  # the user id of who has no other
+PASSWD_SIZE = 512  # octets, more than a struct passwd has anywhere
 
 
 class Account:
@@ -2886,6 +3082,14 @@ def parse_quota_rule(rule: str) -> tuple[int, int]:
     return octets, messages
 
 
+# ======================================================================
+# Mailstore
+#
+# Owns the way from a recipient to a mailbox.
+# Must not know LMTP.
+# ======================================================================
+
+
 class MaildirStore:
     """Maildirs, one for each user, at the place that the user database or the option maildir_path names."""
 
@@ -2992,69 +3196,16 @@ def is_safe_name(name: str) -> bool:
     return bool(name) and not name.startswith(".") and "/" not in name and is_printable(name)
 
 
-def open_folder(path: str, guarded: bool) -> int:
-    """A descriptor of the folder at an absolute path. Raises OSError.
-
-    guarded: a symbolic link is followed only where nobody but root can have put it.
-    """
-    if not guarded:
-        return os.open(path, FOLDER)
-    fd = os.open("/", FOLDER)
-    parts = [part for part in path.split("/") if part] or ["."]
-    for left, part in enumerate(parts, 1 - len(parts)):
-        flags = FOLDER | os.O_PATH if left else FOLDER  # to pass through, no right to read is needed
-        status = os.fstat(fd)
-        trusted = status.st_uid == 0 and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        try:
-            below = os.open(part, flags if trusted else flags | os.O_NOFOLLOW, dir_fd=fd)
-        except NotADirectoryError:
-            raise OSError(errno.ELOOP, "no folder, and if it is a symbolic link, not followed", path) from None
-        finally:
-            os.close(fd)
-        fd = below
-    return fd
-
-
-def make_folders(path: str, spool: str, guarded: bool) -> None:
-    """Makes a folder for good, and those between it and the spool. Raises OSError."""
-    parent, name = os.path.split(path)
-    # Below the spool one that is there may have been made by another process, and not yet synced.
-    if parent not in (spool, "/") and (parent.startswith(f"{spool}/") or not os.path.isdir(parent)):
-        make_folders(parent, spool, guarded)
-    make_folder(parent, name, guarded)
-
-
-def make_folder(parent: str, name: str, guarded: bool) -> None:
-    """Makes a folder of that name for good. Raises OSError."""
-    folder = open_folder(parent, guarded)
-    try:
-        os.mkdir(name, 0o777, dir_fd=folder)
-    except FileExistsError:
-        pass  # made by another process for another message, and perhaps not yet synced
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def unique_name() -> str:
-    """A name that no other message on this host has or will have: time, process, count, host. Source: maildir(5)."""
-    seconds, microseconds = divmod(time.time_ns() // 1000, 1_000_000)
-    return f"{seconds}.M{microseconds:06d}P{os.getpid()}Q{next(NAMES_MADE)}.{HOST}"
-
-
 # ======================================================================
-# Delivery
+# Records
 #
-# Owns what happens to one message and all its recipients.
-# Must not know the wire.
+# Owns the database of what has been delivered already.
+# Must not know what follows from that.
 # ======================================================================
 
-BATCH = 200  # mailboxes that are open at a time, of which each needs a descriptor
 DATABASE_PATIENCE = 5.0  # seconds that the database of duplicates may be locked
 DAY = 86400  # seconds
 EXPIRED_AT_ONCE = 10  # records that are dropped at most for each message
-MESSAGE_ID_LIMIT = 998  # characters of what is taken for an identification, RFC 5322 section 2.1.1
 
 
 class Duplicates:
@@ -3145,6 +3296,17 @@ class Duplicates:
                 database.close()
         except sqlite3.Error:
             return
+
+
+# ======================================================================
+# Delivery
+#
+# Owns what happens to one message and all its recipients.
+# Must not know the wire.
+# ======================================================================
+
+BATCH = 200  # mailboxes that are open at a time, of which each needs a descriptor
+MESSAGE_ID_LIMIT = 998  # characters of what is taken for an identification, RFC 5322 section 2.1.1
 
 
 class Destination:
@@ -3432,7 +3594,6 @@ def failure(error: Exception, mailbox: str) -> Reply:
 # A mechanism is a generator: it yields challenges, is sent responses, and returns the
 # user's name. It raises AuthenticationFailed, Unavailable or ValueError,
 # the last for a response that is malformed.
-
 PLAINTEXT_MECHANISMS = ("PLAIN", "LOGIN")
 SCRAM_MECHANISMS = ("SCRAM-SHA-256", "SCRAM-SHA-1")
 SALT_MINIMUM, ITERATIONS_MINIMUM = 12, 4096  # octets, and RFC 7677 section 4
@@ -4324,98 +4485,11 @@ def parse_chunk_size(argument: str) -> tuple[int, bool]:
 # ======================================================================
 
 COUNT_LIMIT = 1_000_000  # twice so many seconds are what epoll_wait(2) can wait
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 RELOAD_PATIENCE = 5  # seconds that a pool gives its connections after SIGHUP, for nobody is served meanwhile
-GRACE = 30  # seconds that a transaction in progress gets after SIGTERM
 MASTER_STATUS_FD, MASTER_LISTEN_FD = 3, 4  # Cyrus master(8)
 AVAILABLE, UNAVAILABLE, CONNECTED = 1, 2, 3  # what a worker tells master(8), or our own parent
 EPOLLEXCLUSIVE = 1 << 28  # epoll_ctl(2): a connection wakes one worker, not all
 PR_SET_DUMPABLE, PR_SET_PTRACER, PR_SET_PTRACER_ANY = 4, 0x59616D61, -1  # prctl(2)
-
-
-class Interrupted(Exception):
-    """What Stop.raise_until() is there for has happened."""
-
-
-class Stop:
-    """What may end this process: signals, and the shutdown file of the administrator.
-
-    requested: finish the transaction, then leave (SIGTERM, SIGINT). leaving: finish the connection,
-    then leave (SIGHUP). at_once: leave as soon as the message in hand is stored or dropped (a second
-    SIGTERM, or 30 seconds after the first).
-    fd: a descriptor that a signal makes readable, until wake().
-    """
-
-    def __init__(self, shutdown_file: str) -> None:
-        self.requested = self.leaving = self.at_once = self._raises = False
-        self._shutdown_file = shutdown_file
-        signal.signal(signal.SIGTERM, self._terminate)
-        signal.signal(signal.SIGINT, self._terminate)
-        signal.signal(signal.SIGALRM, self._ring)
-        signal.signal(signal.SIGHUP, self._hang_up)
-        self.fd, self._signalled = -1, -1
-        self.open()
-
-    def open(self) -> None:
-        """Makes the descriptor, and lets signals in; a forked process needs one of its own."""
-        old = self.fd, self._signalled
-        self.fd, self._signalled = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
-        for fd in old:
-            if fd >= 0:
-                os.close(fd)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-
-    def wake(self) -> None:
-        """Empties the descriptor."""
-        try:
-            os.read(self.fd, READ_SIZE)
-        except BlockingIOError:
-            return
-
-    def raise_until(self, deadline: float = FOREVER) -> None:
-        """Lets a signal, and the passing of the deadline, raise Interrupted, for a wait that cannot look at fd."""
-        self._raises = True
-        if deadline < FOREVER:
-            signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 0.001))
-
-    def raise_no_more(self) -> None:
-        """Ends what raise_until() began."""
-        self._raises = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        if self.requested:  # meanwhile, and the time for that has just been stopped
-            signal.alarm(GRACE)
-
-    def notice(self) -> str:
-        """The first line of the shutdown file, "" while there is none."""
-        if not os.access(self._shutdown_file, os.F_OK, effective_ids=True):  # cheaper than an exception
-            return ""
-        try:
-            with open(self._shutdown_file, encoding="utf-8", errors="replace") as file:
-                return file.readline().strip() or SHUTTING_DOWN.text
-        except OSError:
-            return ""
-
-    def _terminate(self, *_: object) -> None:
-        self.at_once = self.requested
-        self.requested = True
-        signal.alarm(GRACE)
-        self._hang_up()
-
-    def _hang_up(self, *_: object) -> None:
-        self.leaving = True
-        self._interrupt()
-
-    def _ring(self, *_: object) -> None:
-        if self.requested:
-            self._terminate()
-        else:
-            self._interrupt()
-
-    def _interrupt(self) -> None:
-        if self._raises:
-            self._raises = False
-            raise Interrupted
 
 
 class UsageError(Exception):
@@ -4978,6 +5052,10 @@ def socket_from_inetd() -> Socket:
 
 # ======================================================================
 # Main
+#
+# Owns the order of a start: options, configuration, privileges, service, exit
+# status.
+# Must not know what is served.
 # ======================================================================
 
 
