@@ -778,67 +778,95 @@ GRACE = 30  # seconds that a transaction in progress gets after SIGTERM
 
 
 class Interrupted(Exception):
-    """What Stop.raise_until() is there for has happened."""
+    """A signal arrived, or the deadline passed, within Stop.interruptible()."""
 
 
-class Stop:
-    """What may end this process: signals, and the shutdown file of the administrator.
+class Wakeup:
+    """A pipe that a signal makes readable, so that poll(2) returns. Source: signal.set_wakeup_fd().
 
-    requested: finish the transaction, then leave (SIGTERM, SIGINT). leaving: finish the connection,
-    then leave (SIGHUP). at_once: leave as soon as the message in hand is stored or dropped (a second
-    SIGTERM, or 30 seconds after the first).
-    fd: a descriptor that a signal makes readable, until wake().
+    fd: the end to poll.
     """
 
-    def __init__(self, shutdown_file: str) -> None:
-        self.requested = self.leaving = self.at_once = self._raises = False
-        self._shutdown_file = shutdown_file
-        signal.signal(signal.SIGTERM, self._terminate)
-        signal.signal(signal.SIGINT, self._terminate)
-        signal.signal(signal.SIGALRM, self._ring)
-        signal.signal(signal.SIGHUP, self._hang_up)
+    def __init__(self) -> None:
         self.fd, self._signalled = -1, -1
-        self.open()
 
     def open(self) -> None:
-        """Makes the descriptor, and lets signals in; a forked process needs one of its own."""
+        """Makes the pipe. A forked process calls this again for a pipe of its own."""
         old = self.fd, self._signalled
         self.fd, self._signalled = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
         for fd in old:
             if fd >= 0:
                 os.close(fd)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
-    def wake(self) -> None:
-        """Empties the descriptor."""
+    def drain(self) -> None:
+        """Empties the pipe."""
         try:
             os.read(self.fd, READ_SIZE)
         except BlockingIOError:
             return
 
-    def raise_until(self, deadline: float = FOREVER) -> None:
-        """Lets a signal, and the passing of the deadline, raise Interrupted, for a wait that cannot look at fd."""
-        self._raises = True
-        if deadline < FOREVER:
-            signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 0.001))
 
-    def raise_no_more(self) -> None:
-        """Ends what raise_until() began."""
-        self._raises = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        if self.requested:  # meanwhile, and the time for that has just been stopped
-            signal.alarm(GRACE)
+class ShutdownFile:
+    """The file by which an administrator stops all deliveries on the host."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
 
     def notice(self) -> str:
-        """The first line of the shutdown file, "" while there is none."""
-        if not os.access(self._shutdown_file, os.F_OK, effective_ids=True):  # cheaper than an exception
+        """The first line of the file; "" while there is no file."""
+        if not os.access(self._path, os.F_OK, effective_ids=True):  # cheaper than an exception
             return ""
         try:
-            with open(self._shutdown_file, encoding="utf-8", errors="replace") as file:
+            with open(self._path, encoding="utf-8", errors="replace") as file:
                 return file.readline().strip() or SHUTTING_DOWN.text
         except OSError:
             return ""
+
+
+class Stop:
+    """How soon this process has to end, as signals tell it.
+
+    leaving: finish the connection, then exit (SIGHUP, SIGTERM, SIGINT). requested: finish the transaction, then exit
+    (SIGTERM, SIGINT). at_once: exit as soon as the message in hand is stored or dropped (a second SIGTERM, or GRACE
+    seconds after the first).
+    wakeup: becomes readable when a signal arrives. shutdown_file: the administrator's notice to clients.
+    """
+
+    def __init__(self, shutdown_file: ShutdownFile) -> None:
+        self.requested = self.leaving = self.at_once = False
+        self.wakeup, self.shutdown_file = Wakeup(), shutdown_file
+        self._may_raise = False
+
+    def listen(self) -> None:
+        """Handles signals from now on."""
+        signal.signal(signal.SIGTERM, self._terminate)
+        signal.signal(signal.SIGINT, self._terminate)
+        signal.signal(signal.SIGALRM, self._expire)
+        signal.signal(signal.SIGHUP, self._hang_up)
+        self.resume()
+
+    def resume(self) -> None:
+        """Lets signals in, through a pipe of this process's own; also in a forked process."""
+        self.wakeup.open()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def interruptible(self, deadline: float = FOREVER) -> Interruptible:
+        """A "with" block in which a signal, or the deadline, raises Interrupted."""
+        return Interruptible(self, deadline)
+
+    def start_raising(self, deadline: float) -> None:
+        """Lets the next signal raise Interrupted, and sets the timer for the deadline."""
+        self._may_raise = True
+        if deadline < FOREVER:
+            signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 0.001))
+
+    def stop_raising(self) -> None:
+        """Ends what start_raising() began."""
+        self._may_raise = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if self.requested:  # meanwhile; the line above has stopped the timer of GRACE
+            signal.alarm(GRACE)
 
     def _terminate(self, *_: object) -> None:
         self.at_once = self.requested
@@ -850,16 +878,30 @@ class Stop:
         self.leaving = True
         self._interrupt()
 
-    def _ring(self, *_: object) -> None:
+    def _expire(self, *_: object) -> None:
+        """The one timer of the process has run out: that of GRACE, else that of a deadline."""
         if self.requested:
             self._terminate()
         else:
             self._interrupt()
 
     def _interrupt(self) -> None:
-        if self._raises:
-            self._raises = False
+        if self._may_raise:
+            self._may_raise = False
             raise Interrupted
+
+
+class Interruptible:
+    """See Stop.interruptible(): for a wait that cannot poll the wake-up pipe."""
+
+    def __init__(self, stop: Stop, deadline: float) -> None:
+        self._stop, self._deadline = stop, deadline
+
+    def __enter__(self) -> None:
+        self._stop.start_raising(self._deadline)
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.stop_raising()
 
 
 # ======================================================================
@@ -4088,7 +4130,7 @@ class Session:
         if self._config.chatty:
             log.info("command", line=self._loggable(line))
         verb, _, argument = command.partition(" ")
-        if (notice := self._stop.notice()) and verb.upper() not in USEFUL_WHILE_SHUT:
+        if (notice := self._stop.shutdown_file.notice()) and verb.upper() not in USEFUL_WHILE_SHUT:
             raise LmtpError(Reply(421, "4.3.2", notice))
         method = self.VERBS.get(verb.upper())
         if not method or not verb.isascii() or not is_printable(command):
@@ -4103,7 +4145,7 @@ class Session:
         return self._trusted or self._connection.tls is not None
 
     def _on_wakeup(self) -> None:
-        self._stop.wake()
+        self._stop.wakeup.drain()
         if self._stop.at_once:
             raise Disconnected("terminated")
         if self._idle:
@@ -4508,7 +4550,8 @@ class Server:
         self._tls = tls
         self.uses: int = options["-U"]
         self.timeout: float = options["-T"]
-        self.stop = Stop(f"{config.configdirectory}/msg/shutdown")
+        self.stop = Stop(ShutdownFile(f"{config.configdirectory}/msg/shutdown"))
+        self.stop.listen()
         self._trusts_internet, self._proxied, self._debug = options["-a"], options["-H"], options["-D"]
         if self._debug and not config.debug_command:
             raise ConfigError("-D needs the option debug_command")
@@ -4522,7 +4565,9 @@ class Server:
 
     def serve(self, peer: Peer) -> None:
         """Serves the connection that standard input and output are: a socket, pipe, file or terminal."""
-        connection = Connection(0, 1, self.config.lmtp_command_timeout, self.config.lmtp_session_timeout, self.stop.fd)
+        connection = Connection(
+            0, 1, self.config.lmtp_command_timeout, self.config.lmtp_session_timeout, self.stop.wakeup.fd
+        )
         if peer.internet and self.config.tcp_keepalive:
             keep_alive(0, self.config)
         if self._proxied:
@@ -4538,7 +4583,7 @@ class Server:
         authenticator.close()
 
     def _leave_if_told(self) -> None:
-        self.stop.wake()
+        self.stop.wakeup.drain()
         if self.stop.requested:
             raise Disconnected("terminated")
 
@@ -4559,13 +4604,11 @@ class Server:
         command = debug_command(self.config.debug_command, sys.executable, os.getpid(), self.service) or ""
         null = subprocess.DEVNULL
         try:
-            self.stop.raise_until()
-            result = subprocess.run(command, shell=True, check=False, stdin=null, stdout=null, stderr=null)
+            with self.stop.interruptible():
+                result = subprocess.run(command, shell=True, check=False, stdin=null, stdout=null, stderr=null)
             log.info("debugger", command=command, status=result.returncode)
         except Interrupted:
             log.info("debugger", command=command, status="interrupted")
-        finally:
-            self.stop.raise_no_more()
 
 
 def as_count(value: str, name: str) -> int:
@@ -4629,7 +4672,7 @@ class Worker:
         self._served = 0
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self._arrivals = select.epoll()
-        self._arrivals.register(server.stop.fd, select.EPOLLIN)
+        self._arrivals.register(server.stop.wakeup.fd, select.EPOLLIN)
         self._arrivals.register(self._parent, 0)  # says only that nobody reads the other end any more
         # With a lock only its holder waits, and has to be told of a connection that another did not take.
         exclusive = EPOLLEXCLUSIVE if lock < 0 else 0
@@ -4664,15 +4707,13 @@ class Worker:
 
         stop = self._server.stop
         try:
-            stop.raise_until(deadline)
-            if not stop.leaving:
-                fcntl.lockf(self._lock, fcntl.LOCK_EX)
-            stop.raise_no_more()
+            with stop.interruptible(deadline):
+                if not stop.leaving:
+                    fcntl.lockf(self._lock, fcntl.LOCK_EX)
             return self._accept(deadline)
         except Interrupted:
             return None
         finally:
-            stop.raise_no_more()
             fcntl.lockf(self._lock, fcntl.LOCK_UN)
 
     def _accept(self, deadline: float) -> Socket | None:
@@ -4680,8 +4721,8 @@ class Worker:
         while not stop.leaving:
             patience = None if deadline == FOREVER else max(deadline - time.monotonic(), 0)
             ready = [fd for fd, _ in self._arrivals.poll(patience)]
-            if stop.fd in ready:
-                stop.wake()
+            if stop.wakeup.fd in ready:
+                stop.wakeup.drain()
             if not ready or self._parent in ready or self._server.is_outdated():
                 return None
             turn = (os.getpid() + self._served) % len(self._listeners)  # else a busy first one would starve the others
@@ -4722,7 +4763,7 @@ class Pool:
         self._idle_one_left = False  # perhaps with a connection that the kernel woke no other for
         self._reports, self._reported = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._events, self._arrivals = select.poll(), select.poll()
-        for fd in (server.stop.fd, self._reports):
+        for fd in (server.stop.wakeup.fd, self._reports):
             self._events.register(fd, select.POLLIN)
             self._arrivals.register(fd, select.POLLIN)
         for listener in listeners:
@@ -4775,8 +4816,8 @@ class Pool:
         self._idle_one_left = self._idle_one_left and not wanted
         poll = self._arrivals if wanted else self._events
         happened = {fd for fd, _ in poll.poll(self._patience(patience) * 1000)}
-        if self._server.stop.fd in happened:
-            self._server.stop.wake()
+        if self._server.stop.wakeup.fd in happened:
+            self._server.stop.wakeup.drain()
         return happened
 
     def _patience(self, longest: float) -> float:
@@ -4811,7 +4852,7 @@ class Pool:
         try:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent passes it on
-            self._server.stop.open()
+            self._server.stop.resume()
             os.close(self._reports)
             os.set_blocking(self._reported, True)
             Worker(self._server, self._listeners, Reporter(self._reported, self._server.stop), on_stock).run()
@@ -4865,9 +4906,9 @@ class Pool:
                 for process in self._workers:
                     os.kill(process, signal.SIGTERM if urgency else signal.SIGHUP)
             poll = select.poll()
-            poll.register(stop.fd, select.POLLIN)
+            poll.register(stop.wakeup.fd, select.POLLIN)
             poll.poll(min(1.0, self._notify.interval / 2) * 1000)
-            stop.wake()
+            stop.wakeup.drain()
             self._notify.alive()
             self._reap()
 

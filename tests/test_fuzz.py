@@ -229,17 +229,6 @@ class Model:
 # The session, in this process
 
 
-class Undisturbed(lmtpd.Stop):
-    """No signal, no shutdown file."""
-
-    def __init__(self) -> None:
-        self.requested = self.leaving = self.at_once = False
-        self.fd, self._end = os.pipe()
-
-    def notice(self) -> str:
-        return ""
-
-
 class Scene:
     """A store that sessions are run on, and what stands around it."""
 
@@ -257,7 +246,8 @@ class Scene:
         # Not suppressed, so that there are as many messages as accepted recipients.
         self.config = config_of(**{**always, "duplicatesuppression": "no", **options})
         self.store = lmtpd.DeliveryAgent(self.config)
-        self.stop = Undisturbed()
+        self.stop = lmtpd.Stop(lmtpd.ShutdownFile(f"{self.root}/shutdown"))
+        self.stop.wakeup.open()
         self.before = self.tree()
 
     def tree(self) -> set[str]:
@@ -278,7 +268,7 @@ class Scene:
             os.lseek(source, 0, os.SEEK_SET)
         sink = os.memfd_create("answers")
         try:
-            connection = lmtpd.Connection(source, sink, 5, 0, self.stop.fd)
+            connection = lmtpd.Connection(source, sink, 5, 0, self.stop.wakeup.fd)
             peer = lmtpd.Peer("a test")
             authenticator = lmtpd.Authenticator(self.config, "lmtp")
             lmtpd.Session(
