@@ -933,203 +933,39 @@ class Socket(socket.socket):
 
 
 class Disconnected(Exception):
-    """The client is gone, or does not read what we write."""
+    """The client is gone, or does not read the replies. The text says which."""
 
 
-class Connection:
-    """Buffered octets on two descriptors: a socket, a pipe, a file or a terminal.
+class Wire:
+    """The octets of a connection, on two descriptors: a socket, a pipe, a file or a terminal.
 
-    timeout: seconds that a line may take to arrive, and any octets to arrive or to leave.
-    limit: seconds that all of it may take, with a little more for our last words; 0 for ever.
-    wakeup: a descriptor that, when readable, interrupts a wait: on_wakeup is called, which
-    empties it and may raise to end the wait for good.
-    tls: the encryption, None while there is none.
-    eol: what ends a line. Always CR LF on a socket; elsewhere the first line decides
-    between that and LF, for the person at a shell.
+    timeout: seconds that a write may take. limit: seconds that all of the connection may take, save a last reply; 0 for
+    no limit. wakeup: a descriptor that interrupts a wait when it becomes readable. Then on_wakeup is called, which
+    empties it and may raise to end the wait for good. is_socket: whether the client is at the other end of a socket.
     """
 
     def __init__(self, source: int, sink: int, timeout: float, limit: float, wakeup: int) -> None:
-        self.eol = CRLF
-        self.timeout = timeout
-        self._end = time.monotonic() + limit if limit else FOREVER
         self.on_wakeup: Callable[[], None] = lambda: None
-        self._source, self._sink = source, sink
+        self.is_socket = stat.S_ISSOCK(os.fstat(source).st_mode)
+        self._source, self._sink, self._wakeup = source, sink, wakeup
+        self._timeout = timeout
+        self._end = time.monotonic() + limit if limit else FOREVER
         self._readable, self._writable = select.poll(), select.poll()
         self._readable.register(source, select.POLLIN)
         self._writable.register(sink, select.POLLOUT)
-        self._readable.register(wakeup, select.POLLIN)
-        self._writable.register(wakeup, select.POLLIN)
-        self._wakeup = wakeup
-        self._eol_decided = stat.S_ISSOCK(os.fstat(source).st_mode)
-        # A pipe or a terminal may be shared with others, who do not expect it.
-        self._never_blocks = stat.S_ISSOCK(os.fstat(sink).st_mode)
-        if self._never_blocks:
+        for poll in (self._readable, self._writable):
+            poll.register(wakeup, select.POLLIN)
+        # Other processes may share a pipe or a terminal, and expect it to block.
+        self._non_blocking = stat.S_ISSOCK(os.fstat(sink).st_mode)
+        if self._non_blocking:
             os.set_blocking(sink, False)
-        self._input, self._output = bytearray(), bytearray()
-        self._encrypted = bytearray()  # a part of it may have left, and then the rest must follow
-        self.tls: Tls | None = None
 
-    def peek(self) -> None:
-        """Decides on the end of lines at once if the client has spoken first, as a file or a pipe may have."""
-        if not self._eol_decided and self._wait(self._readable, 0):
-            self._input += self._read(self.timeout)
-            self._find_eol(0)
+    def has_input(self) -> bool:
+        """Whether a read would return at once."""
+        return self._wait(self._readable, 0)
 
-    def read_line(self, limit: int = LINE_LIMIT) -> bytes:
-        """The next line without its end, which has at most so many octets with it.
-
-        Raises LmtpError for a line that is too long (it is skipped) or does not come in time, and Disconnected.
-        """
-        deadline = time.monotonic() + self.timeout
-        searched = 0
-        while (end := self._find_eol(searched)) < 0 and len(self._input) < limit:
-            searched = max(len(self._input) - 1, 0)
-            self._fill(deadline)
-        if not 0 <= end <= limit - len(self.eol):
-            self._skip_line(deadline)
-            raise LmtpError(LINE_TOO_LONG)
-        line = bytes(self._input[:end])
-        del self._input[: end + len(self.eol)]
-        return line
-
-    def read_some(self, limit: int = READ_SIZE) -> bytes:
-        """Whatever octets come next, up to limit. Raises LmtpError when none come in time, and Disconnected."""
-        if not self._input:
-            self.flush()
-            data = self._read(self.timeout)
-            if len(data) <= limit:
-                return data
-            self._input += data
-        data = bytes(self._input[:limit])
-        del self._input[:limit]
-        return data
-
-    def read_octets(self, size: int) -> bytes:
-        """Exactly so many octets. Raises LmtpError when they do not come in time, and Disconnected."""
-        deadline = time.monotonic() + self.timeout
-        while len(self._input) < size:
-            self._fill(deadline)
-        data = bytes(self._input[:size])
-        del self._input[:size]
-        return data
-
-    def unread(self, data: bytes) -> None:
-        """Puts octets back that belong to what comes next."""
-        self._input[:0] = data
-
-    def write(self, data: bytes) -> None:
-        """Writes, at the latest when there is nothing left to read (RFC 2920 section 3.2)."""
-        self._output += data
-        if len(self._output) > OUTPUT_LIMIT:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes what is waiting to be written. Raises Disconnected."""
-        if not self.tls:
-            self._send(self._output)
-            return
-        if self._output:
-            self.tls.encrypt(bytes(self._output))
-            self._output.clear()
-        self._send_encrypted(self.tls)
-
-    def start_tls(self, context: SSLContext) -> None:
-        """Begins encryption as the server. What the client sent before is dropped (RFC 3207 section 4.2, 6).
-
-        Raises Disconnected when that does not succeed in time.
-        """
-        self.flush()
-        self._input.clear()
-        self.tls = Tls(context)
-        deadline = time.monotonic() + self.timeout
-        try:
-            while not self.tls.shake_hands():
-                self.flush()
-                self.tls.feed(self._receive(deadline - time.monotonic()))
-        except LmtpError:
-            raise Disconnected("TLS: the handshake takes too long") from None
-        finally:
-            self._send_encrypted(self.tls)
-        self._input += self.tls.decrypt()  # the first commands may have come with the end of the handshake
-
-    def end(self) -> None:
-        """Says that no more is written, in the words of TLS if it is in use. Raises Disconnected."""
-        self.flush()
-        if self.tls:
-            self.tls.end()
-            self._send_encrypted(self.tls)
-
-    def linger(self) -> None:
-        """Lets the client read our last words: a socket closed with something unread takes them back.
-
-        Raises Disconnected.
-        """
-        self.end()
-        if not stat.S_ISSOCK(os.fstat(self._sink).st_mode):
-            return
-        with Socket(fileno=os.dup(self._sink)) as sock:
-            try:
-                sock.shutdown(socket.SHUT_WR)
-            except OSError as error:
-                raise Disconnected(error.strerror) from None
-        self._end = FOREVER
-        deadline = time.monotonic() + LINGER
-        while (patience := deadline - time.monotonic()) > 0 and self._wait(self._readable, patience):
-            self._receive(0)
-
-    def _find_eol(self, start: int) -> int:
-        if not self._eol_decided:
-            newline = self._input.find(LF)
-            if newline < 0:
-                return -1
-            self.eol = CRLF if self._input[:newline].endswith(b"\r") else LF
-            self._eol_decided = True
-            start = 0
-        return self._input.find(self.eol, start)
-
-    def _skip_line(self, deadline: float) -> None:
-        while (end := self._find_eol(0)) < 0:
-            del self._input[:-1]  # it may be the CR of the line's end
-            self._fill(deadline)
-        del self._input[: end + len(self.eol)]
-
-    def _fill(self, deadline: float) -> None:
-        self.flush()
-        self._input += self._read(deadline - time.monotonic())
-
-    def _send_encrypted(self, tls: Tls) -> None:
-        self._encrypted += tls.outgoing()
-        self._send(self._encrypted)
-
-    def _send(self, data: bytearray) -> None:
-        if data and not self._never_blocks:
-            self._wait_to_write()
-        while data:
-            try:
-                written = os.write(self._sink, data if self._never_blocks else data[:WRITE_SIZE])
-            except BlockingIOError:
-                self._wait_to_write()
-                continue
-            except OSError as error:
-                data.clear()
-                raise Disconnected(error.strerror) from None
-            del data[:written]
-            if data:
-                self._wait_to_write()
-
-    def _wait_to_write(self) -> None:
-        if not self._wait(self._writable, min(self.timeout, self._end + LINGER - time.monotonic())):
-            raise Disconnected("the client does not read our replies")
-
-    def _read(self, timeout: float) -> bytes:
-        if not self.tls:
-            return self._receive(timeout)
-        if self.tls.ended:
-            raise Disconnected("end of file")
-        self.tls.feed(self._receive(timeout))
-        return self.tls.decrypt()
-
-    def _receive(self, timeout: float) -> bytes:
+    def read(self, timeout: float) -> bytes:
+        """The next octets; b"" is none, but not the end. Raises LmtpError when time is up, and Disconnected."""
         left = self._end - time.monotonic()
         if left <= 0:
             raise LmtpError(SESSION_TOO_LONG)
@@ -1145,15 +981,53 @@ class Connection:
             raise Disconnected("end of file")
         return data
 
+    def write(self, data: bytearray) -> None:
+        """Writes all of data, and empties it; after an exception it holds what was not written. Raises Disconnected."""
+        if data and not self._non_blocking:
+            self._wait_to_write()
+        while data:
+            try:
+                written = os.write(self._sink, data if self._non_blocking else data[:WRITE_SIZE])
+            except BlockingIOError:
+                self._wait_to_write()
+                continue
+            except OSError as error:
+                data.clear()
+                raise Disconnected(error.strerror) from None
+            del data[:written]
+            if data:
+                self._wait_to_write()
+
+    def linger(self) -> None:
+        """Waits until the client has closed its side, but not longer than LINGER seconds. Raises Disconnected.
+
+        Closing a socket with unread input sends RST, and the client may lose the last reply.
+        """
+        if not stat.S_ISSOCK(os.fstat(self._sink).st_mode):
+            return
+        with Socket(fileno=os.dup(self._sink)) as sock:
+            try:
+                sock.shutdown(socket.SHUT_WR)
+            except OSError as error:
+                raise Disconnected(error.strerror) from None
+        self._end = FOREVER
+        deadline = time.monotonic() + LINGER
+        while (patience := deadline - time.monotonic()) > 0 and self._wait(self._readable, patience):
+            self.read(0)
+
+    def _wait_to_write(self) -> None:
+        if not self._wait(self._writable, min(self._timeout, self._end + LINGER - time.monotonic())):
+            raise Disconnected("the client does not read our replies")
+
     def _wait(self, poll: select.poll, timeout: float) -> bool:
         """Whether the descriptor is ready within so many seconds."""
         deadline = time.monotonic() + timeout
         events = poll.poll(max(timeout, 0) * 1000)
         if len(events) == 1 and events[0][0] != self._wakeup:
-            return True  # so it is nearly always
+            return True  # the usual case
         while ready := {fd for fd, _ in poll.poll(max(deadline - time.monotonic(), 0) * 1000)}:
             if poll is self._writable and self._sink in ready:
-                return True  # a client is told what has been done for it, whatever else there is to do
+                return True  # the reply to what has been done comes before all else
             if self._wakeup in ready:
                 self.on_wakeup()
             if ready - {self._wakeup}:
@@ -1161,39 +1035,149 @@ class Connection:
         return False
 
 
-class Tls:
-    """TLS as a server, between octets in the clear and octets on the wire, which somebody else carries.
+class Connection:
+    """Lines and octets, buffered, on a wire that may get TLS.
 
-    ended: whether the peer has said that nothing follows. protocol, cipher, bits: known after the handshake.
-    identity: the common name in the certificate that the client has shown and that was verified, "" without one.
-    Every method raises Disconnected when TLS fails or ends.
+    timeout: seconds that a line may take to arrive. tls_context: the settings for STARTTLS; None if there is no TLS.
+    eol: what ends a line. That is always CR LF on a socket. Elsewhere the first line decides between CR LF and LF, for
+    the person at a shell. tls: None before start_tls().
     """
 
-    def __init__(self, context: SSLContext) -> None:
+    def __init__(self, wire: Wire, timeout: float, tls_context: SSLContext | None = None) -> None:
+        self.wire, self.tls_context = wire, tls_context
+        self.tls: Tls | None = None
+        self.eol = CRLF
+        self._timeout = timeout
+        self._stream: Wire | Tls = wire
+        self._eol_decided = wire.is_socket
+        self._input, self._output = bytearray(), bytearray()
+
+    def peek(self) -> None:
+        """Decides what ends a line if the client has spoken first, as a file or a pipe may have."""
+        if not self._eol_decided and self.wire.has_input():
+            self._input += self.wire.read(self._timeout)
+            self._find_eol(0)
+
+    def read_line(self, limit: int = LINE_LIMIT) -> bytes:
+        """The next line without its end. limit: the most octets that it may have, with its end.
+
+        Raises LmtpError for a line that is too long, which is skipped, or that does not arrive in time, and
+        Disconnected.
+        """
+        deadline = time.monotonic() + self._timeout
+        searched = 0
+        while (end := self._find_eol(searched)) < 0 and len(self._input) < limit:
+            searched = max(len(self._input) - 1, 0)
+            self._fill(deadline)
+        if not 0 <= end <= limit - len(self.eol):
+            self._skip_line(deadline)
+            raise LmtpError(LINE_TOO_LONG)
+        line = bytes(self._input[:end])
+        del self._input[: end + len(self.eol)]
+        return line
+
+    def read_some(self, limit: int = READ_SIZE) -> bytes:
+        """The next octets, limit at most. Raises LmtpError when none arrive in time, and Disconnected."""
+        if not self._input:
+            self.flush()
+            data = self._stream.read(self._timeout)
+            if len(data) <= limit:
+                return data
+            self._input += data
+        data = bytes(self._input[:limit])
+        del self._input[:limit]
+        return data
+
+    def read_octets(self, size: int) -> bytes:
+        """Exactly size octets. Raises LmtpError when they do not arrive in time, and Disconnected."""
+        deadline = time.monotonic() + self._timeout
+        while len(self._input) < size:
+            self._fill(deadline)
+        data = bytes(self._input[:size])
+        del self._input[:size]
+        return data
+
+    def unread(self, data: bytes) -> None:
+        """Puts octets back, for the next read."""
+        self._input[:0] = data
+
+    def write(self, data: bytes) -> None:
+        """Writes data, at the latest when there is nothing left to read (RFC 2920 section 3.2). Raises Disconnected."""
+        self._output += data
+        if len(self._output) > OUTPUT_LIMIT:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes all that waits to be written. Raises Disconnected."""
+        if self._output or self.tls:
+            self._stream.write(self._output)
+
+    def start_tls(self, context: SSLContext) -> None:
+        """Begins encryption, and drops the input that came before (RFC 3207 sections 4.2 and 6).
+
+        Raises Disconnected when the handshake fails or takes longer than the timeout.
+        """
+        self.flush()
+        self._input.clear()
+        self._stream = self.tls = Tls(self.wire, context, self._timeout)
+        self._input += self.tls.decrypted()  # the first commands may arrive with the end of the handshake
+
+    def end(self) -> None:
+        """Writes all that waits, and ends TLS. Raises Disconnected."""
+        self.flush()
+        if self.tls:
+            self.tls.end()
+
+    def linger(self) -> None:
+        """Ends the connection, and waits for the client to close its side. Raises Disconnected."""
+        self.end()
+        self.wire.linger()
+
+    def _find_eol(self, start: int) -> int:
+        if not self._eol_decided:
+            newline = self._input.find(LF)
+            if newline < 0:
+                return -1
+            self.eol = CRLF if self._input[:newline].endswith(b"\r") else LF
+            self._eol_decided = True
+            start = 0
+        return self._input.find(self.eol, start)
+
+    def _skip_line(self, deadline: float) -> None:
+        while (end := self._find_eol(0)) < 0:
+            del self._input[:-1]  # the last octet may be the CR of the line's end
+            self._fill(deadline)
+        del self._input[: end + len(self.eol)]
+
+    def _fill(self, deadline: float) -> None:
+        self.flush()
+        self._input += self._stream.read(deadline - time.monotonic())
+
+
+class Tls:
+    """TLS as the server, on a wire. It reads and writes octets in the clear, as a Wire does.
+
+    protocol, cipher, bits: those of the session. identity: the common name in the client's verified certificate; "" if
+    the client has shown none. Every method raises Disconnected when TLS fails or ends.
+    """
+
+    def __init__(self, wire: Wire, context: SSLContext, timeout: float) -> None:
+        """Does the handshake, which may take so many seconds."""
         import ssl
 
+        self._wire = wire
         self._errors = ssl.SSLError
         self._wants_more = ssl.SSLWantReadError
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self.ended = False
-        self.protocol, self.cipher, self.bits = "", "", 0
-        self.identity = ""
-
-    def shake_hands(self) -> bool:
-        """Goes on with the handshake; whether it is done."""
-        try:
-            self._tls.do_handshake()
-        except self._wants_more:
-            return False
-        except self._errors as error:
-            raise self._failure(error) from None
+        self._encrypted = bytearray()  # a part of it may have been sent, and then the rest must follow
+        self._ended = False
+        self._shake_hands(time.monotonic() + timeout)
         self.protocol = self._tls.version() or ""
         self.cipher, _, self.bits = self._tls.cipher() or ("", "", 0)
         subject: Any = (self._tls.getpeercert() or {}).get("subject", ())
         names = [value for attributes in subject for name, value in attributes if name == "commonName"]
         self.identity = names[0] if names else ""
-        return True
 
     def binding(self) -> bytes:
         """The channel binding tls-unique (RFC 5929 section 3); b"" where it is not defined, as for TLS 1.3."""
@@ -1201,23 +1185,25 @@ class Tls:
             return b""
         return self._tls.get_channel_binding("tls-unique") or b""
 
-    def feed(self, data: bytes) -> None:
-        """Takes octets from the wire."""
-        self._incoming.write(data)
+    def read(self, timeout: float) -> bytes:
+        """See Wire.read()."""
+        if self._ended:
+            raise Disconnected("end of file")
+        self._incoming.write(self._wire.read(timeout))
+        return self.decrypted()
 
-    def outgoing(self) -> bytes:
-        """Octets for the wire."""
-        return self._outgoing.read()
+    def write(self, data: bytearray) -> None:
+        """See Wire.write()."""
+        if data:
+            try:
+                self._tls.write(bytes(data))
+            except self._errors as error:
+                raise self._failure(error) from None
+            data.clear()
+        self._send()
 
-    def encrypt(self, data: bytes) -> None:
-        """Takes octets in the clear, for the wire."""
-        try:
-            self._tls.write(data)
-        except self._errors as error:
-            raise self._failure(error) from None
-
-    def decrypt(self) -> bytes:
-        """The octets in the clear that have come, b"" if there are none yet."""
+    def decrypted(self) -> bytes:
+        """The octets that have arrived already; b"" for none."""
         parts = []
         try:
             while data := self._tls.read(READ_SIZE):
@@ -1229,15 +1215,39 @@ class Tls:
                 raise self._failure(error) from None
         if not parts:
             raise Disconnected("end of file")
-        self.ended = True
+        self._ended = True
         return b"".join(parts)
 
     def end(self) -> None:
-        """Says to the peer that nothing follows."""
+        """Tells the client that no more octets follow (close_notify)."""
         try:
             self._tls.unwrap()
         except self._errors:
-            return  # it is the peer's turn to say so, or it never will
+            pass  # the client has not sent its close_notify yet, and perhaps never will
+        self._send()
+
+    def _shake_hands(self, deadline: float) -> None:
+        try:
+            while not self._has_shaken_hands():
+                self._send()
+                self._incoming.write(self._wire.read(deadline - time.monotonic()))
+        except LmtpError:
+            raise Disconnected("TLS: the handshake takes too long") from None
+        finally:
+            self._send()
+
+    def _has_shaken_hands(self) -> bool:
+        try:
+            self._tls.do_handshake()
+        except self._wants_more:
+            return False
+        except self._errors as error:
+            raise self._failure(error) from None
+        return True
+
+    def _send(self) -> None:
+        self._encrypted += self._outgoing.read()
+        self._wire.write(self._encrypted)
 
     def _failure(self, error: OSError) -> Disconnected:
         return Disconnected(f"TLS: {getattr(error, 'reason', None) or error}")
@@ -4018,9 +4028,8 @@ class Transaction(Envelope):
 class Session:
     """An LMTP session on a connection (RFC 2033).
 
-    trusted: whether the peer may send mail without authentication. tls: the settings for STARTTLS, None if it is not
-    to be had. authenticator: what it takes to authenticate. agent: who gets the messages. stop: what may end the
-    session early.
+    trusted: whether the peer may send mail without authentication. authenticator: what it takes to authenticate.
+    agent: who gets the messages. stop: what may end the session early.
     """
 
     def __init__(
@@ -4028,7 +4037,6 @@ class Session:
         connection: Connection,
         peer: Peer,
         trusted: bool,
-        tls: SSLContext | None,
         authenticator: Authenticator,
         agent: DeliveryAgent,
         stop: Stop,
@@ -4036,7 +4044,7 @@ class Session:
     ) -> None:
         self.id = f"lmtpd-{os.getpid()}-{time.time_ns() // 1000}"
         self._connection, self._peer, self._trusted = connection, peer, trusted
-        self._tls, self._authenticator = tls, authenticator
+        self._authenticator = authenticator
         self._agent, self._stop, self._config = agent, stop, config
         self._user = ""
         self._failures = 0
@@ -4047,7 +4055,7 @@ class Session:
         self._bad_commands = self._idle_commands = 0
         self._idle = self._overfull = False
         self._parting: Reply | None = None
-        connection.on_wakeup = self._on_wakeup
+        connection.wire.on_wakeup = self._on_wakeup
 
     def serve(self) -> None:
         """Serves until the client leaves, or has to. Never raises."""
@@ -4060,7 +4068,7 @@ class Session:
             reason = str(error)
         finally:
             self._reset()
-            self._connection.on_wakeup = lambda: None  # no cycle is left for the garbage collector
+            self._connection.wire.on_wakeup = lambda: None  # no cycle is left for the garbage collector
         if self._parting:
             reason = f"{self._parting} {self._parting.text}"
         log.info("disconnected", reason=reason)
@@ -4188,7 +4196,7 @@ class Session:
             f"LIMITS RCPTMAX={self._config.lmtp_max_recipients}",
             "IGNOREQUOTA",
             "TRACE",
-            *(["STARTTLS"] if self._tls and not self._is_protected() else []),
+            *(["STARTTLS"] if self._connection.tls_context and not self._is_protected() else []),
             *([f"AUTH {' '.join(mechanisms)}"] if (mechanisms := self._offered_mechanisms()) else []),
             f"Ok SESSIONID=<{self.id}>",
         ]
@@ -4196,14 +4204,15 @@ class Session:
 
     def _starttls(self, argument: str) -> None:
         """RFC 3207"""
-        if not self._tls or self._trusted:
+        context = self._connection.tls_context
+        if not context or self._trusted:
             raise LmtpError(BAD_SYNTAX)
         if argument:
             raise malformed("STARTTLS takes none")
         if self._connection.tls or self._transaction:
             raise LmtpError(NOT_NOW)
         self._reply(READY_FOR_TLS)
-        self._connection.start_tls(self._tls)
+        self._connection.start_tls(context)
         self._client, self._user = "unknown", ""
 
     def _auth(self, argument: str) -> None:
@@ -4565,13 +4574,13 @@ class Server:
 
     def serve(self, peer: Peer) -> None:
         """Serves the connection that standard input and output are: a socket, pipe, file or terminal."""
-        connection = Connection(
-            0, 1, self.config.lmtp_command_timeout, self.config.lmtp_session_timeout, self.stop.wakeup.fd
-        )
+        timeout, limit = self.config.lmtp_command_timeout, self.config.lmtp_session_timeout
+        wire = Wire(0, 1, timeout, limit, self.stop.wakeup.fd)
+        connection = Connection(wire, timeout, self._tls)
         if peer.internet and self.config.tcp_keepalive:
             keep_alive(0, self.config)
         if self._proxied:
-            connection.on_wakeup = self._leave_if_told
+            wire.on_wakeup = self._leave_if_told
             try:
                 peer = read_proxy_header(connection, peer)
             except (Disconnected, LmtpError) as error:
@@ -4579,7 +4588,7 @@ class Server:
                 return
         trusted = self._trusts_internet or not peer.internet
         authenticator = Authenticator(self.config, self.service, peer.address)
-        Session(connection, peer, trusted, self._tls, authenticator, self._agent, self.stop, self.config).serve()
+        Session(connection, peer, trusted, authenticator, self._agent, self.stop, self.config).serve()
         authenticator.close()
 
     def _leave_if_told(self) -> None:

@@ -268,12 +268,10 @@ class Scene:
             os.lseek(source, 0, os.SEEK_SET)
         sink = os.memfd_create("answers")
         try:
-            connection = lmtpd.Connection(source, sink, 5, 0, self.stop.wakeup.fd)
+            connection = lmtpd.Connection(lmtpd.Wire(source, sink, 5, 0, self.stop.wakeup.fd), 5)
             peer = lmtpd.Peer("a test")
             authenticator = lmtpd.Authenticator(self.config, "lmtp")
-            lmtpd.Session(
-                connection, peer, self.trusted, None, authenticator, self.store, self.stop, self.config
-            ).serve()
+            lmtpd.Session(connection, peer, self.trusted, authenticator, self.store, self.stop, self.config).serve()
             authenticator.close()
             return os.pread(sink, 1 << 24, 0)
         finally:
