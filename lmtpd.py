@@ -1680,22 +1680,22 @@ NAME_LIMIT = 255  # octets of a name in a file system
 NAMES_MADE = itertools.count(1)
 HOST = socket.gethostname().replace("/", "\\057").replace(":", "\\072")  # as maildir(5) writes it
 WRITEBACK_SIZE = 1 << 20  # octets
-NO_HARD_LINK = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP)
-FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+LINK_IMPOSSIBLE = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP)
+OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-OLD_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a user may have put a FIFO there
+EXISTING_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a user may have put a FIFO there
 
 
 class Identity:
-    """A user's rights: while a "with" block lasts, the process acts with his user and group ids, and with no others.
+    """A user's rights. In a "with" block the process acts with this user id, group id and groups, and no others.
 
-    own: whether they are the process's anyway, and nothing changes. Blocks of one identity may be nested.
-    Raises OSError where root is needed for it. Source: credentials(7).
+    is_current: whether the process has these ids anyway; a block changes nothing then. Blocks of one identity may be
+    nested. Raises OSError where the process would have to be root. Source: credentials(7).
     """
 
     def __init__(self, uid: int, gid: int, groups: Sequence[int]) -> None:
         self.uid, self.gid, self._groups = uid, gid, groups
-        self.own = (uid, gid) == (os.geteuid(), os.getegid())
+        self.is_current = (uid, gid) == (os.geteuid(), os.getegid())
         self._depth = 0
         self._before: tuple[int, int, Sequence[int]] = (-1, -1, ())
 
@@ -1705,27 +1705,27 @@ class Identity:
         return cls(os.geteuid(), os.getegid(), ())
 
     def __enter__(self) -> None:
-        if self.own:
+        if self.is_current:
             return
         if not self._depth:
             self._before = os.geteuid(), os.getegid(), os.getgroups()
             try:
-                take_ids(self.uid, self.gid, self._groups)
+                set_effective_ids(self.uid, self.gid, self._groups)
             except BaseException:
-                take_ids(*self._before)
+                set_effective_ids(*self._before)
                 raise
         self._depth += 1
 
     def __exit__(self, *_: object) -> None:
-        if self.own:
+        if self.is_current:
             return
         self._depth -= 1
         if not self._depth:
-            take_ids(*self._before)
+            set_effective_ids(*self._before)
 
 
-def take_ids(uid: int, gid: int, groups: Sequence[int]) -> None:
-    """Makes these the effective ids of the process, which root must have started. Raises OSError."""
+def set_effective_ids(uid: int, gid: int, groups: Sequence[int]) -> None:
+    """Sets the effective ids and the groups of the process. Raises OSError, also where root has not started it."""
     try:
         os.seteuid(0)
     except PermissionError:
@@ -1737,161 +1737,162 @@ def take_ids(uid: int, gid: int, groups: Sequence[int]) -> None:
 
 
 class Draft:
-    """A message file in the tmp/ of a Maildir, where nobody looks yet.
+    """A message file in the tmp/ of a Maildir, where no reader looks.
 
-    folder: a descriptor of the tmp/, which is closed with the draft. identity: whose file it is.
+    directory: a descriptor of the tmp/, which is closed with the draft. identity: the owner of the file.
     Raises OSError, save for discard(). Source: maildir(5).
     """
 
-    def __init__(self, folder: int, identity: Identity) -> None:
+    def __init__(self, directory: int, identity: Identity) -> None:
         self.identity = identity
         self._name = unique_name()
-        self._folder = folder
-        self._size = self._sent_to_disk = 0
+        self._directory = directory
+        self._size = self._writeback_begun = 0
         try:
-            self._fd = os.open(self._name, NEW_FILE, 0o666, dir_fd=folder)
+            self._fd = os.open(self._name, NEW_FILE, 0o666, dir_fd=directory)
         except OSError:
-            os.close(folder)
+            os.close(directory)
             raise
 
     def write(self, data: bytes) -> None:
         """Appends data."""
         write_all(self._fd, data)
         self._size += len(data)
-        if self._size - self._sent_to_disk >= WRITEBACK_SIZE:
-            # The disk begins to write while the rest still arrives, and sync() has less to wait for.
-            os.posix_fadvise(self._fd, self._sent_to_disk, self._size - self._sent_to_disk, os.POSIX_FADV_DONTNEED)
-            self._sent_to_disk = self._size
+        if self._size - self._writeback_begun >= WRITEBACK_SIZE:
+            # The disk starts to write while the rest arrives, and sync() has less to wait for.
+            unwritten = self._size - self._writeback_begun
+            os.posix_fadvise(self._fd, self._writeback_begun, unwritten, os.POSIX_FADV_DONTNEED)
+            self._writeback_begun = self._size
 
-    def copy(self, other: Draft, size: int) -> None:
-        """Appends so many octets from the beginning of another draft."""
+    def read(self, offset: int, size: int) -> bytes:
+        """The octets from that offset on, size at most; b"" at the end."""
+        return os.pread(self._fd, size, offset)
+
+    def copy_from(self, other: Draft, size: int) -> None:
+        """Appends the first size octets of another draft."""
         offset = 0
-        while data := os.pread(other._fd, min(READ_SIZE, size - offset), offset):
+        while data := other.read(offset, min(READ_SIZE, size - offset)):
             self.write(data)
             offset += len(data)
         if offset < size:
             raise OSError(errno.EIO, "a draft is shorter than it was")
 
     def device(self) -> int:
-        """The number of the file system that it is on."""
+        """The number of the file system that has the file."""
         with self.identity:
             return os.fstat(self._fd).st_dev
 
-    def hide(self) -> None:
-        """Takes its name away, so that nobody else can open it, and it can only be copied."""
-        os.unlink(self._name, dir_fd=self._folder)
+    def unlink(self) -> None:
+        """Removes the name. Then no other process can open the file, and it can only be copied."""
+        os.unlink(self._name, dir_fd=self._directory)
         self._name = ""
 
-    def may_be_of(self, identity: Identity) -> bool:
-        """Whether the file may also be a file of that identity."""
+    def is_linkable_for(self, identity: Identity) -> bool:
+        """Whether the file itself may become a file of that identity."""
         return bool(self._name) and (identity.uid, identity.gid) == (self.identity.uid, self.identity.gid)
 
     def sync(self) -> None:
-        """Ends the writing: when this returns, all octets are on the disk."""
+        """Ends the writing. After it all octets are on the disk."""
         os.fsync(self._fd)
 
-    def make_newer(self, seconds: float) -> None:
-        """Gives the file a time that is later by a second, if it is not later anyway."""
+    def make_newer_than(self, seconds: float) -> None:
+        """Makes the file's time later than the one given, by a second at least."""
         now = time.time()
         if now < seconds + 1:
             os.utime(self._fd, (now, seconds + 1))
 
-    def link(self, folder: int, name: str) -> None:
-        """Gives the file a second name in another folder, of which this is a descriptor."""
-        os.link(self._name, name, src_dir_fd=self._folder, dst_dir_fd=folder, follow_symlinks=False)
+    def link(self, directory: int, name: str) -> None:
+        """Gives the file a second name, in the directory with this descriptor."""
+        os.link(self._name, name, src_dir_fd=self._directory, dst_dir_fd=directory, follow_symlinks=False)
 
-    def move(self, folder: int, name: str) -> None:
-        """Gives the file that name, in that folder, instead of its own."""
-        os.rename(self._name, name, src_dir_fd=self._folder, dst_dir_fd=folder)
+    def move(self, directory: int, name: str) -> None:
+        """Gives the file a new name, in the directory with this descriptor, in place of the old one."""
+        os.rename(self._name, name, src_dir_fd=self._directory, dst_dir_fd=directory)
         self._name = ""
 
     def discard(self) -> None:
-        """Ends it, and removes the file, unless it has been moved."""
+        """Closes the file, and removes it unless it has been moved."""
         try:
             os.close(self._fd)
             if self._name:
                 with self.identity:
-                    os.unlink(self._name, dir_fd=self._folder)
+                    os.unlink(self._name, dir_fd=self._directory)
         except OSError as error:
             log.warning("draft left behind", file=self._name, cause=error)
         finally:
-            os.close(self._folder)
+            os.close(self._directory)
 
 
-def write_all(fd: int, data: bytes) -> None:
-    """Writes all of data to a file. Raises OSError, also if it takes nothing and does not say why."""
-    while data:
-        written = os.write(fd, data)
-        if not written:
-            raise OSError(errno.EIO, "nothing was written")
-        data = data[written:]
+class Directory:
+    """A directory on the disk, and the directories and plain files below it. Everything raises OSError.
 
-
-class Tree:
-    """The folders and files of a Maildir, as the file system knows them. Everything raises OSError.
-
-    guarded: a symbolic link is followed only where nobody but root can have put it, see open_folder().
+    guarded: a symbolic link is followed only where none but root can have made it, see open_directory(). A name may
+    have slashes; "" is the directory itself.
     """
 
     def __init__(self, path: str, identity: Identity) -> None:
-        self.path, self.guarded = path, not identity.own
+        self.path, self.guarded = path, not identity.is_current
         self._identity = identity
 
-    def path_of(self, folder: str) -> str:
-        """Where the folder is."""
-        return f"{self.path}/{folder}".rstrip("/")
+    def path_of(self, name: str) -> str:
+        """The path of a directory below."""
+        return f"{self.path}/{name}".rstrip("/")
 
-    def open(self, folder: str) -> int:
-        """A descriptor of a folder below it, "" for itself."""
-        return open_folder(self.path_of(folder), self.guarded)
+    def open(self, name: str) -> int:
+        """A descriptor of a directory below."""
+        return open_directory(self.path_of(name), self.guarded)
 
-    def open_or_make(self, folder: str) -> int:
-        """The same; the folder is made if it is missing, but not those above it."""
+    def open_or_make(self, name: str) -> int:
+        """A descriptor of a directory below, which is made if it is missing; its parent must exist."""
         try:
-            return self.open(folder)
+            return self.open(name)
         except FileNotFoundError:
-            self.make(folder)
-            return self.open(folder)
+            self.make(name)
+            return self.open(name)
 
-    def make(self, folder: str) -> None:
-        """Makes a folder for good."""
-        parent, name = os.path.split(f"{self.path}/{folder}")
-        make_folder(parent, name, self.guarded)
+    def make(self, name: str) -> None:
+        """Makes a directory below, durably."""
+        parent, name = os.path.split(f"{self.path}/{name}")
+        make_directory(parent, name, self.guarded)
 
-    def folders(self) -> list[str]:
-        """The names of all folders in it."""
-        place = self.open("")
+    def subdirectories(self) -> list[str]:
+        """The names of all directories in it."""
+        fd = self.open("")
         try:
-            with os.scandir(place) as entries:
+            with os.scandir(fd) as entries:
                 return [entry.name for entry in entries if entry.is_dir(follow_symlinks=not self.guarded)]
         finally:
-            os.close(place)
+            os.close(fd)
 
-    def open_file(self, folder: str, name: str, flags: int) -> int:
-        """A descriptor of a plain file in the folder."""
+    def open_file(self, directory: str, name: str, flags: int) -> int:
+        """A descriptor of a plain file in a directory below. flags: of open(2)."""
         if self.guarded:
-            place = self.open(folder)
+            place = self.open(directory)
             try:
-                fd = os.open(name, flags | OLD_FILE, 0o666, dir_fd=place)
+                fd = os.open(name, flags | EXISTING_FILE, 0o666, dir_fd=place)
             finally:
                 os.close(place)
         else:
-            fd = os.open(f"{self.path_of(folder)}/{name}", flags | OLD_FILE, 0o666)
+            fd = os.open(f"{self.path_of(directory)}/{name}", flags | EXISTING_FILE, 0o666)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise OSError(errno.EINVAL, "not a plain file", name)
         return fd
 
-    def write_file(self, folder: str, name: str, flags: int, content: bytes) -> None:
-        """Writes to a plain file in the folder, which these flags of open(2) say how to open."""
-        fd = self.open_file(folder, name, os.O_WRONLY | flags)
+    def append_to_file(self, directory: str, name: str, content: bytes) -> bool:
+        """Appends to a plain file in a directory below; whether the file still had a name after that.
+
+        A file without a name has been replaced meanwhile, and the new one does not have the content.
+        """
+        fd = self.open_file(directory, name, os.O_WRONLY | os.O_APPEND)
         try:
             write_all(fd, content)
+            return os.fstat(fd).st_nlink > 0
         finally:
             os.close(fd)
 
-    def add_file(self, folder: str, name: str, content: bytes) -> None:
-        """Makes a file in the folder, all at once, unless there is one of that name."""
+    def add_file(self, directory: str, name: str, content: bytes) -> None:
+        """Makes a file in a directory below, all at once and durably, unless the name is taken."""
 
         def link(draft: Draft, place: int) -> None:
             try:
@@ -1899,28 +1900,28 @@ class Tree:
             except FileExistsError:
                 return
             except OSError as error:
-                if error.errno not in NO_HARD_LINK:
+                if error.errno not in LINK_IMPOSSIBLE:
                     raise
                 if name not in os.listdir(place):
                     draft.move(place, name)
 
-        self._put_file(folder, content, link)
+        self._put_file(directory, content, link)
 
-    def replace_file(self, folder: str, name: str, content: bytes, newer_than: float = 0) -> None:
-        """Replaces a file in the folder, all at once, by another, which gets a later time than the one given."""
+    def replace_file(self, directory: str, name: str, content: bytes, newer_than: float = 0) -> None:
+        """Replaces a file in a directory below, all at once. newer_than: a time, before that of the new file."""
 
         def move(draft: Draft, place: int) -> None:
-            draft.make_newer(newer_than)
+            draft.make_newer_than(newer_than)
             draft.move(place, name)
 
-        self._put_file(folder, content, move)
+        self._put_file(directory, content, move)
 
-    def _put_file(self, folder: str, content: bytes, put: Callable[[Draft, int], None]) -> None:
-        draft = Draft(self.open_or_make(f"{folder}/tmp"), self._identity)
+    def _put_file(self, directory: str, content: bytes, put: Callable[[Draft, int], None]) -> None:
+        draft = Draft(self.open_or_make(f"{directory}/tmp"), self._identity)
         try:
             draft.write(content)
             draft.sync()
-            place = self.open(folder)
+            place = self.open(directory)
             try:
                 put(draft, place)
             finally:
@@ -1929,17 +1930,17 @@ class Tree:
             draft.discard()
 
 
-def open_folder(path: str, guarded: bool) -> int:
-    """A descriptor of the folder at an absolute path. Raises OSError.
+def open_directory(path: str, guarded: bool) -> int:
+    """A descriptor of the directory at an absolute path. Raises OSError.
 
-    guarded: a symbolic link is followed only where nobody but root can have put it.
+    guarded: a symbolic link is followed only where none but root can have made it.
     """
     if not guarded:
-        return os.open(path, FOLDER)
-    fd = os.open("/", FOLDER)
+        return os.open(path, OPEN_DIRECTORY)
+    fd = os.open("/", OPEN_DIRECTORY)
     parts = [part for part in path.split("/") if part] or ["."]
     for left, part in enumerate(parts, 1 - len(parts)):
-        flags = FOLDER | os.O_PATH if left else FOLDER  # to pass through, no right to read is needed
+        flags = OPEN_DIRECTORY | os.O_PATH if left else OPEN_DIRECTORY  # passing through needs no right to read
         status = os.fstat(fd)
         trusted = status.st_uid == 0 and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         try:
@@ -1952,26 +1953,35 @@ def open_folder(path: str, guarded: bool) -> int:
     return fd
 
 
-def make_folders(path: str, spool: str, guarded: bool) -> None:
-    """Makes a folder for good, and those between it and the spool. Raises OSError."""
+def make_directories(path: str, spool: str, guarded: bool) -> None:
+    """Makes a directory, and those between it and the spool, durably. Raises OSError."""
     parent, name = os.path.split(path)
-    # Below the spool one that is there may have been made by another process, and not yet synced.
+    # Another process may have made one below the spool, and not have synced it yet.
     if parent not in (spool, "/") and (parent.startswith(f"{spool}/") or not os.path.isdir(parent)):
-        make_folders(parent, spool, guarded)
-    make_folder(parent, name, guarded)
+        make_directories(parent, spool, guarded)
+    make_directory(parent, name, guarded)
 
 
-def make_folder(parent: str, name: str, guarded: bool) -> None:
-    """Makes a folder of that name for good. Raises OSError."""
-    folder = open_folder(parent, guarded)
+def make_directory(parent: str, name: str, guarded: bool) -> None:
+    """Makes a directory in an existing one, durably. Raises OSError."""
+    fd = open_directory(parent, guarded)
     try:
-        os.mkdir(name, 0o777, dir_fd=folder)
+        os.mkdir(name, 0o777, dir_fd=fd)
     except FileExistsError:
-        pass  # made by another process for another message, and perhaps not yet synced
+        pass  # another process has made it, and perhaps not synced it yet
     try:
-        os.fsync(folder)
+        os.fsync(fd)
     finally:
-        os.close(folder)
+        os.close(fd)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Writes all of data to a file. Raises OSError, also if it takes nothing and does not say why."""
+    while data:
+        written = os.write(fd, data)
+        if not written:
+            raise OSError(errno.EIO, "nothing was written")
+        data = data[written:]
 
 
 def unique_name() -> str:
@@ -2160,7 +2170,7 @@ class Message:
         while True:
             try:
                 if draft is not self.draft and self.draft:
-                    draft.copy(self.draft, self.size)
+                    draft.copy_from(self.draft, self.size)
                 draft.write(data)
                 break
             except OSError as error:
@@ -2433,8 +2443,8 @@ class Quota:
     limits: the octets and messages it may have; None if that file says so. Source: Maildir++ quota.
     """
 
-    def __init__(self, tree: Tree, limits: tuple[int, int] | None, config: Config) -> None:
-        self._tree, self._limits, self._config = tree, limits, config
+    def __init__(self, directory: Directory, limits: tuple[int, int] | None, config: Config) -> None:
+        self._directory, self._limits, self._config = directory, limits, config
         self._default = config.default_quota, config.default_quota_messages
         self._excluded = [spelling for name in config.quota_exclude_folders for spelling in spellings(name, config)]
         self._is_none = False
@@ -2445,12 +2455,12 @@ class Quota:
         wanted = max(config.autocreate_quota, 0), max(config.autocreate_quota_messages, 0)
         limits = self._limits or (wanted if any(wanted) else self._default)
         if any(limits):
-            self._tree.add_file(INBOX, QUOTA_FILE, Usage(limits, (0, 0), doubtful=False).render())
+            self._directory.add_file(INBOX, QUOTA_FILE, Usage(limits, (0, 0), doubtful=False).render())
 
     def usage(self) -> Usage | None:
         """What the file says, or if it can't be relied on, a count; None if there is no quota."""
         try:
-            fd = self._tree.open_file(INBOX, QUOTA_FILE, os.O_RDONLY)
+            fd = self._directory.open_file(INBOX, QUOTA_FILE, os.O_RDONLY)
         except FileNotFoundError:
             limits = self._limits or self._default
             self._is_none = not any(limits)
@@ -2473,7 +2483,7 @@ class Quota:
         if self._is_none:
             return
         try:
-            self._tree.write_file(INBOX, QUOTA_FILE, os.O_APPEND, f"{octets} {messages}\n".encode())
+            self._directory.append_to_file(INBOX, QUOTA_FILE, f"{octets} {messages}\n".encode())
         except FileNotFoundError:
             return
 
@@ -2486,7 +2496,7 @@ class Quota:
                 for size in self._sizes_in(part):
                     octets, messages = octets + size, messages + 1
             usage = Usage(limits, (octets, messages), doubtful=False)
-            self._tree.replace_file(INBOX, QUOTA_FILE, usage.render())
+            self._directory.replace_file(INBOX, QUOTA_FILE, usage.render())
             if self._counted_parts() == parts:
                 break
         return usage
@@ -2501,17 +2511,17 @@ class Quota:
         try:
             return parse_limits(content.partition(LF)[0].decode("ascii"))
         except ValueError as error:
-            log.warning("quota lost", mailbox=self._tree.path, cause=error)
+            log.warning("quota lost", mailbox=self._directory.path, cause=error)
             return self._default
 
     def _counted_parts(self) -> dict[str, int]:
         """The parts of the Maildir whose messages count, and when each was changed."""
-        folders = [folder for folder in self._tree.folders() if folder.startswith(".")]
+        folders = [folder for folder in self._directory.subdirectories() if folder.startswith(".")]
         changed = {}
         counted = [folder for folder in (INBOX, *folders) if self.includes(folder, "")]
         for part in (f"{folder}/{part}" for folder in counted for part in ("new", "cur")):
             try:
-                fd = self._tree.open(part)
+                fd = self._directory.open(part)
             except (FileNotFoundError, NotADirectoryError):
                 continue  # no folder of messages
             changed[part] = os.fstat(fd).st_mtime_ns
@@ -2519,7 +2529,7 @@ class Quota:
         return changed
 
     def _sizes_in(self, part: str) -> Iterator[int]:
-        fd = self._tree.open(part)
+        fd = self._directory.open(part)
         try:
             with os.scandir(fd) as entries:
                 for entry in entries:
@@ -2548,14 +2558,14 @@ class Keywords:
     Everything raises OSError. Source: Dovecot's documentation of its Maildir format.
     """
 
-    def __init__(self, tree: Tree, folder: str) -> None:
-        self._tree, self._folder = tree, folder
+    def __init__(self, directory: Directory, folder: str) -> None:
+        self._directory, self._folder = directory, folder
 
     def letters(self, keywords: Sequence[str]) -> set[str]:
         """The letters of these keywords. New ones are added, while there are letters; the others have none."""
         known = self._read()[0]
         if not all(keyword.lower() in known for keyword in keywords):
-            with DovecotLock(self._tree, self._folder):
+            with DovecotLock(self._directory, self._folder):
                 known = self._add(keywords)
         return {KEYWORD_LETTERS[known[keyword.lower()][0]] for keyword in keywords if keyword.lower() in known}
 
@@ -2566,18 +2576,18 @@ class Keywords:
             if keyword.lower() in known:
                 continue
             if not unused:
-                log.warning("no letter for keyword", keyword=keyword, mailbox=self._tree.path_of(self._folder))
+                log.warning("no letter for keyword", keyword=keyword, mailbox=self._directory.path_of(self._folder))
                 continue
             known[keyword.lower()] = unused.pop(0), keyword
         lines = [f"{number} {name}\n" for number, name in sorted(known.values())]
         # Dovecot looks at the time, in seconds, to see whether the file has changed.
-        self._tree.replace_file(self._folder, KEYWORD_FILE, "".join(lines).encode(), newer_than=changed)
+        self._directory.replace_file(self._folder, KEYWORD_FILE, "".join(lines).encode(), newer_than=changed)
         return known
 
     def _read(self) -> tuple[dict[str, tuple[int, str]], float]:
         """The number and name of each keyword, by the name in lower case; and when the file was changed."""
         try:
-            fd = self._tree.open_file(self._folder, KEYWORD_FILE, os.O_RDONLY)
+            fd = self._directory.open_file(self._folder, KEYWORD_FILE, os.O_RDONLY)
         except FileNotFoundError:
             return {}, 0
         try:
@@ -2596,12 +2606,12 @@ class DovecotLock:
     Raises OSError, TimeoutError among them.
     """
 
-    def __init__(self, tree: Tree, folder: str) -> None:
-        self._tree, self._folder = tree, folder
+    def __init__(self, directory: Directory, folder: str) -> None:
+        self._directory, self._folder = directory, folder
         self._place = -1
 
     def __enter__(self) -> None:
-        self._place = self._tree.open(self._folder)
+        self._place = self._directory.open(self._folder)
         try:
             self._take()
         except OSError:
@@ -2638,7 +2648,7 @@ class DovecotLock:
     def _holder(self, name: str = LOCK_FILE) -> tuple[str, str, float]:
         """The process and host that hold the lock, "" if nobody does, and the seconds since it was taken."""
         try:
-            fd = os.open(name, os.O_RDONLY | OLD_FILE, dir_fd=self._place)
+            fd = os.open(name, os.O_RDONLY | EXISTING_FILE, dir_fd=self._place)
         except FileNotFoundError:
             return "", "", 0
         try:
@@ -2665,7 +2675,7 @@ class DovecotLock:
         try:
             if self._is_stale(aside):
                 process = self._holder(aside)[0]
-                log.warning("stale lock removed", mailbox=self._tree.path_of(self._folder), process=process)
+                log.warning("stale lock removed", mailbox=self._directory.path_of(self._folder), process=process)
             else:
                 os.link(aside, LOCK_FILE, src_dir_fd=self._place, dst_dir_fd=self._place, follow_symlinks=False)
         except FileExistsError:
@@ -2739,23 +2749,23 @@ class Maildir:
     ) -> None:
         self.path, self.identity = path, identity
         self._config, self._missing = config, missing
-        self._tree = Tree(path, identity)
-        self._quota = Quota(self._tree, limits, config)
+        self._directory = Directory(path, identity)
+        self._quota = Quota(self._directory, limits, config)
 
     def make(self) -> None:
         """Makes it, if it is missing, with what the options autocreate_* say. Raises OSError."""
         if not self._missing:
             return
         with self.identity:
-            make_folders(self.path, self._config.partition, self._tree.guarded)
+            make_directories(self.path, self._config.partition, self._directory.guarded)
             for folder in ("tmp", "cur"):
-                self._tree.make(folder)
+                self._directory.make(folder)
             for name in self._config.autocreate_inbox_folders:
                 if folder := folder_named(name, self._config):  # else it is the INBOX
                     self._make_folder(folder)
             self._subscribe()
             self._quota.begin()
-            self._tree.make("new")  # with it the Maildir exists
+            self._directory.make("new")  # with it the Maildir exists
         self._missing = False
 
     def is_there(self) -> bool:
@@ -2765,13 +2775,13 @@ class Maildir:
 
     def path_of(self, folder: str) -> str:
         """Where the folder is."""
-        return self._tree.path_of(folder)
+        return self._directory.path_of(folder)
 
     def has_folder(self, folder: str) -> bool:
         """Whether there is that folder. Raises OSError."""
         with self.identity:
             try:
-                os.close(self._tree.open(f"{folder}/cur"))
+                os.close(self._directory.open(f"{folder}/cur"))
             except OSError as error:
                 if error.errno in ABSENT:
                     return False
@@ -2783,13 +2793,13 @@ class Maildir:
         if self._missing:
             return []
         with self.identity:
-            return sorted(folder for folder in self._tree.folders() if folder.startswith("."))
+            return sorted(folder for folder in self._directory.subdirectories() if folder.startswith("."))
 
     def open_draft(self) -> Draft:
         """A new draft in this Maildir, which is made if it is missing. Raises OSError."""
         self.make()
         with self.identity:
-            return Draft(self._tree.open_or_make("tmp"), self.identity)
+            return Draft(self._directory.open_or_make("tmp"), self.identity)
 
     def check_quota(self, folder: str, octets: int, messages: int) -> None:
         """Raises LmtpError if with so much more in the folder the mailbox would be over its quota.
@@ -2847,7 +2857,7 @@ class Maildir:
         if folder != INBOX and not self.has_folder(folder):
             self._make_folder(folder)
         if not flags:
-            return self._tree.open_or_make(f"{folder}/new"), ""
+            return self._directory.open_or_make(f"{folder}/new"), ""
         keywords = [flag for flag in flags if not flag.startswith("\\")]
         if not all(keyword and KEYWORD_ATOM.issuperset(keyword) for keyword in keywords):
             raise ValueError(f"{flags!r} has something that is no keyword")
@@ -2856,14 +2866,14 @@ class Maildir:
         except KeyError as error:
             raise ValueError(f"there is no flag {error}") from None
         if keywords:
-            letters |= Keywords(self._tree, folder).letters(keywords)
-        return self._tree.open_or_make(f"{folder}/cur"), f":2,{''.join(sorted(letters))}"
+            letters |= Keywords(self._directory, folder).letters(keywords)
+        return self._directory.open_or_make(f"{folder}/cur"), f":2,{''.join(sorted(letters))}"
 
     def _make_folder(self, folder: str) -> None:
-        self._tree.make(folder)
-        self._tree.add_file(folder, "maildirfolder", b"")
+        self._directory.make(folder)
+        self._directory.add_file(folder, "maildirfolder", b"")
         for part in ("tmp", "new", "cur"):  # with cur/ the folder exists
-            self._tree.make(f"{folder}/{part}")
+            self._directory.make(f"{folder}/{part}")
 
     def _subscribe(self) -> None:
         """Writes the files in which Dovecot and Courier keep the folders that a user is subscribed to."""
@@ -2872,14 +2882,14 @@ class Maildir:
             return
         for_dovecot = ["\t".join(map(to_modified_utf7, parts or ("INBOX",))) for parts in folders]
         for_courier = [f"INBOX{folder_directory(parts)}" for parts in folders]
-        self._tree.add_file(
+        self._directory.add_file(
             INBOX, "subscriptions", "".join(f"{line}\n" for line in ("V\t2", "", *for_dovecot)).encode()
         )
-        self._tree.add_file(INBOX, "courierimapsubscribed", "".join(f"{line}\n" for line in for_courier).encode())
+        self._directory.add_file(INBOX, "courierimapsubscribed", "".join(f"{line}\n" for line in for_courier).encode())
 
     def _share(self, draft: Draft, folder: int, name: str, last: bool) -> bool:
         """Moves or links the draft; whether its owner, the file systems and the configuration let it."""
-        if not draft.may_be_of(self.identity) or not (last or self._config.singleinstancestore):
+        if not draft.is_linkable_for(self.identity) or not (last or self._config.singleinstancestore):
             return False
         try:
             if last:
@@ -2887,7 +2897,7 @@ class Maildir:
             else:
                 draft.link(folder, name)
         except OSError as error:
-            if error.errno in NO_HARD_LINK:
+            if error.errno in LINK_IMPOSSIBLE:
                 return False
             raise
         return True
@@ -2903,7 +2913,7 @@ class Maildir:
         draft = self.open_draft()
         try:
             if message.draft and not message.content:
-                draft.copy(message.draft, message.size)
+                draft.copy_from(message.draft, message.size)
             else:
                 draft.write(message.content)
             draft.sync()
@@ -3197,12 +3207,12 @@ class MaildirStore:
 
     def _has_maildir(self, path: str, identity: Identity) -> bool:
         """Whether there is a Maildir, all of it. Raises OSError if there is none, or nobody knows."""
-        tree = Tree(path, identity)
+        directory = Directory(path, identity)
         with identity:
             try:
-                os.close(tree.open("new"))
+                os.close(directory.open("new"))
             except FileNotFoundError:
-                os.close(tree.open("cur"))  # then new/ is lost, not the user
+                os.close(directory.open("cur"))  # then new/ is lost, not the user
                 return False
         return True
 
@@ -3438,9 +3448,9 @@ class DeliveryAgent:
         """
         mailboxes = [destination.mailbox for destination in envelope.destinations]
         if len({(mailbox.identity.uid, mailbox.identity.gid) for mailbox in mailboxes}) > 1:
-            draft = Draft(open_folder(self._config.configdirectory, guarded=False), self._identity)
+            draft = Draft(open_directory(self._config.configdirectory, guarded=False), self._identity)
             try:
-                draft.hide()
+                draft.unlink()
             except OSError:
                 draft.discard()
                 raise

@@ -324,7 +324,7 @@ def names_in_the_store(recipient: Recipient, config: Config) -> list[str]:
         raise FileNotFoundError(2, "absent")
 
     with (
-        mock.patch.object(lmtpd, "open_folder", absent),
+        mock.patch.object(lmtpd, "open_directory", absent),
         mock.patch("os.scandir", return_value=nullcontext(["somebody"])),
     ):
         replies = []

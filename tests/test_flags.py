@@ -19,7 +19,7 @@ from mailboxes import deliver_in, letter, owner
 from peers import Courier, Dovecot
 
 import lmtpd
-from lmtpd import INBOX, Config, DovecotLock, Maildir, Message, Tree
+from lmtpd import INBOX, Config, Directory, DovecotLock, Maildir, Message
 
 # When it is told to, delivers a message with each of the keywords, one after the other.
 DELIVER = """
@@ -386,7 +386,7 @@ def test_dovecot_waits_for_our_lock_and_we_for_dovecots(site: Site, dovecot: Dov
         imap.store("1", "+FLAGS", "($x)")
         finished.append(time.monotonic())
 
-    with DovecotLock(Tree(str(site.spool / "jane"), owner()), INBOX):
+    with DovecotLock(Directory(str(site.spool / "jane"), owner()), INBOX):
         site.give(site.spool / "jane/dovecot-uidlist.lock")
         began = time.monotonic()
         thread = threading.Thread(target=store)

@@ -437,7 +437,7 @@ def maildir() -> Iterator[Path]:
 
 
 def open_draft(maildir: Path) -> Draft:
-    return Draft(lmtpd.open_folder(f"{maildir}/tmp", guarded=False), lmtpd.Identity.of_process())
+    return Draft(lmtpd.open_directory(f"{maildir}/tmp", guarded=False), lmtpd.Identity.of_process())
 
 
 def spool(reads: Iterable[bytes], maildir: Path, limit: int, **options: str) -> Message:
