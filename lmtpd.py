@@ -275,7 +275,7 @@ def expand(template: str, values: dict[str, str]) -> str:
     return "".join(parts).replace("\0", "%")
 
 
-def letters_in(template: str) -> set[str]:
+def template_variables(template: str) -> set[str]:
     """The letters that stand for something in a template, see expand()."""
     return {place[:1] for place in template.replace("%%", "").split("%")[1:]}
 
@@ -459,7 +459,7 @@ class Config:
 
 def default_partition(config: Config, settings: dict[str, tuple[str, str]], service: str, file: str) -> str:
     """The folder that all Maildirs are in: the partition, or what maildir_path begins with. Raises ConfigError."""
-    if "p" not in letters_in(config.maildir_path):
+    if "p" not in template_variables(config.maildir_path):
         return os.path.dirname(config.maildir_path.partition("%")[0])
     names = [name for name in settings if name.startswith("partition-")]
     name = f"partition-{config.defaultpartition.lower() or 'default'}"
@@ -756,14 +756,6 @@ SESSION_TOO_LONG = Reply(421, "4.4.2", "The session takes too long, closing the 
 SHUTTING_DOWN = Reply(421, "4.3.2", "Shutting down, try again later")
 INTERNAL_ERROR = Reply(421, "4.3.0", "Internal error, try again later")
 LINE_TOO_LONG = Reply(500, "5.5.2", "Line too long")
-STORAGE_FULL = Reply(452, "4.3.1", "Mail storage is full, try again later")
-STORAGE_FAILED = Reply(451, "4.3.0", "Mail storage failed, try again later")
-
-
-def storage_reply(error: OSError) -> Reply:
-    """What to tell a client whose message could not be stored."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return STORAGE_FULL if full else STORAGE_FAILED
 
 
 # ======================================================================
@@ -1398,7 +1390,7 @@ def proxied_peer_v2(version: int, family: int, address: bytes, proxy: Peer) -> P
 # ======================================================================
 
 SERVICE_TIMEOUT = 30  # seconds that a daemon may take to answer
-PAUSE = 10.0  # seconds without what has failed
+BACKOFF = 10.0  # seconds without another try after a failure
 DOVECOT_ESCAPES = {"0": "\0", "1": "\1", "t": "\t", "r": "\r", "n": "\n"}
 
 
@@ -1412,6 +1404,21 @@ class Closed(Unavailable):
 
 class Silent(Unavailable):
     """The daemon does not answer in time."""
+
+
+class Backoff:
+    """After a failure, do not try again for BACKOFF seconds: nobody waits for what has just failed."""
+
+    def __init__(self) -> None:
+        self._end = 0.0
+
+    def start(self) -> None:
+        """Starts it now."""
+        self._end = time.monotonic() + BACKOFF
+
+    def is_active(self) -> bool:
+        """Whether it is too early for another try."""
+        return time.monotonic() < self._end
 
 
 def connect_to_service(path: str) -> socket.socket:
@@ -1472,21 +1479,6 @@ def unescaped(value: str) -> str:
     """A field of Dovecot's protocols without its escapes."""
     first, *rest = value.split("\1")
     return first + "".join(DOVECOT_ESCAPES.get(part[:1], part[:1]) + part[1:] for part in rest)
-
-
-class Pause:
-    """Time in which what has failed is left alone, so that not everybody has to wait for it in vain."""
-
-    def __init__(self) -> None:
-        self._end = 0.0
-
-    def begin(self) -> None:
-        """Begins it now."""
-        self._end = time.monotonic() + PAUSE
-
-    def lasts(self) -> bool:
-        """Whether it has not ended yet."""
-        return time.monotonic() < self._end
 
 
 # ======================================================================
@@ -2003,6 +1995,67 @@ FIRST_LINE_LIMIT = 1024  # octets of the first line looked at, for whether it is
 FIELD_NAME = frozenset(set(range(33, 127)) - {ord(":")})  # RFC 5322 section 2.2
 EIGHT_BIT_TO_X = bytes(range(128)) + b"X" * 128
 
+
+class Header:
+    """The header section of a message. octets: all of it, with the end of its last line, without the empty line.
+
+    Names of fields are given in lower case.
+    """
+
+    __slots__ = ("_folded", "octets")
+
+    def __init__(self, octets: bytes) -> None:
+        self.octets = octets
+        self._folded = b""
+
+    @classmethod
+    def of(cls, content: bytes) -> Header:
+        """The header section of a message; empty if the message does not begin with a field."""
+        first_line, _, _ = content[:FIRST_LINE_LIMIT].partition(LF)
+        if not is_field(first_line):
+            return cls(b"")
+        ends = [end for end in (content.find(b"\n\n"), content.find(b"\n\r\n")) if end >= 0]
+        return cls(content[: min(ends) + 1] if ends else content)
+
+    def has(self, name: bytes) -> bool:
+        """Whether there is a field of that name."""
+        return any(self.spans(name))
+
+    def body_of(self, name: bytes) -> str | None:
+        """The body of the first field of that name, unfolded; None if there is no such field."""
+        for start, end in self.spans(name):
+            body = self.octets[start:end].partition(b":")[2]
+            return b" ".join(body.split()).decode("utf-8", "backslashreplace")
+        return None
+
+    def without(self, name: bytes) -> bytes:
+        """The octets without the fields of that name."""
+        kept, after = [], 0
+        for start, end in self.spans(name):
+            kept.append(self.octets[after:start])
+            after = end
+        return b"".join([*kept, self.octets[after:]])
+
+    def spans(self, name: bytes) -> Iterator[tuple[int, int]]:
+        """Where each field of that name begins and ends."""
+        folded = self._folded = self._folded or LF + self.octets.lower()  # the LF before octets[n:] is folded[n]
+        wanted = LF + name
+        start = folded.find(wanted)
+        while start >= 0:
+            end = start + len(wanted)
+            if folded[end : end + OBSOLETE_SPACE].lstrip(b" \t").startswith(b":"):
+                end = self._end_of_field(start)
+                yield start, end
+            start = folded.find(wanted, end)
+
+    def _end_of_field(self, start: int) -> int:
+        """Where the field that begins there ends, with its folded lines."""
+        end = self.octets.find(LF, start) + 1
+        while end and self.octets[end : end + 1] in (b" ", b"\t"):
+            end = self.octets.find(LF, end) + 1
+        return end or len(self.octets)
+
+
 NUL_IN_MESSAGE = Reply(554, "5.6.0", "The message contains a NUL octet")
 EIGHT_BIT_HEADER = Reply(554, "5.6.0", "The message has 8-bit octets in its header")
 TOO_LARGE = Reply(552, "5.3.4", "The message is larger than this server takes")
@@ -2083,94 +2136,55 @@ class ChunkDecoder:
 
 
 class Message:
-    """A message with its trace headers, in memory while it is small, in a draft of the mailstore once it is not.
+    """A message as it is stored: in memory while it is small, else in a draft.
 
-    refusal: the reply to give instead of delivering it; None while all is well.
-    draft: the file that holds it; None while it is in memory, and then content is the whole of it. It is one of drafts,
-    each of which is of use if those before it are not.
-    wire_size: octets received, line ends counted as CR LF. size, lines: octets as stored, and the LFs among them that
-    have no CR before them, as an IMAP server will put one there.
-    message_id: its Message-ID as text, known once it is complete. has_message_id: whether it came with that.
+    header: the header section, with the added fields, as far as it lies in the first MEMORY_LIMIT octets. body_offset:
+    where the body begins. size: octets. lines: LFs that have no CR before them; an IMAP server sends a CR with each.
+    message_id: the Message-ID as text. has_message_id: whether the client sent it.
+    content: all octets; b"" if they are only in the draft. draft: a file with all octets; None while there is none.
     """
 
-    def __init__(self, trace: bytes, config: Config, drafts: Iterator[Draft]) -> None:
-        self.refusal: Reply | None = None
-        self.draft: Draft | None = None
-        self.content = b""
-        self.wire_size = self.size = self.lines = 0
+    __slots__ = ("body_offset", "content", "draft", "has_message_id", "header", "lines", "message_id", "size")
+
+    def __init__(self) -> None:
+        self.header = Header(b"")
+        self.body_offset = self.size = self.lines = 0
         self.message_id, self.has_message_id = "", False
-        self._trace, self._config, self._drafts = trace, config, drafts
-        self._received = bytearray()
-        self._ends_in_cr = False
+        self.content = b""
+        self.draft: Draft | None = None
 
-    def write(self, data: bytes) -> None:
-        """Takes the next octets, with LF at the end of lines. Never raises: what is wrong becomes the refusal."""
-        if self.refusal or not data:
-            return
-        lines = count_of_lf(data)
-        self.wire_size += len(data) + lines
-        if 0 < self._config.maxmessagesize < self.wire_size:
-            self.refuse(TOO_LARGE)
-        elif b"\0" in data:
-            self.refuse(NUL_IN_MESSAGE)
-        elif self.draft:
-            self._append(data, lines)
-        else:
-            self._received += data
-            if len(self._received) > MEMORY_LIMIT:
-                self._spool()
-
-    def complete(self) -> None:
-        """Says that all octets are there. Never raises: what is wrong becomes the refusal."""
-        if self.refusal:
-            return
-        if not self.draft:
-            self._add_head()
-            return
-        try:
-            self.draft.sync()
-        except OSError as error:
-            self._storage_failed(error)
-
-    def refuse(self, reply: Reply) -> None:
-        """Gives the message up."""
-        self.refusal = reply
-        self.discard()
+    def read(self, offset: int, size: int) -> bytes:
+        """The octets from that offset on, size at most; b"" at the end. Raises OSError."""
+        if self.content or not self.draft:
+            return self.content[offset : offset + size]
+        return self.draft.read(offset, size)
 
     def discard(self) -> None:
-        """Forgets the octets, and removes the draft if it has not become a delivered message."""
+        """Frees the octets, and removes the draft if it has not become a delivered message."""
         self.content = b""
-        self._received.clear()
         if self.draft:
             self.draft.discard()
             self.draft = None
 
-    def _spool(self) -> None:
-        self._add_head()
-        content, self.content = self.content, b""
-        self.size = self.lines = 0
-        if not self.refusal:
-            self._append(content, count_of_lf(content))
 
-    def _append(self, data: bytes, lines: int) -> None:
-        if b"\r" in data or self._ends_in_cr:
-            lines -= data.count(CRLF) + (self._ends_in_cr and data.startswith(LF))
-        try:
-            self.draft = self.draft or next(self._drafts)
-            self._write(self.draft, data)
-        except OSError as error:
-            self._storage_failed(error)
-            return
-        self.size += len(data)
-        self.lines += lines
-        self._ends_in_cr = data.endswith(b"\r")
+class Spool:
+    """Writes a large message to a draft. Everything raises OSError.
 
-    def _write(self, draft: Draft, data: bytes) -> None:
-        """Writes to the draft, or where that fails to another one, which takes its place. Raises OSError."""
+    drafts: files on different file systems. When a write fails, the next one takes the place of the draft.
+    """
+
+    def __init__(self, drafts: Iterator[Draft]) -> None:
+        self._drafts = drafts
+        self.draft = next(drafts)
+        self._size = 0
+
+    def write(self, data: bytes) -> None:
+        """Appends data."""
+        draft = self.draft
         while True:
             try:
-                if draft is not self.draft and self.draft:
-                    draft.copy_from(self.draft, self.size)
+                if draft is not self.draft:
+                    draft.copy_from(self.draft, self._size)
                 draft.write(data)
                 break
             except OSError as error:
@@ -2181,52 +2195,143 @@ class Message:
                     raise
                 log.warning("spooling elsewhere", cause=error)
                 draft = another
-        if draft is not self.draft and self.draft:
+        if draft is not self.draft:
             self.draft.discard()
-        self.draft = draft
+            self.draft = draft
+        self._size += len(data)
 
-    def _storage_failed(self, error: OSError) -> None:
+
+class Incoming:
+    """A message that arrives: what comes after DATA or BDAT, with the trace and added fields before it.
+
+    trace: the trace header fields. drafts: see Spool.
+    message: the message, as far as it has arrived. wire_size: octets received, with CR LF for each end of a line.
+    refusal: the reply to a message that must not be delivered; None while there is no reason. failure: why it could not
+    be spooled; None if it could.
+    """
+
+    def __init__(self, trace: bytes, config: Config, drafts: Iterator[Draft]) -> None:
+        self.message = Message()
+        self.refusal: Reply | None = None
+        self.failure: OSError | None = None
+        self.wire_size = 0
+        self._trace, self._config, self._drafts = trace, config, drafts
+        self._received = bytearray()
+        self._spool: Spool | None = None
+        self._ends_in_cr = False
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the message cannot be delivered."""
+        return self.refusal is not None or self.failure is not None
+
+    def write(self, data: bytes) -> None:
+        """Takes the next octets, with LF at the end of lines. Never raises: an error becomes refusal or failure."""
+        if self.is_refused or not data:
+            return
+        line_ends = count_of_lf(data)
+        self.wire_size += len(data) + line_ends
+        if 0 < self._config.maxmessagesize < self.wire_size:
+            self._refuse(TOO_LARGE)
+        elif b"\0" in data:
+            self._refuse(NUL_IN_MESSAGE)
+        elif self._spool:
+            self._append(self._spool, data, line_ends)
+        else:
+            self._received += data
+            if len(self._received) > MEMORY_LIMIT:
+                self._start_spool()
+
+    def complete(self) -> None:
+        """Ends the message: no more octets follow. Never raises: an error becomes refusal or failure."""
+        if self.is_refused:
+            return
+        if self._spool:
+            try:
+                self._spool.draft.sync()
+            except OSError as error:
+                self._fail(error)
+            return
+        message = self.message
+        message.content = content = self._with_head()
+        message.size, message.lines = len(content), count_of_lf(content) - content.count(CRLF)
+
+    def discard(self) -> None:
+        """Frees the octets, and removes the draft if it has not become a delivered message."""
+        self._received.clear()
+        self.message.discard()
+
+    def _refuse(self, reply: Reply) -> None:
+        self.refusal = reply
+        self.discard()
+
+    def _fail(self, error: OSError) -> None:
         log.error("spooling failed", cause=error)
-        self.refuse(storage_reply(error))
+        self.failure = error
+        self.discard()
 
-    def _add_head(self) -> None:
-        """Makes the content: what was received, with trace headers and missing fields before it."""
+    def _start_spool(self) -> None:
+        content = self._with_head()
+        if self.is_refused:
+            return
+        try:
+            self._spool = Spool(self._drafts)
+        except OSError as error:
+            self._fail(error)
+            return
+        self._append(self._spool, content, count_of_lf(content))
+
+    def _append(self, spool: Spool, data: bytes, line_ends: int) -> None:
+        message = self.message
+        if b"\r" in data or self._ends_in_cr:
+            line_ends -= data.count(CRLF) + (self._ends_in_cr and data.startswith(LF))
+        message.draft = spool.draft
+        try:
+            spool.write(data)
+        except OSError as error:
+            self._fail(error)
+            return
+        message.draft = spool.draft
+        message.size += len(data)
+        message.lines += line_ends
+        self._ends_in_cr = data.endswith(b"\r")
+
+    def _with_head(self) -> bytes:
+        """The octets received so far, with the trace and missing fields before them; b"" if they are refused."""
         received = bytes(self._received)
         self._received.clear()
-        header = header_of(received)
-        body = received[len(header) :]
-        if not header.isascii():
+        header = Header.of(received)
+        body = received[len(header.octets) :]
+        if not header.octets.isascii():
             if self._config.reject8bit:
-                self.refuse(EIGHT_BIT_HEADER)
-                return
+                self._refuse(EIGHT_BIT_HEADER)
+                return b""
             if self._config.munge8bit:
-                header = header.translate(EIGHT_BIT_TO_X)
-        head = [self._trace]
-        if span := next(field_spans(header, b"message-id"), None):
-            self.message_id, self.has_message_id = field_body(header[slice(*span)]), True
+                header = Header(header.octets.translate(EIGHT_BIT_TO_X))
+        message = self.message
+        head = [self._trace, *self._missing_fields(header), header.without(b"return-path")]
+        if body and not header.octets and not body.startswith(LF):
+            body = LF + body
+        message.header = Header(b"".join(head))
+        message.body_offset = len(message.header.octets) + (1 if body.startswith(LF) else 2 if body else 0)
+        return message.header.octets + body
+
+    def _missing_fields(self, header: Header) -> list[bytes]:
+        """The fields Message-ID and Date, as far as the header does not have them. Sets the message's message_id."""
+        message, missing = self.message, []
+        if (message_id := header.body_of(b"message-id")) is not None:
+            message.message_id, message.has_message_id = message_id, True
         else:
-            self.message_id = f"<lmtpd.{time.time_ns()}.{os.getpid()}@{self._config.servername}>"
-            head.append(f"Message-ID: {self.message_id}\n".encode())
-        if not any(field_spans(header, b"date")):
-            head.append(f"Date: {date_time()}\n".encode())
-        if body and not header and not body.startswith(LF):
-            head.append(LF)
-        self.content = b"".join([*head, without_field(header, b"return-path"), body])
-        self.size, self.lines = len(self.content), count_of_lf(self.content) - self.content.count(CRLF)
+            message.message_id = f"<lmtpd.{time.time_ns()}.{os.getpid()}@{self._config.servername}>"
+            missing.append(f"Message-ID: {message.message_id}\n".encode())
+        if not header.has(b"date"):
+            missing.append(f"Date: {date_time()}\n".encode())
+        return missing
 
 
 def count_of_lf(data: bytes) -> int:
     """data.count(LF), in a sixth of the time."""
     return len(data) - len(data.replace(LF, b""))
-
-
-def header_of(content: bytes) -> bytes:
-    """The header section with the end of its last line; b"" if the content does not begin with a field."""
-    first_line, _, _ = content[:FIRST_LINE_LIMIT].partition(LF)
-    if not is_field(first_line):
-        return b""
-    ends = [end for end in (content.find(b"\n\n"), content.find(b"\n\r\n")) if end >= 0]
-    return content[: min(ends) + 1] if ends else content
 
 
 def is_field(line: bytes) -> bool:
@@ -2236,67 +2341,49 @@ def is_field(line: bytes) -> bool:
     return bool(colon and name and FIELD_NAME.issuperset(name)) or line.startswith((b"From ", b">From "))
 
 
-def field_spans(header: bytes, name: bytes) -> Iterator[tuple[int, int]]:
-    """Where the fields of that name, given in lower case, begin and end."""
-    folded = LF + header.lower()  # the LF before header[n:] is folded[n]
-    wanted = LF + name
-    start = folded.find(wanted)
-    while start >= 0:
-        end = start + len(wanted)
-        if folded[end : end + OBSOLETE_SPACE].lstrip(b" \t").startswith(b":"):
-            end = end_of_field(header, start)
-            yield start, end
-        start = folded.find(wanted, end)
-
-
-def end_of_field(header: bytes, start: int) -> int:
-    """Where the field that begins there ends, with its folded lines."""
-    end = header.find(LF, start) + 1
-    while end and header[end : end + 1] in (b" ", b"\t"):
-        end = header.find(LF, end) + 1
-    return end or len(header)
-
-
-def field_body(field: bytes) -> str:
-    """The body of a field, unfolded."""
-    return b" ".join(field.partition(b":")[2].split()).decode("utf-8", "backslashreplace")
-
-
-def without_field(header: bytes, name: bytes) -> bytes:
-    """The header without the fields of that name, given in lower case."""
-    kept, after = [], 0
-    for start, end in field_spans(header, name):
-        kept.append(header[after:start])
-        after = end
-    return b"".join([*kept, header[after:]])
-
-
 def date_time() -> str:
-    """Now, as RFC 5322 section 3.3 writes it."""
+    """The time now, as RFC 5322 section 3.3 writes it."""
     return time.strftime("%a, %d %b %Y %H:%M:%S %z")  # in English: this program never sets a locale
 
 
-def return_path_field(reverse_path: Address | None, config: Config) -> bytes:
-    """The Return-Path field (RFC 5321 section 4.4); a sender without a domain gets this host's name."""
+class Origin:
+    """Where a message comes from, for its trace header fields.
+
+    client: the name given with LHLO. peer: the client's address. session: the session's id. trusted: whether the client
+    may deliver without authentication. user: as whom it has authenticated; "" if it has not. tls: the encryption; None
+    without. utf8: whether SMTPUTF8 was asked for.
+    """
+
+    def __init__(
+        self, client: str, peer: str, session: str, trusted: bool, user: str, tls: Tls | None, utf8: bool
+    ) -> None:
+        self.client, self.peer, self.session = client, peer, session
+        self.trusted, self.user, self.tls, self.utf8 = trusted, user, tls, utf8
+
+    def protocol(self) -> str:
+        """The protocol by RFC 3848 and RFC 6531 section 4.3, with the cipher as a comment."""
+        letters = ("S" if self.tls else "") + ("A" if self.trusted or self.user else "")
+        tls = self.tls
+        cipher = f" ({tls.protocol} with cipher {tls.cipher} ({tls.bits} bits))" if tls else ""
+        return f"{'UTF8' if self.utf8 else ''}LMTP{letters}{cipher}"
+
+
+def trace_header(origin: Origin, reverse_path: Address | None, recipient: Address | None, config: Config) -> bytes:
+    """The fields Return-Path and Received (RFC 5321 section 4.4).
+
+    reverse_path: the sender, None for <>; one without a domain gets this host's name. recipient: None for several.
+    """
     sender = "" if reverse_path is None else str(reverse_path)
     if reverse_path and not reverse_path.domain:
         sender += f"@{config.servername}"
-    return f"Return-Path: <{sender}>\n".encode()
-
-
-def received_field(
-    client: str, peer: str, protocol: str, session: str, recipient: Address | None, config: Config
-) -> bytes:
-    """The Received field (RFC 5321 section 4.4).
-
-    client: the name given with LHLO. peer: comments on who that is. protocol: of RFC 3848 and RFC 6531 section 4.3,
-    and comments on it. session: its id. recipient: for whom, None when there are several.
-    """
+    bits = origin.tls.bits if origin.tls else 0
+    authenticated = f" (authenticated user={origin.user} bits={bits})" if origin.user else ""
     product = f" ({PRODUCT})" if config.serverinfo == "on" else ""
-    for_whom = f"\n\tfor <{recipient}>" if recipient else ""
+    for_recipient = f"\n\tfor <{recipient}>" if recipient else ""
     return (
-        f"Received: from {client} {peer}\n"
-        f"\tby {config.servername}{product} with {protocol} id {session}{for_whom};\n"
+        f"Return-Path: <{sender}>\n"
+        f"Received: from {origin.client} ({origin.peer}){authenticated}\n"
+        f"\tby {config.servername}{product} with {origin.protocol()} id {origin.session}{for_recipient};\n"
         f"\t{date_time()}\n"
     ).encode()
 
@@ -2314,95 +2401,20 @@ QUOTA_FILE, KEYWORD_FILE, LOCK_FILE = "maildirsize", "dovecot-keywords", "doveco
 QUOTA_FILE_LIMIT = 5120  # octets after which it is written anew
 QUOTA_STALE = 15 * 60  # seconds after which it is not reason enough to refuse mail
 RECOUNTS = 3  # times that a Maildir is counted which changes meanwhile
-FLAG_LETTERS = {r"\draft": "D", r"\flagged": "F", r"\answered": "R", r"\seen": "S", r"\deleted": "T"}
-KEYWORD_ATOM = frozenset(map(chr, range(33, 127))) - frozenset('(){%*"\\]')  # RFC 3501 section 9, flag-keyword
-KEYWORD_LETTERS = "abcdefghijklmnopqrstuvwxyz"
-LOCK_PATIENCE, LOCK_STALE = 30, 120  # seconds
 
 
-def folder_parts(name: str, config: Config) -> tuple[str, ...]:
-    """The parts of a folder's name, () for the INBOX; ValueError for a name that no folder can have."""
-    if name.upper() == "INBOX":
-        return ()
-    parts = tuple(name.split("/" if config.unixhierarchysep else "."))
-    for part in parts:
-        if not part or not is_printable(part) or "/" in part or "." in part:
-            raise ValueError(f"{name!r} cannot be a folder's name")
-    if len(folder_directory(parts)) > NAME_LIMIT:
-        raise ValueError(f"{name!r} is too long for a folder's name")
-    return parts
+class QuotaUsage:
+    """How much of a quota is used. limits, used: octets and messages; a limit of 0 is no limit.
 
-
-def folder_directory(parts: Sequence[str]) -> str:
-    """The name of a folder's directory in a Maildir++."""
-    return "".join(f".{to_modified_utf7(part)}" for part in parts)
-
-
-def folder_named(name: str, config: Config) -> str:
-    """The folder of that name, INBOX if no folder can have it."""
-    try:
-        return folder_directory(folder_parts(name, config))
-    except ValueError:
-        return INBOX
-
-
-def spellings(name: str, config: Config) -> list[str]:
-    """The directories that a folder of that name may have: in modified UTF-7, and as Courier has it, in UTF-8."""
-    folder = folder_named(name, config)
-    return sorted({folder, from_modified_utf7(folder)}, key=len, reverse=True)
-
-
-def to_modified_utf7(text: str) -> str:
-    """The text in ASCII, as IMAP has it. Source: RFC 3501 section 5.1.3."""
-    encoded, foreign = [], ""
-    for character in f"{text}\0":
-        if character == "\0" or " " <= character <= "~":
-            if foreign:
-                encoded.append(f"&{modified_base64(foreign)}-")
-                foreign = ""
-            encoded.append("&-" if character == "&" else character)
-        else:
-            foreign += character
-    return "".join(encoded)[:-1]
-
-
-def modified_base64(text: str) -> str:
-    """The UTF-16 of a text in the base64 of RFC 3501 section 5.1.3."""
-    from binascii import b2a_base64
-
-    octets = text.encode("utf-16-be", "surrogatepass")
-    return b2a_base64(octets, newline=False).decode("ascii").rstrip("=").replace("/", ",")
-
-
-def from_modified_utf7(text: str) -> str:
-    """The text that to_modified_utf7() has made ASCII; what is malformed stays as it is."""
-    from binascii import a2b_base64
-
-    first, *rest = text.split("&")
-    decoded = [first]
-    for part in rest:
-        encoded, _, after = part.partition("-")
-        padding = "=" * (-len(encoded) % 4)
-        try:
-            octets = a2b_base64(encoded.replace(",", "/") + padding)
-            decoded.append((octets.decode("utf-16-be") if encoded else "&") + after)
-        except ValueError:
-            decoded.append(f"&{part}")
-    return "".join(decoded)
-
-
-class Usage:
-    """What of a quota is used. limits, used: octets and messages; a limit of 0 is none.
-
-    doubtful: whether it has to be counted before mail is refused for it. Source: Maildir++ quota.
+    doubtful: whether the messages have to be counted before mail is refused for it. Source: Maildir++ quota.
     """
 
     def __init__(self, limits: tuple[int, int], used: tuple[int, int], doubtful: bool) -> None:
         self.limits, self.used, self.doubtful = limits, used, doubtful
 
     @classmethod
-    def parse(cls, content: bytes, age: float) -> Usage:
-        """What the file maildirsize says, which is so many seconds old. Raises ValueError."""
+    def parse(cls, content: bytes, age: float) -> QuotaUsage:
+        """The usage in a file maildirsize. age: seconds since it was written. Raises ValueError."""
         definition, *changes, rest = content.decode("ascii").split("\n")
         if rest or not changes or len(content) >= QUOTA_FILE_LIMIT:
             raise ValueError("is cut short, or too long")
@@ -2415,7 +2427,7 @@ class Usage:
         return cls(parse_limits(definition), (octets, messages), len(changes) > 1 or age > QUOTA_STALE)
 
     def render(self) -> bytes:
-        """A file maildirsize that says so."""
+        """The content of a file maildirsize with this usage."""
         (octets, messages), used = self.limits, self.used
         limits = [f"{octets}S"] if octets or not messages else []
         limits += [f"{messages}C"] if messages else []
@@ -2437,41 +2449,43 @@ def parse_limits(definition: str) -> tuple[int, int]:
     return limits["S"], limits["C"]
 
 
-class Quota:
+class QuotaFile:
     """The quota of a Maildir, kept in its file maildirsize. Everything raises OSError.
 
-    limits: the octets and messages it may have; None if that file says so. Source: Maildir++ quota.
+    limits: the octets and messages that the Maildir may have; None if the file itself gives them.
+    Source: Maildir++ quota.
     """
 
     def __init__(self, directory: Directory, limits: tuple[int, int] | None, config: Config) -> None:
         self._directory, self._limits, self._config = directory, limits, config
         self._default = config.default_quota, config.default_quota_messages
-        self._excluded = [spelling for name in config.quota_exclude_folders for spelling in spellings(name, config)]
-        self._is_none = False
+        names = config.quota_exclude_folders
+        self._excluded = {spelling for name in names for spelling in folder_spellings(name, config)}
+        self._has_none = False
 
-    def begin(self) -> None:
-        """Begins the file of a new Maildir, which is empty."""
+    def create(self) -> None:
+        """Makes the file of a new, empty Maildir, if it has a quota."""
         config = self._config
         wanted = max(config.autocreate_quota, 0), max(config.autocreate_quota_messages, 0)
         limits = self._limits or (wanted if any(wanted) else self._default)
         if any(limits):
-            self._directory.add_file(INBOX, QUOTA_FILE, Usage(limits, (0, 0), doubtful=False).render())
+            self._directory.add_file(INBOX, QUOTA_FILE, QuotaUsage(limits, (0, 0), doubtful=False).render())
 
-    def usage(self) -> Usage | None:
-        """What the file says, or if it can't be relied on, a count; None if there is no quota."""
+    def usage(self) -> QuotaUsage | None:
+        """The usage that the file gives, or a new count if it cannot be relied on; None if there is no quota."""
         try:
             fd = self._directory.open_file(INBOX, QUOTA_FILE, os.O_RDONLY)
         except FileNotFoundError:
             limits = self._limits or self._default
-            self._is_none = not any(limits)
-            return None if self._is_none else self.recount(limits)
+            self._has_none = not any(limits)
+            return None if self._has_none else self.recount(limits)
         try:
             age = time.time() - os.fstat(fd).st_mtime
             content = os.read(fd, QUOTA_FILE_LIMIT)
         finally:
             os.close(fd)
         try:
-            usage = Usage.parse(content, age)
+            usage = QuotaUsage.parse(content, age)
         except ValueError:
             return self.recount(self._limits or self._limits_in(content))
         if self._limits and usage.limits != self._limits:
@@ -2479,57 +2493,57 @@ class Quota:
         return usage
 
     def add(self, octets: int, messages: int) -> None:
-        """Adds to what is used, if there is a quota."""
-        if self._is_none:
+        """Adds to the usage, if there is a quota."""
+        if self._has_none:
             return
         try:
             self._directory.append_to_file(INBOX, QUOTA_FILE, f"{octets} {messages}\n".encode())
         except FileNotFoundError:
             return
 
-    def recount(self, limits: tuple[int, int]) -> Usage:
-        """Counts all messages and writes the file anew; again, if the Maildir has changed meanwhile."""
+    def recount(self, limits: tuple[int, int]) -> QuotaUsage:
+        """Counts all messages and replaces the file; again, if the Maildir has changed meanwhile."""
         for _ in range(RECOUNTS):
-            parts = self._counted_parts()
+            before = self._counted_directories()
             octets = messages = 0
-            for part in parts:
-                for size in self._sizes_in(part):
+            for directory in before:
+                for size in self._sizes_in(directory):
                     octets, messages = octets + size, messages + 1
-            usage = Usage(limits, (octets, messages), doubtful=False)
+            usage = QuotaUsage(limits, (octets, messages), doubtful=False)
             self._directory.replace_file(INBOX, QUOTA_FILE, usage.render())
-            if self._counted_parts() == parts:
+            if self._counted_directories() == before:
                 break
         return usage
 
     def includes(self, folder: str, name: str) -> bool:
-        """Whether a message in that folder, whose file has a name that ends so, counts."""
+        """Whether a message in that folder counts. name: the end of its file's name, which has its flags."""
         is_deleted = FLAG_LETTERS[r"\deleted"] in name.partition(":2,")[2]
         return folder not in self._excluded and not (is_deleted and self._config.quota_exclude_deleted)
 
     def _limits_in(self, content: bytes) -> tuple[int, int]:
-        """The limits in a file whose other lines are of no use."""
+        """The limits in a file whose usage cannot be relied on."""
         try:
             return parse_limits(content.partition(LF)[0].decode("ascii"))
         except ValueError as error:
             log.warning("quota lost", mailbox=self._directory.path, cause=error)
             return self._default
 
-    def _counted_parts(self) -> dict[str, int]:
-        """The parts of the Maildir whose messages count, and when each was changed."""
-        folders = [folder for folder in self._directory.subdirectories() if folder.startswith(".")]
+    def _counted_directories(self) -> dict[str, int]:
+        """Each new/ and cur/ whose messages count, with the time of its last change in nanoseconds."""
+        folders = [name for name in self._directory.subdirectories() if name.startswith(".")]
         changed = {}
         counted = [folder for folder in (INBOX, *folders) if self.includes(folder, "")]
-        for part in (f"{folder}/{part}" for folder in counted for part in ("new", "cur")):
+        for directory in (f"{folder}/{kind}" for folder in counted for kind in ("new", "cur")):
             try:
-                fd = self._directory.open(part)
+                fd = self._directory.open(directory)
             except (FileNotFoundError, NotADirectoryError):
                 continue  # no folder of messages
-            changed[part] = os.fstat(fd).st_mtime_ns
+            changed[directory] = os.fstat(fd).st_mtime_ns
             os.close(fd)
         return changed
 
-    def _sizes_in(self, part: str) -> Iterator[int]:
-        fd = self._directory.open(part)
+    def _sizes_in(self, directory: str) -> Iterator[int]:
+        fd = self._directory.open(directory)
         try:
             with os.scandir(fd) as entries:
                 for entry in entries:
@@ -2543,17 +2557,8 @@ class Quota:
             os.close(fd)
 
 
-def size_of(message: os.DirEntry[str]) -> int:
-    """The octets of a message file, which its name has as ",S=octets" if a Maildir++ writer gave it. Raises OSError."""
-    after = message.name.partition(",S=")[2]
-    digits = after[: len(after) - len(after.lstrip(DIGITS))]
-    if digits and after[len(digits) :][:1] in ("", ",", ":"):
-        return int(digits)
-    return message.stat(follow_symlinks=False).st_size
-
-
-class Keywords:
-    """The keywords of a folder, to each of which Dovecot gives a letter in its file dovecot-keywords.
+class KeywordFile:
+    """The file dovecot-keywords of a folder, by which Dovecot gives each keyword a letter.
 
     Everything raises OSError. Source: Dovecot's documentation of its Maildir format.
     """
@@ -2562,7 +2567,7 @@ class Keywords:
         self._directory, self._folder = directory, folder
 
     def letters(self, keywords: Sequence[str]) -> set[str]:
-        """The letters of these keywords. New ones are added, while there are letters; the others have none."""
+        """The letters of these keywords. A new keyword gets one while any is left; the others have none."""
         known = self._read()[0]
         if not all(keyword.lower() in known for keyword in keywords):
             with DovecotLock(self._directory, self._folder):
@@ -2576,16 +2581,17 @@ class Keywords:
             if keyword.lower() in known:
                 continue
             if not unused:
-                log.warning("no letter for keyword", keyword=keyword, mailbox=self._directory.path_of(self._folder))
+                folder = self._directory.path_of(self._folder)
+                log.warning("no letter for keyword", keyword=keyword, mailbox=folder)
                 continue
             known[keyword.lower()] = unused.pop(0), keyword
         lines = [f"{number} {name}\n" for number, name in sorted(known.values())]
-        # Dovecot looks at the time, in seconds, to see whether the file has changed.
+        # Dovecot sees a change of the file by its time in whole seconds.
         self._directory.replace_file(self._folder, KEYWORD_FILE, "".join(lines).encode(), newer_than=changed)
         return known
 
     def _read(self) -> tuple[dict[str, tuple[int, str]], float]:
-        """The number and name of each keyword, by the name in lower case; and when the file was changed."""
+        """The number and name of each keyword, by its name in lower case; and the time of the file."""
         try:
             fd = self._directory.open_file(self._folder, KEYWORD_FILE, os.O_RDONLY)
         except FileNotFoundError:
@@ -2598,6 +2604,96 @@ class Keywords:
         lines = [line.partition(" ") for line in content.split("\n")]
         numbered = [(int(number), name) for number, _, name in lines if number and name and DECIMAL.issuperset(number)]
         return {name.lower(): (number, name) for number, name in numbered if number < len(KEYWORD_LETTERS)}, changed
+
+
+FLAG_LETTERS = {r"\draft": "D", r"\flagged": "F", r"\answered": "R", r"\seen": "S", r"\deleted": "T"}
+KEYWORD_ATOM = frozenset(map(chr, range(33, 127))) - frozenset('(){%*"\\]')  # RFC 3501 section 9, flag-keyword
+KEYWORD_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+LOCK_PATIENCE, LOCK_STALE = 30, 120  # seconds
+
+
+def folder_parts(name: str, config: Config) -> tuple[str, ...]:
+    """The levels of a folder's name as people write it; () for the INBOX.
+
+    Raises ValueError for a name that no folder can have.
+    """
+    if name.upper() == "INBOX":
+        return ()
+    parts = tuple(name.split("/" if config.unixhierarchysep else "."))
+    for part in parts:
+        if not part or not is_printable(part) or "/" in part or "." in part:
+            raise ValueError(f"{name!r} cannot be a folder's name")
+    if len(folder_directory(parts)) > NAME_LIMIT:
+        raise ValueError(f"{name!r} is too long for a folder's name")
+    return parts
+
+
+def folder_directory(parts: Sequence[str]) -> str:
+    """The directory of a folder in a Maildir++; "" for the INBOX."""
+    return "".join(f".{to_modified_utf7(part)}" for part in parts)
+
+
+def folder_spellings(name: str, config: Config) -> list[str]:
+    """The directories that a folder may have: in modified UTF-7, and in UTF-8 as Courier writes it.
+
+    Raises ValueError for a name that no folder can have.
+    """
+    folder = folder_directory(folder_parts(name, config))
+    return sorted({folder, from_modified_utf7(folder)}, key=len, reverse=True)
+
+
+def similar_name(folder: str) -> tuple[str, ...]:
+    """The levels of a folder's name, without the differences of case and of hyphen, underscore and space."""
+    parts = [from_modified_utf7(part) for part in folder.split(".")[1:]]
+    return tuple(part.casefold().replace("-", " ").replace("_", " ") for part in parts)
+
+
+def to_modified_utf7(text: str) -> str:
+    """Text in the ASCII that IMAP uses for folder names. Source: RFC 3501 section 5.1.3."""
+    encoded, foreign = [], ""
+    for character in f"{text}\0":
+        if character == "\0" or " " <= character <= "~":
+            if foreign:
+                encoded.append(f"&{modified_base64(foreign)}-")
+                foreign = ""
+            encoded.append("&-" if character == "&" else character)
+        else:
+            foreign += character
+    return "".join(encoded)[:-1]
+
+
+def modified_base64(text: str) -> str:
+    """The UTF-16 of a text in the base64 of RFC 3501 section 5.1.3."""
+    from binascii import b2a_base64
+
+    octets = text.encode("utf-16-be", "surrogatepass")
+    return b2a_base64(octets, newline=False).decode("ascii").rstrip("=").replace("/", ",")
+
+
+def from_modified_utf7(text: str) -> str:
+    """The text that to_modified_utf7() has encoded; what is malformed stays as it is."""
+    from binascii import a2b_base64
+
+    first, *rest = text.split("&")
+    decoded = [first]
+    for part in rest:
+        encoded, _, after = part.partition("-")
+        padding = "=" * (-len(encoded) % 4)
+        try:
+            octets = a2b_base64(encoded.replace(",", "/") + padding)
+            decoded.append((octets.decode("utf-16-be") if encoded else "&") + after)
+        except ValueError:
+            decoded.append(f"&{part}")
+    return "".join(decoded)
+
+
+def size_of(message: os.DirEntry[str]) -> int:
+    """The octets of a message file, which its name has as ",S=octets" if a Maildir++ writer gave it. Raises OSError."""
+    after = message.name.partition(",S=")[2]
+    digits = after[: len(after) - len(after.lstrip(DIGITS))]
+    if digits and after[len(digits) :][:1] in ("", ",", ":"):
+        return int(digits)
+    return message.stat(follow_symlinks=False).st_size
 
 
 class DovecotLock:
@@ -2703,40 +2799,64 @@ def is_gone(process: int) -> bool:
 # ======================================================================
 
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)  # errors that say that there is no such folder
-MAILBOX_FULL = Reply(452, "4.2.2", "Mailbox is full, try again later")
-MAILBOX_FULL_FOR_GOOD = Reply(552, "5.2.2", "Mailbox is full")
 
 
-class Delivered:
-    """A message in a mailbox, where it can be seen; after sync() it is there for good.
+class StoreError(Exception):
+    """The store does not take a recipient's mail. The log has said why, where that is not plain."""
 
-    name: its file's. octets, messages: what it has added to the quota.
+
+class UserUnknown(StoreError):
+    """The recipient has no mailbox."""
+
+
+class MailboxFull(StoreError):
+    """The mailbox is over its quota, or would be."""
+
+
+class StoreUnavailable(StoreError):
+    """The mailbox cannot be used. permanent: whether a later try is of no use."""
+
+    def __init__(self, permanent: bool = False) -> None:
+        super().__init__()
+        self.permanent = permanent
+
+
+class Placed:
+    """A message in a folder, where readers can see it. It is durable after sync().
+
+    name: its file's. octets, messages: its share of the quota's usage.
     """
 
-    def __init__(self, mailbox: Maildir, folder: int, name: str, octets: int, messages: int) -> None:
+    def __init__(self, mailbox: Maildir, directory: int, name: str, octets: int, messages: int) -> None:
         self.name = name
         self._octets, self._messages = octets, messages
-        self._mailbox, self._folder = mailbox, folder
+        self._mailbox, self._directory = mailbox, directory
 
     def sync(self) -> None:
-        """Makes it durable, or else takes it back and raises OSError. To be called once."""
+        """Makes it durable, or else takes it back and raises OSError."""
         try:
-            os.fsync(self._folder)
+            os.fsync(self._directory)
         except OSError:
-            with self._mailbox.identity:
-                os.unlink(self.name, dir_fd=self._folder)
-            self._mailbox.charge(-self._octets, -self._messages)
+            self.take_back()
             raise
-        finally:
-            os.close(self._folder)
+
+    def take_back(self) -> None:
+        """Removes it again. Raises OSError."""
+        with self._mailbox.identity:
+            os.unlink(self.name, dir_fd=self._directory)
+        self._mailbox.charge(-self._octets, -self._messages)
+
+    def close(self) -> None:
+        """Closes its descriptor."""
+        os.close(self._directory)
 
 
 class Maildir:
     """A user's Maildir, with its folders (Maildir++).
 
-    identity: whose files are in it. missing: whether it has yet to be made. limits: the octets and messages it may
-    have, None if its file maildirsize says so. A folder is given as the name of its directory, INBOX for the Maildir
-    itself.
+    identity: the owner of its files. missing: whether it has yet to be made. limits: the octets and messages that it
+    may have; None if its file maildirsize gives them. A folder is the name of its directory, as resolve() and
+    new_folder() give it; INBOX is the Maildir itself.
     """
 
     def __init__(
@@ -2750,61 +2870,77 @@ class Maildir:
         self.path, self.identity = path, identity
         self._config, self._missing = config, missing
         self._directory = Directory(path, identity)
-        self._quota = Quota(self._directory, limits, config)
+        self._quota = QuotaFile(self._directory, limits, config)
+        self._by_similar_name: dict[tuple[str, ...], list[str]] | None = None
+
+    @property
+    def owner(self) -> tuple[int, int]:
+        """The user id and group id of its files."""
+        return self.identity.uid, self.identity.gid
+
+    def key(self, folder: str) -> str:
+        """The folder's name in records and in the log, the same for every process."""
+        return self._directory.path_of(folder)
 
     def make(self) -> None:
-        """Makes it, if it is missing, with what the options autocreate_* say. Raises OSError."""
+        """Makes the Maildir if it is missing, as the options autocreate_* say. Raises OSError."""
         if not self._missing:
             return
         with self.identity:
             make_directories(self.path, self._config.partition, self._directory.guarded)
-            for folder in ("tmp", "cur"):
-                self._directory.make(folder)
+            for name in ("tmp", "cur"):
+                self._directory.make(name)
             for name in self._config.autocreate_inbox_folders:
-                if folder := folder_named(name, self._config):  # else it is the INBOX
+                if (folder := self.new_folder(name)) != INBOX:
                     self._make_folder(folder)
             self._subscribe()
-            self._quota.begin()
+            self._quota.create()
             self._directory.make("new")  # with it the Maildir exists
         self._missing = False
 
-    def is_there(self) -> bool:
-        """Whether its place is there, as that on a disk which is not mounted is not."""
+    def exists(self) -> bool:
+        """Whether its directory exists, which it does not on a disk that is not mounted."""
         with self.identity:
             return os.path.isdir(self.path)
 
-    def path_of(self, folder: str) -> str:
-        """Where the folder is."""
-        return self._directory.path_of(folder)
+    def resolve(self, name: str, similar: bool = False) -> str | None:
+        """The existing folder of a name as people write it; None if there is none. Raises OSError.
 
-    def has_folder(self, folder: str) -> bool:
-        """Whether there is that folder. Raises OSError."""
-        with self.identity:
+        similar: take the folder with the most similar name, or the nearest parent, if there is none of that name.
+        """
+        try:
+            spellings = folder_spellings(name, self._config)
+        except ValueError:
+            return None
+        for folder in spellings:
+            if folder == INBOX or self._has_folder(folder):
+                return folder
+        return self._most_similar_folder(similar_name(self.new_folder(name))) if similar else None
+
+    def is_one_of(self, folder: str, names: Sequence[str]) -> bool:
+        """Whether one of these names, as people write them, is the folder's."""
+        for name in names:
             try:
-                os.close(self._directory.open(f"{folder}/cur"))
-            except OSError as error:
-                if error.errno in ABSENT:
-                    return False
-                raise
-        return True
+                if folder in folder_spellings(name, self._config):
+                    return True
+            except ValueError:
+                continue  # no folder has such a name
+        return False
 
-    def folders(self) -> list[str]:
-        """All folders but the INBOX, and what looks like one, see has_folder(). Raises OSError."""
-        if self._missing:
-            return []
-        with self.identity:
-            return sorted(folder for folder in self._directory.subdirectories() if folder.startswith("."))
+    def new_folder(self, name: str) -> str:
+        """The folder that place() makes for a name as people write it. Raises ValueError if there cannot be one."""
+        return folder_directory(folder_parts(name, self._config))
 
-    def open_draft(self) -> Draft:
-        """A new draft in this Maildir, which is made if it is missing. Raises OSError."""
+    def spool(self) -> Draft:
+        """A draft for a message that is still arriving; the Maildir is made if it is missing. Raises OSError."""
         self.make()
         with self.identity:
             return Draft(self._directory.open_or_make("tmp"), self.identity)
 
     def check_quota(self, folder: str, octets: int, messages: int) -> None:
-        """Raises LmtpError if with so much more in the folder the mailbox would be over its quota.
+        """Raises MailboxFull if the mailbox would be over its quota with so much more in the folder.
 
-        A quota that cannot be found out does not keep mail out.
+        A quota that cannot be read does not keep mail out.
         """
         if self._missing or not self._quota.includes(folder, ""):
             return
@@ -2817,10 +2953,10 @@ class Maildir:
             log.warning("quota unknown", mailbox=self.path, cause=error)
             return
         if usage and not usage.has_room_for(octets, messages):
-            raise LmtpError(MAILBOX_FULL_FOR_GOOD if self._config.lmtp_over_quota_perm_failure else MAILBOX_FULL)
+            raise MailboxFull
 
     def charge(self, octets: int, messages: int) -> None:
-        """Adds to what of the quota is used, if there is one."""
+        """Adds to the usage of the quota, if there is one."""
         if not messages:
             return
         try:
@@ -2829,32 +2965,63 @@ class Maildir:
         except OSError as error:
             log.warning("quota unknown", mailbox=self.path, cause=error)
 
-    def deliver(self, message: Message, folder: str = INBOX, flags: Sequence[str] = (), last: bool = True) -> Delivered:
-        """Puts the message into the folder, with these flags and keywords; the caller has yet to sync() the result.
+    def place(self, message: Message, folder: str = INBOX, flags: Sequence[str] = (), may_move: bool = True) -> Placed:
+        """Puts the message into the folder, with these flags and keywords. The caller syncs and closes the result.
 
-        A folder that is missing is made. One file, with hard links, serves all mailboxes where that is possible.
-        last: nobody asks after this one, so the draft may be moved.
-        Raises OSError, and then nothing is left where it can be seen; ValueError for a flag that is none.
+        A missing folder is made. may_move: whether this is the last placement of the message, so that its draft may be
+        moved. Otherwise the draft is linked, and copied where that is not possible. Raises OSError, and ValueError for
+        a flag that does not exist; nothing is left then where readers can see it.
         """
         self.make()
         with self.identity:
             if not message.draft:
                 message.draft = self._finished_draft(message)
-            part, info = self._open_part(folder, flags)
+            directory, info = self._open_directory(folder, flags)
             name = f"{unique_name()},S={message.size},W={message.size + message.lines}{info}"
             try:
-                if not self._share(message.draft, part, name, last):
-                    self._copy(message, part, name)
+                if not self._share(message.draft, directory, name, may_move):
+                    self._copy(message, directory, name)
             except OSError:
-                os.close(part)
+                os.close(directory)
                 raise
             size, number = (message.size, 1) if self._quota.includes(folder, info) else (0, 0)
             self.charge(size, number)
-        return Delivered(self, part, name, size, number)
+        return Placed(self, directory, name, size, number)
 
-    def _open_part(self, folder: str, flags: Sequence[str]) -> tuple[int, str]:
-        """A descriptor of where a message with these flags goes, and what they add to its name."""
-        if folder != INBOX and not self.has_folder(folder):
+    def _has_folder(self, folder: str) -> bool:
+        with self.identity:
+            try:
+                os.close(self._directory.open(f"{folder}/cur"))
+            except OSError as error:
+                if error.errno in ABSENT:
+                    return False
+                raise
+        return True
+
+    def _most_similar_folder(self, wanted: tuple[str, ...]) -> str | None:
+        """The existing folder whose similar_name() is the one given; else that for its parent, and so on."""
+        if self._by_similar_name is None:
+            self._by_similar_name = self._folders_by_similar_name()
+        while wanted:
+            for folder in self._by_similar_name.get(wanted, ()):
+                if self._has_folder(folder):
+                    return folder
+            wanted = wanted[:-1]
+        return None
+
+    def _folders_by_similar_name(self) -> dict[tuple[str, ...], list[str]]:
+        """All folders but the INBOX, and directories that look like one, by their similar_name(), in order."""
+        found: dict[tuple[str, ...], list[str]] = {}
+        if not self._missing:
+            with self.identity:
+                names = self._directory.subdirectories()
+            for folder in sorted(name for name in names if name.startswith(".")):
+                found.setdefault(similar_name(folder), []).append(folder)
+        return found
+
+    def _open_directory(self, folder: str, flags: Sequence[str]) -> tuple[int, str]:
+        """A descriptor of the directory for a message with these flags, and what they add to its name."""
+        if folder != INBOX and not self._has_folder(folder):
             self._make_folder(folder)
         if not flags:
             return self._directory.open_or_make(f"{folder}/new"), ""
@@ -2866,51 +3033,55 @@ class Maildir:
         except KeyError as error:
             raise ValueError(f"there is no flag {error}") from None
         if keywords:
-            letters |= Keywords(self._directory, folder).letters(keywords)
+            letters |= KeywordFile(self._directory, folder).letters(keywords)
         return self._directory.open_or_make(f"{folder}/cur"), f":2,{''.join(sorted(letters))}"
 
     def _make_folder(self, folder: str) -> None:
         self._directory.make(folder)
         self._directory.add_file(folder, "maildirfolder", b"")
-        for part in ("tmp", "new", "cur"):  # with cur/ the folder exists
-            self._directory.make(f"{folder}/{part}")
+        for name in ("tmp", "new", "cur"):  # with cur/ the folder exists
+            self._directory.make(f"{folder}/{name}")
+        if self._by_similar_name is not None:
+            self._by_similar_name.setdefault(similar_name(folder), []).append(folder)
 
     def _subscribe(self) -> None:
-        """Writes the files in which Dovecot and Courier keep the folders that a user is subscribed to."""
+        """Writes the files in which Dovecot and Courier keep the folders that the user is subscribed to."""
         folders = [folder_parts(name, self._config) for name in self._config.autocreate_subscribe_folders]
         if not folders:
             return
         for_dovecot = ["\t".join(map(to_modified_utf7, parts or ("INBOX",))) for parts in folders]
         for_courier = [f"INBOX{folder_directory(parts)}" for parts in folders]
-        self._directory.add_file(
-            INBOX, "subscriptions", "".join(f"{line}\n" for line in ("V\t2", "", *for_dovecot)).encode()
-        )
-        self._directory.add_file(INBOX, "courierimapsubscribed", "".join(f"{line}\n" for line in for_courier).encode())
+        for name, lines in (
+            ("subscriptions", ["V\t2", "", *for_dovecot]),
+            ("courierimapsubscribed", for_courier),
+        ):
+            self._directory.add_file(INBOX, name, "".join(f"{line}\n" for line in lines).encode())
 
-    def _share(self, draft: Draft, folder: int, name: str, last: bool) -> bool:
-        """Moves or links the draft; whether its owner, the file systems and the configuration let it."""
-        if not draft.is_linkable_for(self.identity) or not (last or self._config.singleinstancestore):
+    def _share(self, draft: Draft, directory: int, name: str, may_move: bool) -> bool:
+        """Moves or links the draft; whether its owner, the file systems and the configuration allow it."""
+        if not draft.is_linkable_for(self.identity) or not (may_move or self._config.singleinstancestore):
             return False
         try:
-            if last:
-                draft.move(folder, name)
+            if may_move:
+                draft.move(directory, name)
             else:
-                draft.link(folder, name)
+                draft.link(directory, name)
         except OSError as error:
             if error.errno in LINK_IMPOSSIBLE:
                 return False
             raise
         return True
 
-    def _copy(self, message: Message, folder: int, name: str) -> None:
+    def _copy(self, message: Message, directory: int, name: str) -> None:
         draft = self._finished_draft(message)
         try:
-            draft.move(folder, name)
+            draft.move(directory, name)
         finally:
             draft.discard()
 
     def _finished_draft(self, message: Message) -> Draft:
-        draft = self.open_draft()
+        """A draft in this Maildir with all octets of the message, on the disk."""
+        draft = self.spool()
         try:
             if message.draft and not message.content:
                 draft.copy_from(message.draft, message.size)
@@ -2930,17 +3101,16 @@ class Maildir:
 # Must not know LMTP.
 # ======================================================================
 
-USER_UNKNOWN = Reply(550, "5.1.1", "User unknown")
 NOBODY = 65534  # the user id of who has no other
 PASSWD_SIZE = 512  # octets, more than a struct passwd has anywhere
 
 
 class Account:
-    """Who a recipient is to a user database.
+    """A recipient in a user database.
 
-    userid: what he is called there. known: whether it says that he exists; if not, only his Maildir can tell. home,
-    path: his home directory and Maildir, "" if it does not say. limits: the octets and messages that his Maildir may
-    have, None if it does not say.
+    userid: the name there. known: whether the database says that the user exists; if not, only the Maildir can tell.
+    home, path: the home directory and the Maildir; "" if the database does not say. limits: the octets and messages
+    that the Maildir may have; None if the database does not say.
     """
 
     def __init__(
@@ -2957,7 +3127,7 @@ class Account:
 
 
 class MaildirUsers:
-    """The user database of a store where who has a Maildir is a user."""
+    """The user database of a store whose users are those who have a Maildir."""
 
     def __init__(self) -> None:
         self._identity = Identity.of_process()
@@ -2968,13 +3138,13 @@ class MaildirUsers:
 
 
 class PasswdUsers:
-    """The accounts of this host, see getpwnam(3). min_uid: those with a lower number are not users."""
+    """The accounts of this host, see getpwnam(3). min_uid: accounts with a lower user id get no mail."""
 
     def __init__(self, min_uid: int) -> None:
         self._min_uid = min_uid
 
     def find(self, userid: str) -> Account:
-        """The user's account. Raises LmtpError."""
+        """The user's account. Raises UserUnknown and StoreUnavailable."""
         import pwd
 
         try:
@@ -2982,16 +3152,16 @@ class PasswdUsers:
         except KeyError:
             if error := account_error(userid):
                 log.error("user database unavailable", user=userid, cause=os.strerror(error))
-                raise LmtpError(STORAGE_FAILED) from None
-            raise LmtpError(USER_UNKNOWN) from None
+                raise StoreUnavailable from None
+            raise UserUnknown from None
         if entry.pw_uid < max(self._min_uid, 1) or entry.pw_uid == NOBODY:
-            raise LmtpError(USER_UNKNOWN)
+            raise UserUnknown
         groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
         return Account(entry.pw_name, Identity(entry.pw_uid, entry.pw_gid, groups), home=entry.pw_dir)
 
 
 def is_in_group(user: str, group: str) -> bool:
-    """Whether the user is a member of the group, see group(5), or it is his first one."""
+    """Whether the user is a member of the group, see group(5), or has it as primary group."""
     import grp
     import pwd
 
@@ -3003,7 +3173,7 @@ def is_in_group(user: str, group: str) -> bool:
 
 
 def account_error(name: str) -> int:
-    """Why the system could not find out whether there is an account of that name, which pwd does not tell; 0 if it did.
+    """The error number of a look-up of an account, which the module pwd hides; 0 if the look-up worked.
 
     Source: getpwnam_r(3).
     """
@@ -3018,7 +3188,7 @@ def account_error(name: str) -> int:
 
 
 class DovecotUsers:
-    """Dovecot's user database, asked over the socket of its authentication service for user databases.
+    """Dovecot's user database, asked over the socket of its authentication service.
 
     Source: Dovecot's documentation of its authentication protocol, the part for masters.
     """
@@ -3027,18 +3197,18 @@ class DovecotUsers:
         self._path = path
         self._service: DovecotService | None = None
         self._requests = 0
-        self._pause = Pause()
+        self._backoff = Backoff()
 
     def find(self, userid: str) -> Account:
-        """The user's account. Raises LmtpError."""
+        """The user's account. Raises UserUnknown and StoreUnavailable."""
         try:
             return self._account_of(userid)
         except (Unavailable, ValueError) as error:
             log.error("user database unavailable", user=userid, cause=error)
-            raise LmtpError(STORAGE_FAILED) from None
+            raise StoreUnavailable from None
 
     def _account_of(self, userid: str) -> Account:
-        """The user's account. Raises LmtpError, Unavailable, and ValueError for an answer that is of no use."""
+        """The user's account. Raises UserUnknown, Unavailable, and ValueError for an answer that cannot be used."""
         userid, fields = self._ask(userid)
         home = fields.get("home", "")
         uid = int(fields.get("uid", os.geteuid()))
@@ -3047,27 +3217,11 @@ class DovecotUsers:
             raise ValueError("root cannot have a mailbox")
         user = fields.get("system_groups_user")
         groups = os.getgrouplist(user, gid) if user else [gid]
-        path, limits = self._maildir(fields, home), self._limits(fields, userid)
+        path, limits = maildir_in_dovecot_fields(fields, home), self._limits(fields, userid)
         return Account(userid, Identity(uid, gid, groups), home=home, path=path, limits=limits)
 
-    def _maildir(self, fields: dict[str, str], home: str) -> str:
-        """The path in the field mail, which is "maildir:path", perhaps with options; "" if there is none."""
-        if not (location := fields.get("mail", "")):
-            return ""
-        kind, _, rest = location.partition(":")
-        path, *settings = rest.split(":")
-        if home:
-            path = path.replace("%h", home)
-            path = home + path[1:] if path.startswith("~/") else path
-        elsewhere = [
-            setting for setting in settings if setting.startswith(("INBOX=", "LAYOUT=")) and "++" not in setting
-        ]
-        if kind != "maildir" or not path.startswith("/") or "%" in path or elsewhere:
-            raise ValueError(f"mail={location}: is no Maildir++ with an absolute path")
-        return path
-
     def _limits(self, fields: dict[str, str], userid: str) -> tuple[int, int] | None:
-        """The limits in the field quota_rule; None if there is none, or none that we know."""
+        """The limits in the fields quota_rule; None if there is none, or none that is understood."""
         rules = [fields[name] for name in fields if name.startswith("quota_rule")]
         try:
             limits = [parse_quota_rule(rule) for rule in rules if rule.startswith("*:")]
@@ -3077,8 +3231,8 @@ class DovecotUsers:
         return (max(octets for octets, _ in limits), max(number for _, number in limits)) if limits else None
 
     def _ask(self, userid: str) -> tuple[str, dict[str, str]]:
-        """The userid and the fields of the answer. Dovecot may have been started anew since we last asked it."""
-        if self._pause.lasts():
+        """The userid and the fields of the answer. Asks a second time if Dovecot has been restarted meanwhile."""
+        if self._backoff.is_active():
             raise Unavailable(f"{self._path}: has not answered lately")
         if self._service:
             try:
@@ -3099,7 +3253,7 @@ class DovecotUsers:
             self._service = None
 
     def _asked(self, service: DovecotService, userid: str) -> tuple[str, dict[str, str]]:
-        """The same, of this connection."""
+        """The answer on this connection."""
         self._requests += 1
         identity = str(self._requests)
         try:
@@ -3113,10 +3267,10 @@ class DovecotUsers:
                     break
         except Silent:
             self._close()
-            self._pause.begin()
+            self._backoff.start()
             raise
         if verdict == "NOTFOUND":
-            raise LmtpError(USER_UNKNOWN)
+            raise UserUnknown
         if verdict == "FAIL":
             raise Unavailable(f"{self._path}: {' '.join(words[1:]) or 'temporary failure'}")
         if len(words) < 2:
@@ -3124,6 +3278,24 @@ class DovecotUsers:
         return unescaped(words[1]), {
             name: unescaped(value) for name, _, value in (word.partition("=") for word in words[2:])
         }
+
+
+def maildir_in_dovecot_fields(fields: dict[str, str], home: str) -> str:
+    """The path in the field mail, which is "maildir:path" with or without options; "" if there is none.
+
+    Raises ValueError for another kind of mailbox. Source: Dovecot's documentation of mail_location.
+    """
+    if not (location := fields.get("mail", "")):
+        return ""
+    kind, _, rest = location.partition(":")
+    path, *settings = rest.split(":")
+    if home:
+        path = path.replace("%h", home)
+        path = home + path[1:] if path.startswith("~/") else path
+    elsewhere = [setting for setting in settings if setting.startswith(("INBOX=", "LAYOUT=")) and "++" not in setting]
+    if kind != "maildir" or not path.startswith("/") or "%" in path or elsewhere:
+        raise ValueError(f"mail={location}: is no Maildir++ with an absolute path")
+    return path
 
 
 def parse_quota_rule(rule: str) -> tuple[int, int]:
@@ -3153,12 +3325,39 @@ def parse_quota_rule(rule: str) -> tuple[int, int]:
 
 
 class MaildirStore:
-    """Maildirs, one for each user, at the place that the user database or the option maildir_path names."""
+    """A store of Maildirs, one for each user, at the path that the user database or the option maildir_path gives.
+
+    To write another store, provide what Delivery uses of this one:
+
+    store.find(recipient) -> mailbox    Raises UserUnknown and StoreUnavailable.
+    store.shared() -> mailbox or None   The mailbox of the shared folders.
+
+    mailbox.path                        Names the mailbox in the log.
+    mailbox.owner                       Messages for mailboxes of different owners are never spooled in one of them.
+    mailbox.key(folder) -> str          Names the folder in records and in the log, the same for every process.
+    mailbox.exists() -> bool            Whether the mailbox, which must not be missing, is accessible.
+    mailbox.make()                      Makes the mailbox if it is missing and may be made. Raises OSError.
+    mailbox.resolve(name, similar) -> folder or None
+                                        The existing folder of a name as people write it. Raises OSError.
+    mailbox.new_folder(name) -> folder  A folder that place() will make. Raises ValueError.
+    mailbox.is_one_of(folder, names)    Whether one of these names, as people write them, is the folder's.
+    mailbox.check_quota(folder, octets, messages)
+                                        Raises MailboxFull if so much more would be too much.
+    mailbox.spool() -> Draft            A file for a large message that is still arriving. Raises OSError.
+    mailbox.place(message, folder, flags, may_move) -> placed
+                                        Puts the message where readers can see it. Raises OSError and ValueError.
+    placed.name                         Names the message in the log.
+    placed.sync()                       Makes it durable, or else takes it back and raises OSError.
+    placed.take_back()                  Removes it again, where that is possible. Raises OSError.
+    placed.close()                      Frees what it holds.
+
+    INBOX is a folder of every mailbox. Other folders are what resolve() and new_folder() return.
+    """
 
     def __init__(self, config: Config) -> None:
         """Raises ConfigError."""
-        self._letters = letters_in(config.maildir_path)
-        if config.userdb == "maildir" and "h" in self._letters:
+        self._variables = template_variables(config.maildir_path)
+        if config.userdb == "maildir" and "h" in self._variables:
             raise ConfigError("maildir_path: %h needs userdb: passwd or dovecot")
         check_folder_names(config)
         self._config = config
@@ -3170,9 +3369,9 @@ class MaildirStore:
             self._users = DovecotUsers(config.userdb_socket_path)
 
     def find(self, recipient: Recipient) -> Maildir:
-        """The recipient's mailbox. Raises LmtpError: he is unknown, or it can't be found out."""
+        """The recipient's mailbox. Raises UserUnknown and StoreUnavailable."""
         if not recipient.user or not is_safe_name(recipient.userid):
-            raise LmtpError(USER_UNKNOWN)
+            raise UserUnknown
         account = self._users.find(recipient.userid)
         path = (account.path or self._path_of(account, recipient)).rstrip("/")
         try:
@@ -3182,59 +3381,59 @@ class MaildirStore:
             missing = True
         except ValueError as error:  # a NUL, or what cannot be encoded
             log.error("mailbox not accessible", mailbox=path, cause=error)
-            raise LmtpError(STORAGE_FAILED) from None
+            raise StoreUnavailable from None
         return Maildir(path, account.identity, self._config, missing, account.limits)
 
     def shared(self) -> Maildir | None:
-        """The Maildir of shared folders; None if there is none."""
+        """The Maildir of the shared folders; None if the configuration names none."""
         path = self._config.shared_maildir
         return Maildir(path, self._identity, self._config) if path else None
 
     def _path_of(self, account: Account, recipient: Recipient) -> str:
-        """Where maildir_path says that the recipient's Maildir is. Raises LmtpError."""
+        """The path of the recipient's Maildir by the option maildir_path. Raises UserUnknown and StoreUnavailable."""
         user, domain = recipient.user, recipient.domain
-        if account.userid != recipient.userid:  # the database calls him something else
+        if account.userid != recipient.userid:  # the database has another name for the user
             user, _, domain = account.userid.partition("@")
         names = {"u": account.userid, "n": user, "d": domain or self._config.defaultdomain}
         path = expand(self._config.maildir_path, {**names, "h": account.home, "p": self._config.partition})
-        used = [name for letter, name in names.items() if letter in self._letters]
+        used = [name for variable, name in names.items() if variable in self._variables]
         if not all(map(is_safe_name, used)) or max(map(len, os.fsencode(path).split(b"/"))) > NAME_LIMIT:
-            raise LmtpError(USER_UNKNOWN)
+            raise UserUnknown
         if not path.startswith("/"):
             log.error("mailbox not accessible", mailbox=path, cause="the user has no home directory")
-            raise LmtpError(STORAGE_FAILED)
+            raise StoreUnavailable
         return path
 
     def _has_maildir(self, path: str, identity: Identity) -> bool:
-        """Whether there is a Maildir, all of it. Raises OSError if there is none, or nobody knows."""
+        """Whether a whole Maildir exists there. Raises OSError if there is none, or that cannot be found out."""
         directory = Directory(path, identity)
         with identity:
             try:
                 os.close(directory.open("new"))
             except FileNotFoundError:
-                os.close(directory.open("cur"))  # then new/ is lost, not the user
+                os.close(directory.open("cur"))  # new/ is lost then, not the user
                 return False
         return True
 
     def _check_absence(self, path: str, account: Account, error: OSError) -> None:
-        """Raises LmtpError unless the Maildir is really absent, and may be made."""
+        """Returns if the Maildir does not exist and may be made. Raises UserUnknown and StoreUnavailable otherwise."""
         is_certain = error.errno == errno.ENOENT if account.known else error.errno in ABSENT and self._is_spool_there()
         if not is_certain:
             log.error("mailbox not accessible", mailbox=path, cause=error)
-            raise LmtpError(STORAGE_FAILED)
+            raise StoreUnavailable
         may_be_made = account.known or (self._config.autocreate_post and self._is_among_autocreated(account.userid))
         if not may_be_made or error.errno != errno.ENOENT:
-            raise LmtpError(USER_UNKNOWN)
+            raise UserUnknown
 
     def _is_among_autocreated(self, userid: str) -> bool:
-        """Whether autocreate_users has the user, or a group that he is a member of."""
+        """Whether autocreate_users has the user, or one of the user's groups."""
         wanted = self._config.autocreate_users
         if "anyone" in wanted or userid in wanted:
             return True
         return any(is_in_group(userid, name.removeprefix("group:")) for name in wanted if name.startswith("group:"))
 
     def _is_spool_there(self) -> bool:
-        """Whether there is a spool that can lack a user: one that is empty may be a disk that is not mounted."""
+        """Whether the spool exists and is not empty: an empty one may be the mount point of a disk that is missing."""
         spool = self._config.partition
         try:
             with os.scandir(spool or "/") as entries:
@@ -3244,7 +3443,7 @@ class MaildirStore:
 
 
 def check_folder_names(config: Config) -> None:
-    """Raises ConfigError if an option names a folder that there can't be."""
+    """Raises ConfigError if an option names a folder that cannot exist."""
     for setting in ("autocreate_inbox_folders", "autocreate_subscribe_folders", "quota_exclude_folders"):
         try:
             for name in getattr(config, setting):
@@ -3254,7 +3453,7 @@ def check_folder_names(config: Config) -> None:
 
 
 def is_safe_name(name: str) -> bool:
-    """Whether the name, which a client chose, may be that of a folder in the store."""
+    """Whether the name, which a client chose, may be that of a directory in the store."""
     return bool(name) and not name.startswith(".") and "/" not in name and is_printable(name)
 
 
@@ -3271,31 +3470,31 @@ EXPIRED_AT_ONCE = 10  # records that are dropped at most for each message
 
 
 class Duplicates:
-    """Which messages went into which mailboxes lately, in an SQLite database that many processes share.
+    """The messages that were delivered lately, and where, in an SQLite database that all processes share.
 
-    Nothing raises: while the database can't be used, no message is a duplicate, and the log says why.
+    Nothing raises. While the database cannot be used, no message is a duplicate, and the log says why.
     """
 
     def __init__(self, config: Config) -> None:
         self._path = config.duplicate_db_path or f"{config.configdirectory}/deliver.db"
         self._expiry = config.duplicate_expiry
         self._database: Database | None = None
-        self._pause = Pause()
+        self._backoff = Backoff()
 
     def prepare(self) -> None:
-        """Imports what is needed, so that forked processes need not."""
+        """Imports what is needed, before workers fork."""
         try:
             import sqlite3  # noqa: F401
         except ImportError:
-            return  # it is said when it is missed
+            return  # the first use logs it
 
     def has(self, message_id: str, mailbox: str) -> bool:
-        """Whether a message of that Message-ID has been delivered there."""
+        """Whether a message with that Message-ID has been delivered to the mailbox."""
         query = "SELECT 1 FROM delivered WHERE message_id = ? AND mailbox = ? AND at >= ?"
         return bool(self._execute([(query, (message_id, mailbox, time.time() - self._expiry))]))
 
     def add(self, message_id: str, mailboxes: Sequence[str]) -> None:
-        """Remembers that a message of that Message-ID has been delivered there, and forgets some that are too old."""
+        """Records that a message with that Message-ID has been delivered there, and deletes some expired records."""
         now = time.time()
         insert = "INSERT OR REPLACE INTO delivered (message_id, mailbox, at) VALUES (?, ?, ?)"
         # The oldest records have the lowest numbers.
@@ -3305,7 +3504,7 @@ class Duplicates:
                 ("BEGIN IMMEDIATE", ()),
                 *((insert, (message_id, mailbox, now)) for mailbox in mailboxes),
                 (
-                    # A time to come is that of a clock that was wrong.
+                    # A time in the future was written while the clock was wrong.
                     f"DELETE FROM delivered WHERE at NOT BETWEEN ? AND ? AND rowid IN ({oldest})",
                     (now - self._expiry, now + DAY, EXPIRED_AT_ONCE + len(mailboxes)),
                 ),
@@ -3314,8 +3513,8 @@ class Duplicates:
         )
 
     def _execute(self, statements: Sequence[tuple[str, Sequence[object]]]) -> list[object]:
-        """The rows that the last of the statements gives."""
-        if self._pause.lasts():
+        """The rows that the last of the statements returns."""
+        if self._backoff.is_active():
             return []
         try:
             import sqlite3
@@ -3333,17 +3532,17 @@ class Duplicates:
             return []
 
     def _give_up(self, error: Exception) -> None:
-        log.error("duplicates unknown", database=self._path, cause=error)
-        self._pause.begin()
+        log.error("duplicate database unavailable", database=self._path, cause=error)
+        self._backoff.start()
 
     def _open(self) -> Database:
         import sqlite3
 
         database = sqlite3.connect(self._path, timeout=DATABASE_PATIENCE, isolation_level=None)
-        # A record that a crash of the system takes away costs a second copy, not a message.
+        # If the system crashes, a lost record means a second copy, not a lost message.
         database.execute("PRAGMA synchronous = NORMAL")
         if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'delivered'").fetchall():
-            database.execute("PRAGMA page_size = 1024")  # of which each record writes two
+            database.execute("PRAGMA page_size = 1024")  # each record writes two pages
             database.execute("PRAGMA journal_mode = WAL")
             columns = "message_id TEXT, mailbox TEXT, at REAL, UNIQUE (message_id, mailbox)"
             database.execute(f"CREATE TABLE IF NOT EXISTS delivered ({columns})")
@@ -3367,12 +3566,19 @@ class Duplicates:
 # Must not know the wire.
 # ======================================================================
 
-BATCH = 200  # mailboxes that are open at a time, of which each needs a descriptor
-MESSAGE_ID_LIMIT = 998  # characters of what is taken for an identification, RFC 5322 section 2.1.1
+BATCH = 200  # placements that are open at a time; each holds a descriptor
+MESSAGE_ID_LIMIT = 998  # characters; a longer Message-ID identifies nothing, RFC 5322 section 2.1.1
+
+USER_UNKNOWN = Reply(550, "5.1.1", "User unknown")
+MAILBOX_FULL = Reply(452, "4.2.2", "Mailbox is full, try again later")
+MAILBOX_FULL_FOR_GOOD = Reply(552, "5.2.2", "Mailbox is full")
+MAILBOX_UNUSABLE = Reply(550, "5.2.1", "Mailbox does not accept messages")
+STORAGE_FULL = Reply(452, "4.3.1", "Mail storage is full, try again later")
+STORAGE_FAILED = Reply(451, "4.3.0", "Mail storage failed, try again later")
 
 
 class Destination:
-    """Where a copy goes. detail: what names the folder. ignores_quota: whether it goes to a full mailbox, too."""
+    """A recipient's mailbox. detail: the name of the folder; "" for the INBOX. ignores_quota: also when it is full."""
 
     def __init__(self, recipient: Recipient, mailbox: Maildir, detail: str, ignores_quota: bool) -> None:
         self.recipient, self.mailbox, self.detail = recipient, mailbox, detail
@@ -3380,74 +3586,176 @@ class Destination:
 
 
 class Envelope:
-    """A transaction's sender and recipients. reverse_path: None for <>."""
+    """A transaction's sender and recipients. reverse_path: None for <>. mailboxes: see remembered()."""
 
     def __init__(self, reverse_path: Address | None) -> None:
         self.reverse_path = reverse_path
         self.destinations: list[Destination] = []
+        self.mailboxes: dict[tuple[str, tuple[int, int]], Maildir] = {}
 
 
-class Copy:
-    """A recipient's copy of a message on its way.
+class Placement:
+    """A message on its way into one folder.
 
-    mailbox: where it goes, for the log. delivered: what has still to be made durable. twin: another copy for the same
-    folder, whose fate it shares. reply: how it ended; None as long as that is open.
+    key: the folder's name in records and in the log. placed: the message in the folder, if it has been stored.
+    twin: an earlier placement in the same folder, whose result counts for this one. failure: the reply if it failed.
     """
 
-    __slots__ = ("delivered", "destination", "event", "mailbox", "reply", "twin")
+    __slots__ = ("event", "failure", "flags", "folder", "key", "mailbox", "message", "placed", "twin")
+
+    def __init__(self, message: Message, mailbox: Maildir, folder: str, flags: Sequence[str] = ()) -> None:
+        self.message, self.mailbox, self.folder, self.flags = message, mailbox, folder, flags
+        self.key = mailbox.key(folder)
+        self.event = "delivered"
+        self.placed: Placed | None = None
+        self.twin: Placement | None = None
+        self.failure: Reply | None = None
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether this placement has added a message to the folder."""
+        return self.placed is not None and not self.failure
+
+    def fail(self, reply: Reply) -> None:
+        """Sets the result: not delivered."""
+        self.event, self.failure = "not delivered", reply
+
+
+class Delivery:
+    """The delivery of a message to one recipient, which has one placement or more.
+
+    failure: the reply if it failed before there were placements.
+    """
+
+    __slots__ = ("destination", "failure", "placements")
 
     def __init__(self, destination: Destination) -> None:
         self.destination = destination
-        self.mailbox = destination.mailbox.path
-        self.event = "delivered"
-        self.delivered: Delivered | None = None
-        self.twin: Copy | None = None
-        self.reply: Reply | None = None
+        self.placements: list[Placement] = []
+        self.failure: Reply | None = None
 
-    def fail(self, reply: Reply) -> None:
-        """Says that it is not delivered."""
-        self.event, self.reply = "not delivered", reply
+    def worst_failure(self) -> Reply | None:
+        """The reply that decides; None if all placements succeeded.
+
+        A temporary failure decides before a permanent one: the client must keep the message and try again.
+        """
+        failures = [failure for failure in (self.failure, *(each.failure for each in self.placements)) if failure]
+        return min(failures, key=lambda failure: failure.code, default=None)
 
 
-class DeliveryAgent:
-    """Finds the mailboxes of recipients, and puts messages into them."""
+class Router:
+    """Finds the mailbox and the folder of each recipient."""
 
     def __init__(self, config: Config) -> None:
         """Raises ConfigError."""
         self._config = config
         self._store = MaildirStore(config)
+
+    def find(self, recipient: Recipient, envelope: Envelope, size: int, ignores_quota: bool) -> Destination:
+        """The destination of the recipient's copy. size: the octets that the client has announced; 0 if it has not.
+
+        Raises LmtpError: the user is unknown, the mailbox is full, or neither can be found out.
+        """
+        try:
+            destination = self._destination(recipient, envelope, ignores_quota)
+            strict = self._config.lmtp_strict_quota
+            # The folder matters only if some folders do not count.
+            folder = self.folder_of(destination) if self._config.quota_exclude_folders else INBOX
+            destination.mailbox.check_quota(folder, size if strict else 0, int(strict))
+        except StoreError as error:
+            if not (isinstance(error, MailboxFull) and ignores_quota):
+                raise LmtpError(reply_to(error, self._config)) from None
+        return destination
+
+    def folder_of(self, destination: Destination) -> str:
+        """The folder for the recipient's copy, which may have to be made. Raises StoreError and LmtpError."""
+        detail, mailbox = destination.detail, destination.mailbox
+        if not detail:
+            return INBOX
+        folder = self._resolve(mailbox, detail)
+        if destination.recipient.is_shared:
+            if not folder:  # it has been removed meanwhile
+                raise UserUnknown
+            return folder
+        if folder is None and self._config.lmtp_detail_create:
+            try:
+                folder = mailbox.new_folder(detail)
+            except ValueError:
+                return INBOX
+        return INBOX if folder is None or mailbox.is_one_of(folder, self._excluded_folders()) else folder
+
+    def _destination(self, recipient: Recipient, envelope: Envelope, ignores_quota: bool) -> Destination:
+        """Raises StoreError and LmtpError."""
+        if recipient.is_shared:
+            return Destination(recipient, self._shared(recipient, envelope), recipient.detail, ignores_quota)
+        if mailbox := self._find(recipient, envelope):
+            return Destination(recipient, mailbox, recipient.detail, ignores_quota)
+        substitutes = [self._config.lmtp_catchall_mailbox]
+        if recipient.is_postmaster:
+            substitutes.insert(0, self._config.postmaster)
+        for userid in filter(None, substitutes):
+            if mailbox := self._find(recipient_of(userid, self._config), envelope):
+                return Destination(recipient, mailbox, "", ignores_quota)
+            log.warning("postmaster or catch-all user does not exist", user=userid)
+        raise UserUnknown
+
+    def _shared(self, recipient: Recipient, envelope: Envelope) -> Maildir:
+        """The mailbox of the shared folder that the recipient is. Raises StoreError and LmtpError."""
+        shared = self._store.shared()
+        if shared and not shared.exists():
+            log.error("mailbox not accessible", mailbox=shared.path, cause="it is not there")
+            raise StoreUnavailable
+        if not shared or not self._resolve(shared, recipient.detail):
+            raise UserUnknown
+        return remembered(shared, envelope)
+
+    def _find(self, recipient: Recipient, envelope: Envelope) -> Maildir | None:
+        """The recipient's mailbox, None if the user is unknown. Raises StoreUnavailable."""
+        try:
+            return remembered(self._store.find(recipient), envelope)
+        except UserUnknown:
+            return None
+
+    def _resolve(self, mailbox: Maildir, detail: str) -> str | None:
+        """The existing folder that a sub-address names. Raises LmtpError."""
+        try:
+            return mailbox.resolve(detail, similar=self._config.lmtp_fuzzy_mailbox_match)
+        except OSError as error:
+            raise LmtpError(reply_to(error, self._config, mailbox.path)) from None
+
+    def _excluded_folders(self) -> list[str]:
+        """The names of the folders to which no sub-address leads, because of their special use (RFC 6154)."""
+        uses = [use.lower() for use in self._config.lmtp_exclude_specialuse]
+        return [name for use, name in self._config.special_uses.items() if use in uses]
+
+
+class DeliveryAgent:
+    """Delivers messages to the mailboxes of their recipients."""
+
+    def __init__(self, config: Config) -> None:
+        """Raises ConfigError."""
+        self._config = config
+        self._router = Router(config)
         self._identity = Identity.of_process()
         self._duplicates = Duplicates(config) if config.duplicatesuppression else None
 
     def prepare(self) -> None:
-        """Gets ready for many messages, in a process that will fork."""
+        """Gets ready for many messages, before workers fork."""
         if self._duplicates:
             self._duplicates.prepare()
 
-    def find(self, recipient: Recipient, size: int, ignores_quota: bool) -> Destination:
-        """Where the recipient's copy goes. size: the message's, as far as it has been announced.
-
-        Raises LmtpError: nowhere, or the mailbox is full, or it can't be found out.
-        """
-        destination = self._destination(recipient, ignores_quota)
-        strict = self._config.lmtp_strict_quota
-        # Which folder it will be matters only where some do not count.
-        folder = self._folder_of(destination) if self._config.quota_exclude_folders else INBOX
-        try:
-            destination.mailbox.check_quota(folder, size if strict else 0, int(strict))
-        except LmtpError:
-            if not ignores_quota:
-                raise
-        return destination
+    def find(self, recipient: Recipient, envelope: Envelope, size: int, ignores_quota: bool) -> Destination:
+        """See Router.find()."""
+        return self._router.find(recipient, envelope, size, ignores_quota)
 
     def drafts(self, envelope: Envelope) -> Iterator[Draft]:
-        """Drafts for a message that is too large to be kept in memory, one after the other on different file systems.
+        """Spool files for a message that is too large for memory, one after the other on different file systems.
 
-        A draft in a mailbox becomes the message there. But what one user can write to, no other user's mail must come
-        from, so that it is in configdirectory where they are different. Raises OSError if there is no draft at all.
+        A draft in a mailbox becomes the message there. If the mailboxes have different owners, the draft is in
+        configdirectory: no user may be able to write to another user's mail. Raises OSError if there is no draft.
         """
         mailboxes = [destination.mailbox for destination in envelope.destinations]
-        if len({(mailbox.identity.uid, mailbox.identity.gid) for mailbox in mailboxes}) > 1:
+        if len({mailbox.owner for mailbox in mailboxes}) > 1:
             draft = Draft(open_directory(self._config.configdirectory, guarded=False), self._identity)
             try:
                 draft.unlink()
@@ -3459,7 +3767,7 @@ class DeliveryAgent:
         devices: set[int] = set()
         for mailbox in mailboxes:
             try:
-                draft = mailbox.open_draft()
+                draft = mailbox.spool()
             except OSError as error:
                 if not devices and mailbox is mailboxes[-1]:
                     raise
@@ -3472,138 +3780,163 @@ class DeliveryAgent:
             devices.add(device)
             yield draft
 
-    def deliver(self, message: Message, envelope: Envelope, delivered: Reply) -> list[Reply]:
-        """Delivers to every recipient; for each, in order, the reply: delivered, or what went wrong with his.
+    def refusal(self, incoming: Incoming) -> Reply | None:
+        """The reply to a message that cannot be delivered to anybody; None if it can."""
+        return storage_reply(incoming.failure) if incoming.failure else incoming.refusal
 
-        The message is placed in many mailboxes before the first is synced, so that the file system can
-        commit its journal once for all of them.
+    def deliver(self, incoming: Incoming, envelope: Envelope, delivered: Reply) -> list[Reply]:
+        """Delivers to every recipient; the reply for each, in order: delivered, or the recipient's failure.
+
+        The message is placed in many mailboxes before the first is synced, so that the file system can commit its
+        journal once for all of them.
         """
         started = time.monotonic()
-        copies = [Copy(destination) for destination in envelope.destinations]
-        placed: dict[str, Copy] = {}
-        for start in range(0, len(copies), BATCH):
-            batch = copies[start : start + BATCH]
-            for copy in batch:
-                self._place(message, copy, placed, copy is copies[-1])
-            for copy in batch:
-                self._settle(copy, delivered)
-        if self._duplicates and is_identified(message):
-            stored = [copy.mailbox for copy in copies if copy.delivered and copy.reply is delivered]
-            if stored:
-                self._duplicates.add(message.message_id, stored)
-        replies = []
-        for copy in copies:
-            reply = copy.reply or STORAGE_FAILED  # never, for each is settled
-            replies.append(reply)
-            log.info(
-                copy.event,
-                msgid=message.message_id,
-                size=message.size,
-                sender=f"<{envelope.reverse_path or ''}>",
-                recipient=f"<{copy.destination.recipient.address}>",
-                mailbox=copy.mailbox,
-                file=copy.delivered.name if copy.delivered else "",
-                reply=reply,
-                ms=round((time.monotonic() - started) * 1000),
-            )
+        deliveries = [Delivery(destination) for destination in envelope.destinations]
+        if refusal := self.refusal(incoming):
+            for delivery in deliveries:
+                delivery.failure = refusal
+        else:
+            self._place_all(incoming.message, deliveries)
+        replies = [delivery.worst_failure() or delivered for delivery in deliveries]
+        for delivery, reply in zip(deliveries, replies):
+            log_delivery(delivery, reply, incoming.message, envelope, started)
         return replies
 
-    def _destination(self, recipient: Recipient, ignores_quota: bool) -> Destination:
-        if recipient.is_shared:
-            shared = self._store.shared()
-            if shared and not shared.is_there():
-                log.error("mailbox not accessible", mailbox=shared.path, cause="it is not there")
-                raise LmtpError(STORAGE_FAILED)
-            if not shared or self._existing_folder(shared, recipient.detail) == INBOX:
-                raise LmtpError(USER_UNKNOWN)
-            return Destination(recipient, shared, recipient.detail, ignores_quota)
-        if mailbox := self._find(recipient):
-            return Destination(recipient, mailbox, recipient.detail, ignores_quota)
-        deputies = [self._config.lmtp_catchall_mailbox]
-        if recipient.is_postmaster:
-            deputies.insert(0, self._config.postmaster)
-        for userid in filter(None, deputies):
-            if mailbox := self._find(recipient_of(userid, self._config)):
-                return Destination(recipient, mailbox, "", ignores_quota)
-            log.warning("no deputy", user=userid)
-        raise LmtpError(USER_UNKNOWN)
+    def plan(self, message: Message, destination: Destination) -> list[Placement]:
+        """The placements of a message for one recipient. Raises StoreError, LmtpError and OSError."""
+        destination.mailbox.make()
+        return [Placement(message, destination.mailbox, self._router.folder_of(destination))]
 
-    def _find(self, recipient: Recipient) -> Maildir | None:
-        """The recipient's mailbox, None if he is unknown. Raises LmtpError."""
-        try:
-            return self._store.find(recipient)
-        except LmtpError as error:
-            if error.reply is USER_UNKNOWN:
-                return None
-            raise
+    def _place_all(self, message: Message, deliveries: Sequence[Delivery]) -> None:
+        """Delivers to all recipients, and records it."""
+        first_in: dict[str, Placement] = {}
+        batch: list[Delivery] = []
+        for delivery in deliveries:
+            self._place(message, delivery, first_in, delivery is deliveries[-1])
+            batch.append(delivery)
+            if sum(len(each.placements) for each in batch) >= BATCH:
+                self._settle(batch)
+                batch = []
+        self._settle(batch)
+        placements = [placement for delivery in deliveries for placement in delivery.placements]
+        for changed in {placement.message for placement in placements} - {message}:
+            changed.discard()
+        stored = [placement.key for placement in placements if placement.is_stored]
+        if stored and self._duplicates and is_identified(message):
+            self._duplicates.add(message.message_id, stored)
 
-    def _place(self, message: Message, copy: Copy, placed: dict[str, Copy], last: bool) -> None:
-        """Puts the message into the mailbox, unless it has it already. placed: the copies by where they went."""
-        if message.refusal:
-            copy.fail(message.refusal)
-            return
-        destination, mailbox = copy.destination, copy.destination.mailbox
+    def _place(self, message: Message, delivery: Delivery, first_in: dict[str, Placement], is_last: bool) -> None:
+        """Puts a recipient's copies into the folders that do not have the message yet, until one of them fails.
+
+        first_in: the first placement in each folder, by its key. is_last: whether no other recipient follows.
+        """
         try:
-            mailbox.make()
-            folder = self._folder_of(destination)
-            copy.mailbox = mailbox.path_of(folder)
-            copy.twin = placed.get(copy.mailbox) if self._duplicates else None
-            if copy.twin or self._has_got(copy.mailbox, message):
-                copy.event = "duplicate"
-                return
-            if self._config.lmtp_strict_quota and not destination.ignores_quota:
-                mailbox.check_quota(folder, message.size, 1)
-            copy.delivered = mailbox.deliver(message, folder, last=last)
-            placed[copy.mailbox] = copy
+            delivery.placements = self.plan(message, delivery.destination)
         except Exception as error:
-            copy.fail(failure(error, copy.mailbox))
-
-    def _has_got(self, mailbox: str, message: Message) -> bool:
-        return bool(self._duplicates and is_identified(message) and self._duplicates.has(message.message_id, mailbox))
-
-    def _settle(self, copy: Copy, delivered: Reply) -> None:
-        """Makes what _place() did durable, or says why not."""
-        if copy.twin and copy.twin.reply is not delivered:
-            copy.fail(copy.twin.reply or STORAGE_FAILED)
-        elif copy.delivered:
+            delivery.failure = reply_to(error, self._config, delivery.destination.mailbox.path)
+            return
+        for number, placement in enumerate(delivery.placements, 1):
+            later = {each.message for each in delivery.placements[number:]}
+            may_move = placement.message not in later and (is_last or placement.message is not message)
             try:
-                copy.delivered.sync()
+                self._place_one(placement, delivery.destination, first_in, may_move)
             except Exception as error:
-                copy.fail(failure(error, copy.mailbox))
-        copy.reply = copy.reply or delivered
+                placement.fail(reply_to(error, self._config, placement.key))
+                del delivery.placements[number:]
+                return
 
-    def _folder_of(self, destination: Destination) -> str:
-        """The folder that the copy goes to, which may have to be made. Raises LmtpError."""
-        detail, mailbox = destination.detail, destination.mailbox
-        if not detail:
-            return INBOX
-        folder = self._existing_folder(mailbox, detail)
-        if destination.recipient.is_shared:
-            if folder == INBOX:  # it has been removed meanwhile
-                raise LmtpError(USER_UNKNOWN)
-            return folder
-        if folder == INBOX and self._config.lmtp_detail_create:
-            folder = folder_named(detail, self._config)
-        return INBOX if folder in self._excluded_folders() else folder
+    def _place_one(
+        self, placement: Placement, destination: Destination, first_in: dict[str, Placement], may_move: bool
+    ) -> None:
+        message, mailbox = placement.message, placement.mailbox
+        placement.twin = first_in.get(placement.key) if self._duplicates else None
+        if placement.twin or self._has_got(placement.key, message):
+            placement.event = "duplicate"
+            return
+        if self._config.lmtp_strict_quota and not destination.ignores_quota:
+            mailbox.check_quota(placement.folder, message.size, 1)
+        placement.placed = mailbox.place(message, placement.folder, placement.flags, may_move)
+        first_in[placement.key] = placement
 
-    def _existing_folder(self, mailbox: Maildir, detail: str) -> str:
-        """The folder that a sub-address names, INBOX if there is none. Raises LmtpError."""
-        folder = folder_named(detail, self._config)
+    def _has_got(self, key: str, message: Message) -> bool:
+        return bool(self._duplicates and is_identified(message) and self._duplicates.has(message.message_id, key))
+
+    def _settle(self, deliveries: Sequence[Delivery]) -> None:
+        """Makes the placements of each recipient durable; if one of them fails, takes that recipient's others back."""
+        for delivery in deliveries:
+            for placement in delivery.placements:
+                if not delivery.worst_failure():
+                    self._sync(placement)
+            if failure := delivery.worst_failure():
+                for placement in delivery.placements:
+                    self._take_back(placement, failure)
+            for placement in delivery.placements:
+                if placement.placed:
+                    placement.placed.close()
+
+    def _sync(self, placement: Placement) -> None:
+        if placement.twin and placement.twin.failure:
+            placement.fail(placement.twin.failure)
+        elif placement.placed:
+            try:
+                placement.placed.sync()
+            except Exception as error:
+                placement.fail(reply_to(error, self._config, placement.key))
+
+    def _take_back(self, placement: Placement, failure: Reply) -> None:
+        if not placement.is_stored or not placement.placed:
+            return
+        placement.fail(failure)
         try:
-            for spelling in spellings(detail, self._config):
-                if spelling == INBOX or mailbox.has_folder(spelling):
-                    return spelling
-            if self._config.lmtp_fuzzy_mailbox_match:
-                return most_similar_folder(folder, list(filter(mailbox.has_folder, mailbox.folders())))
-            return INBOX
+            placement.placed.take_back()
         except OSError as error:
-            raise LmtpError(failure(error, mailbox.path)) from None
+            log.error("copy left behind", mailbox=placement.key, file=placement.placed.name, cause=error)
 
-    def _excluded_folders(self) -> list[str]:
-        """The folders to which no sub-address leads, because of their special use (RFC 6154)."""
-        uses = [use.lower() for use in self._config.lmtp_exclude_specialuse]
-        names = [name for use, name in self._config.special_uses.items() if use in uses]
-        return [spelling for name in names for spelling in spellings(name, self._config)]
+
+def reply_to(error: Exception, config: Config, mailbox: str = "") -> Reply:
+    """The reply to a failure, which is logged unless the store has done so: the one place for it."""
+    if isinstance(error, LmtpError):
+        return error.reply
+    if isinstance(error, UserUnknown):
+        return USER_UNKNOWN
+    if isinstance(error, MailboxFull):
+        return MAILBOX_FULL_FOR_GOOD if config.lmtp_over_quota_perm_failure else MAILBOX_FULL
+    if isinstance(error, StoreUnavailable):
+        return MAILBOX_UNUSABLE if error.permanent else STORAGE_FAILED
+    if isinstance(error, OSError):
+        log.error("delivery failed", mailbox=mailbox, cause=error)
+        return storage_reply(error)
+    log.traceback("delivery failed", mailbox=mailbox)
+    return STORAGE_FAILED
+
+
+def storage_reply(error: OSError) -> Reply:
+    """The reply to a client whose message could not be stored."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return STORAGE_FULL if full else STORAGE_FAILED
+
+
+def remembered(mailbox: Maildir, envelope: Envelope) -> Maildir:
+    """The mailbox as the transaction has it already, so that its folders are listed once for all recipients."""
+    return envelope.mailboxes.setdefault((mailbox.path, mailbox.owner), mailbox)
+
+
+def log_delivery(delivery: Delivery, reply: Reply, message: Message, envelope: Envelope, started: float) -> None:
+    """Logs one line for each placement. started: when the delivery began, by time.monotonic()."""
+    path = delivery.destination.mailbox.path
+    parts = [(each.event, each.key, each.placed.name if each.placed else "") for each in delivery.placements]
+    for event, mailbox, file in parts or [("not delivered", path, "")]:
+        log.info(
+            event,
+            msgid=message.message_id,
+            size=message.size,
+            sender=f"<{envelope.reverse_path or ''}>",
+            recipient=f"<{delivery.destination.recipient.address}>",
+            mailbox=mailbox,
+            file=file,
+            reply=reply,
+            ms=round((time.monotonic() - started) * 1000),
+        )
 
 
 def recipient_of(userid: str, config: Config) -> Recipient:
@@ -3616,34 +3949,6 @@ def is_identified(message: Message) -> bool:
     """Whether the message came with an identification by which it can be known again."""
     says_something = bool(message.message_id.strip("<> "))  # broken senders give all their messages an empty one
     return message.has_message_id and says_something and len(message.message_id) <= MESSAGE_ID_LIMIT
-
-
-def most_similar_folder(folder: str, folders: Sequence[str]) -> str:
-    """That of the folders whose name differs only in case and kind of dash; else that for its parent; else INBOX."""
-    wanted = similar_name(folder)
-    names = {similar_name(folder): folder for folder in reversed(folders)}
-    while wanted:
-        if wanted in names:
-            return names[wanted]
-        wanted = wanted[:-1]
-    return INBOX
-
-
-def similar_name(folder: str) -> tuple[str, ...]:
-    """The parts of a folder's name, the same for folders whose names are similar."""
-    parts = [from_modified_utf7(part) for part in folder.split(".")[1:]]
-    return tuple(part.casefold().replace("-", " ").replace("_", " ") for part in parts)
-
-
-def failure(error: Exception, mailbox: str) -> Reply:
-    """Logs why a delivery failed; what to tell the client."""
-    if isinstance(error, LmtpError):
-        return error.reply
-    if isinstance(error, OSError):
-        log.error("delivery failed", mailbox=mailbox, cause=error)
-        return storage_reply(error)
-    log.traceback("delivery failed", mailbox=mailbox)
-    return STORAGE_FAILED
 
 
 # ======================================================================
@@ -4023,7 +4328,7 @@ AUTHENTICATE_FIRST = Reply(530, "5.7.0", "Authentication required")
 
 
 class Transaction(Envelope):
-    """A mail transaction (RFC 5321 section 3.3): the envelope, and while BDAT is sending it, the message.
+    """A mail transaction (RFC 5321 section 3.3): the envelope, and the message while it arrives.
 
     utf8: whether SMTPUTF8 was asked for. announced_size: octets, 0 if the client has not said. decoder: for BDAT.
     """
@@ -4031,7 +4336,7 @@ class Transaction(Envelope):
     def __init__(self, reverse_path: Address | None, utf8: bool, announced_size: int, decoder: ChunkDecoder) -> None:
         super().__init__(reverse_path)
         self.utf8, self.announced_size = utf8, announced_size
-        self.message: Message | None = None
+        self.incoming: Incoming | None = None
         self.decoder = decoder
 
 
@@ -4181,8 +4486,8 @@ class Session:
             self._parting = reply
 
     def _reset(self) -> None:
-        if self._transaction and self._transaction.message:
-            self._transaction.message.discard()
+        if self._transaction and self._transaction.incoming:
+            self._transaction.incoming.discard()
         self._transaction = None
 
     # The verbs. Each takes the rest of its line, and replies or raises LmtpError;
@@ -4282,7 +4587,7 @@ class Session:
         transaction = self._transaction
         if not transaction:
             raise LmtpError(NO_TRANSACTION)
-        if transaction.message:
+        if transaction.incoming:
             raise LmtpError(CHUNKING_BEGUN)
         address, parameters = parse_argument(argument, "TO:")
         for keyword, value in parameters.items():
@@ -4294,7 +4599,7 @@ class Session:
         if address is None:
             raise LmtpError(USER_UNKNOWN)
         recipient = Recipient(address, self._config)
-        destination = self._agent.find(recipient, transaction.announced_size, "IGNOREQUOTA" in parameters)
+        destination = self._agent.find(recipient, transaction, transaction.announced_size, "IGNOREQUOTA" in parameters)
         transaction.destinations.append(destination)
         self._reply(RECIPIENT_OK)
 
@@ -4305,15 +4610,15 @@ class Session:
         transaction = self._transaction
         if not transaction or not transaction.destinations:
             raise LmtpError(NO_RECIPIENTS)
-        if transaction.message:
+        if transaction.incoming:
             raise LmtpError(CHUNKING_BEGUN)
         self._reply(GO_AHEAD)
-        message = transaction.message = self._new_message(transaction)
+        incoming = transaction.incoming = self._new_incoming(transaction)
         decoder = DotDecoder(self._connection.eol)
         while not decoder.ended:
-            message.write(decoder.decode(self._connection.read_some()))
+            incoming.write(decoder.decode(self._connection.read_some()))
         self._connection.unread(decoder.rest)
-        self._deliver(transaction, message)
+        self._deliver(transaction, incoming)
 
     def _bdat(self, argument: str) -> None:
         """RFC 3030 section 2; for LMTP, every recipient gets a reply to the last chunk"""
@@ -4322,16 +4627,16 @@ class Session:
         if not transaction or not transaction.destinations:
             self._skip_chunk(size)
             raise LmtpError(NO_RECIPIENTS)
-        if not transaction.message:
-            transaction.message = self._new_message(transaction)
-        message = transaction.message
+        if not transaction.incoming:
+            transaction.incoming = self._new_incoming(transaction)
+        incoming = transaction.incoming
         for data in self._chunk(size):
-            message.write(transaction.decoder.decode(data))
+            incoming.write(transaction.decoder.decode(data))
         if last:
-            message.write(transaction.decoder.rest())
-            self._deliver(transaction, message)
+            incoming.write(transaction.decoder.rest())
+            self._deliver(transaction, incoming)
         else:
-            self._reply(message.refusal or Reply(250, "2.0.0", f"{size} octets received"))
+            self._reply(self._agent.refusal(incoming) or Reply(250, "2.0.0", f"{size} octets received"))
 
     def _rset(self, argument: str) -> None:
         """RFC 5321 section 4.1.1.5"""
@@ -4454,20 +4759,20 @@ class Session:
         if self._config.lmtp_strict_rfc2821 and not utf8 and not str(address).isascii():
             raise LmtpError(NOT_ASCII)
 
-    def _new_message(self, transaction: Transaction) -> Message:
-        tls = self._connection.tls
-        authenticated = f" (authenticated user={self._user} bits={tls.bits if tls else 0})" if self._user else ""
-        encrypted = f" ({tls.protocol} with cipher {tls.cipher} ({tls.bits} bits))" if tls else ""
-        letters = ("S" if tls else "") + ("A" if self._trusted or self._user else "")
-        trace = return_path_field(transaction.reverse_path, self._config) + received_field(
+    def _new_incoming(self, transaction: Transaction) -> Incoming:
+        origin = Origin(
             client=self._client,
-            peer=f"({self._peer.name}){authenticated}",
-            protocol=f"{'UTF8' if transaction.utf8 else ''}LMTP{letters}{encrypted}",
+            peer=self._peer.name,
             session=self.id,
-            recipient=transaction.destinations[0].recipient.address if len(transaction.destinations) == 1 else None,
-            config=self._config,
+            trusted=self._trusted,
+            user=self._user,
+            tls=self._connection.tls,
+            utf8=transaction.utf8,
         )
-        return Message(trace, self._config, self._agent.drafts(transaction))
+        destinations = transaction.destinations
+        recipient = destinations[0].recipient.address if len(destinations) == 1 else None
+        trace = trace_header(origin, transaction.reverse_path, recipient, self._config)
+        return Incoming(trace, self._config, self._agent.drafts(transaction))
 
     def _chunk(self, size: int) -> Iterator[bytes]:
         while size:
@@ -4479,9 +4784,9 @@ class Session:
         for _ in self._chunk(size):
             pass
 
-    def _deliver(self, transaction: Transaction, message: Message) -> None:
-        message.complete()
-        for reply in self._agent.deliver(message, transaction, self._delivered):
+    def _deliver(self, transaction: Transaction, incoming: Incoming) -> None:
+        incoming.complete()
+        for reply in self._agent.deliver(incoming, transaction, self._delivered):
             self._reply(reply)
         self._bad_commands = self._idle_commands = 0
         self._reset()
@@ -4949,7 +5254,7 @@ class Reporter:
         try:
             os.write(self.fd, b"".join(numbers))
         except OSError as error:
-            log.warning("parent is gone", cause=error)
+            log.warning("parent process died", cause=error)
             self._stop.leaving = True
 
     @classmethod
@@ -5131,7 +5436,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = Config.load(options["-C"], service)
         log.open(config.syslog_prefix, config.syslog_facility, config.debug)
         for setting in config.unknown:
-            log.debug("setting not of lmtpd", where=setting)
+            log.debug("unknown option", where=setting)
         may_need_tls = not options["-a"] and (options["-H"] or is_on_internet())
         tls = tls_context(config) if may_need_tls else None  # before root, who alone may read the key, is gone
         drop_privileges(config.cyrus_user, keep=config.userdb != "maildir")

@@ -9,7 +9,7 @@ import re
 
 from harness import AS_ROOT, STORE_USER, Client, Site
 
-from lmtpd import INBOX, Config, Identity, Maildir, Message
+from lmtpd import INBOX, Config, Identity, Incoming, Maildir
 
 NUMBERS = itertools.count()
 
@@ -69,10 +69,12 @@ def deliver_in(conf: str, *flags: str, folder: str = INBOX) -> None:
     """Delivers a message to jane with these flags, as a filter would have it; its subject says which they are."""
     config = Config.load(conf)
     mailbox = Maildir(f"{config.partition}/jane", owner(), config)
-    message = Message(b"Return-Path: <>\n", config, (mailbox.open_draft() for _ in range(1)))
-    message.write(b"Subject: %s\n" % " ".join(flags).encode("ascii", "replace") + letter().replace(b"\r\n", b"\n"))
-    message.complete()
+    incoming = Incoming(b"Return-Path: <>\n", config, (mailbox.spool() for _ in range(1)))
+    incoming.write(b"Subject: %s\n" % " ".join(flags).encode("ascii", "replace") + letter().replace(b"\r\n", b"\n"))
+    incoming.complete()
     try:
-        mailbox.deliver(message, folder, flags).sync()
+        placed = mailbox.place(incoming.message, folder, flags)
+        placed.sync()
+        placed.close()
     finally:
-        message.discard()
+        incoming.discard()

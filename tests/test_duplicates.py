@@ -543,7 +543,7 @@ def test_a_python_without_a_database_keeps_no_mail_out(site: Site, monkeypatch: 
     monkeypatch.setenv("PYTHONPATH", str(modules))
     for number in range(2):
         assert deliver(site, message(number), "jane") == ["250 2.1.5"]
-    assert "duplicates unknown" in site.log_text()
+    assert "duplicate database unavailable" in site.log_text()
     assert "traceback" not in site.log_text()
 
 

@@ -19,7 +19,7 @@ from mailboxes import deliver_in, letter, owner
 from peers import Courier, Dovecot
 
 import lmtpd
-from lmtpd import INBOX, Config, Directory, DovecotLock, Maildir, Message
+from lmtpd import INBOX, Config, Directory, DovecotLock, Incoming, Maildir
 
 # When it is told to, delivers a message with each of the keywords, one after the other.
 DELIVER = """
@@ -158,12 +158,16 @@ def test_one_message_with_other_flags_for_each(site: Site) -> None:
     site.add_user("joe")
     config = Config.load(str(site.conf))
     jane, joe = (Maildir(f"{config.partition}/{name}", owner(), config) for name in ("jane", "joe"))
-    message = Message(b"Return-Path: <>\n", config, (jane.open_draft() for _ in range(1)))
-    message.write(letter().replace(b"\r\n", b"\n"))
-    message.complete()
-    jane.deliver(message, INBOX, [r"\Seen"], last=False).sync()
-    joe.deliver(message, INBOX, [r"\Flagged", "$Label1"]).sync()
-    message.discard()
+    incoming = Incoming(b"Return-Path: <>\n", config, (jane.spool() for _ in range(1)))
+    incoming.write(letter().replace(b"\r\n", b"\n"))
+    incoming.complete()
+    for placed in (
+        jane.place(incoming.message, INBOX, [r"\Seen"], may_move=False),
+        joe.place(incoming.message, INBOX, [r"\Flagged", "$Label1"]),
+    ):
+        placed.sync()
+        placed.close()
+    incoming.discard()
     [first], [second] = site.files("jane", kind="cur"), site.files("joe", kind="cur")
     assert first.name.endswith(":2,S")
     assert second.name.endswith(":2,Fa")

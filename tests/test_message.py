@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lmtpd
-from lmtpd import ChunkDecoder, Config, DotDecoder, Draft, Message, Reply
+from lmtpd import ChunkDecoder, Config, DotDecoder, Draft, Header, Incoming, Reply
 
 EOLS = [pytest.param(b"\r\n", id="CRLF"), pytest.param(b"\n", id="LF")]
 
@@ -179,21 +179,24 @@ def cached_config(options: tuple[tuple[str, str], ...]) -> Config:
     return config_of(**dict(options))
 
 
-def message_of(reads: Iterable[bytes], **options: str) -> Message:
-    message = Message(TRACE, cached_config(tuple(options.items())), iter(()))  # it stays in memory
+def message_of(reads: Iterable[bytes], **options: str) -> Incoming:
+    incoming = Incoming(TRACE, cached_config(tuple(options.items())), iter(()))  # it stays in memory
     for data in reads:
-        message.write(data)
-    message.complete()
-    return message
+        incoming.write(data)
+    incoming.complete()
+    return incoming
 
 
 def stored(content: bytes, **options: str) -> bytes:
     """What is stored of it behind the trace headers."""
-    message = message_of([content], **options)
-    assert message.refusal is None
-    assert (message.size, message.lines) == (len(message.content), line_ends(message.content))
-    assert message.content.startswith(TRACE)
-    return message.content[len(TRACE) :]
+    incoming = message_of([content], **options)
+    assert incoming.refusal is None
+    assert (incoming.message.size, incoming.message.lines) == (
+        len(incoming.message.content),
+        line_ends(incoming.message.content),
+    )
+    assert incoming.message.content.startswith(TRACE)
+    return incoming.message.content[len(TRACE) :]
 
 
 def added(content: bytes) -> tuple[list[str], bytes]:
@@ -262,12 +265,12 @@ def test_what_is_added_is_well_formed() -> None:
     ],
 )
 def test_the_log_gets_the_message_id_unfolded(field: bytes, message_id: str) -> None:
-    assert message_of([b"Subject: a\n" + field]).message_id == message_id
+    assert message_of([b"Subject: a\n" + field]).message.message_id == message_id
 
 
 def test_the_log_gets_the_message_id_that_was_added() -> None:
-    message = message_of([b"Subject: a\n\nb\n"])
-    assert f"Message-ID: {message.message_id}\n".encode() in message.content
+    incoming = message_of([b"Subject: a\n\nb\n"])
+    assert f"Message-ID: {incoming.message.message_id}\n".encode() in incoming.message.content
 
 
 @pytest.mark.parametrize(
@@ -309,7 +312,7 @@ def test_an_empty_header_stays_empty(content: bytes) -> None:
 
 def test_an_empty_message_has_a_header_all_the_same() -> None:
     assert added(b"") == (["Message-ID", "Date"], b"")
-    assert message_of([]).content.startswith(TRACE)
+    assert message_of([]).message.content.startswith(TRACE)
 
 
 @pytest.mark.parametrize("content", [b"Subject: a", b"Subject: a\n", b"Subject: a\n b", b"Subject: a\n\n"])
@@ -349,28 +352,31 @@ def test_fields_go_and_come_and_everything_else_stays(
     fields: list[tuple[bytes, bytes]], body: bytes, cuts: set[int]
 ) -> None:
     content = b"".join(field for _, field in fields) + b"\n" + body
-    message = message_of(pieces(content, cuts))
-    assert message.content.startswith(TRACE)
-    match = ADDED.match(message.content, len(TRACE))
+    incoming = message_of(pieces(content, cuts))
+    assert incoming.message.content.startswith(TRACE)
+    match = ADDED.match(incoming.message.content, len(TRACE))
     assert match
     names = [name for name, _ in fields]
     assert [bool(value) for value in match.groups()] == [b"message-id" not in names, b"date" not in names]
     kept = b"".join(field for name, field in fields if name != b"return-path")
-    assert message.content[match.end() :] == kept + b"\n" + body
-    assert (message.size, message.lines) == (len(message.content), line_ends(message.content))
-    assert message.wire_size == len(content.replace(b"\n", b"\r\n"))
+    assert incoming.message.content[match.end() :] == kept + b"\n" + body
+    assert (incoming.message.size, incoming.message.lines) == (
+        len(incoming.message.content),
+        line_ends(incoming.message.content),
+    )
+    assert incoming.wire_size == len(content.replace(b"\n", b"\r\n"))
 
 
 @settings(max_examples=500)
 @given(BODIES | st.binary(max_size=60).map(lambda data: data.replace(b"\0", b"\n")), CUTS)
 def test_nothing_is_lost_whatever_it_is(content: bytes, cuts: set[int]) -> None:
-    message = message_of(pieces(content, cuts))
-    assert message.refusal is None
-    header = lmtpd.header_of(content)
+    incoming = message_of(pieces(content, cuts))
+    assert incoming.refusal is None
+    header = Header.of(content).octets
     assert content.startswith(header)
     if b"return-path" not in header.lower():
-        assert message.content.endswith(content)
-    assert message.content.endswith(content[len(header) :])
+        assert incoming.message.content.endswith(content)
+    assert incoming.message.content.endswith(content[len(header) :])
 
 
 # ----------------------------------------------------------------------
@@ -383,9 +389,9 @@ def test_nothing_is_lost_whatever_it_is(content: bytes, cuts: set[int]) -> None:
 def test_the_size_limit_is_exact_and_counts_line_ends_as_crlf(limit: int, content: bytes) -> None:
     size = len(content.replace(b"\n", b"\r\n"))
     for reads in (octets(content), [content]):
-        message = message_of(reads, maxmessagesize=str(limit))
-        assert (message.refusal is lmtpd.TOO_LARGE) == (size > limit)
-        assert bool(message.content) == (size <= limit)
+        incoming = message_of(reads, maxmessagesize=str(limit))
+        assert (incoming.refusal is lmtpd.TOO_LARGE) == (size > limit)
+        assert bool(incoming.message.content) == (size <= limit)
     at_the_limit = message_of([content], maxmessagesize=str(size))
     assert at_the_limit.refusal is None
     assert message_of([content, b"z"], maxmessagesize=str(size)).refusal is lmtpd.TOO_LARGE
@@ -396,9 +402,9 @@ def test_nul_is_refused_anywhere(place: int) -> None:
     content = b"Subject: a\n\nfirst line\n"
     content = content[:place] + b"\0" + content[place:]
     for reads in (octets(content), [content]):
-        message = message_of(reads)
-        assert message.refusal is lmtpd.NUL_IN_MESSAGE
-        assert message.content == b""
+        incoming = message_of(reads)
+        assert incoming.refusal is lmtpd.NUL_IN_MESSAGE
+        assert incoming.message.content == b""
     assert (lmtpd.NUL_IN_MESSAGE.code, lmtpd.NUL_IN_MESSAGE.enhanced) == (554, "5.6.0")
 
 
@@ -413,7 +419,7 @@ def test_8_bit_headers_are_kept_refused_or_munged(body: bytes) -> None:
     assert stored(header + body, munge8bit="yes") == BOTH.encode() + b"Subject: gruXX\nX: a\n XX\n" + body
     refused = message_of([header + body], reject8bit="yes")
     assert refused.refusal is lmtpd.EIGHT_BIT_HEADER
-    assert refused.content == b""
+    assert refused.message.content == b""
     assert message_of([header + body], reject8bit="yes", munge8bit="yes").refusal is lmtpd.EIGHT_BIT_HEADER
 
 
@@ -440,14 +446,14 @@ def open_draft(maildir: Path) -> Draft:
     return Draft(lmtpd.open_directory(f"{maildir}/tmp", guarded=False), lmtpd.Identity.of_process())
 
 
-def spool(reads: Iterable[bytes], maildir: Path, limit: int, **options: str) -> Message:
+def spool(reads: Iterable[bytes], maildir: Path, limit: int, **options: str) -> Incoming:
     """The message when no more than limit octets of it are kept in memory."""
     with mock.patch.object(lmtpd, "MEMORY_LIMIT", limit):
-        message = Message(TRACE, cached_config(tuple(options.items())), (open_draft(maildir) for _ in range(1)))
+        incoming = Incoming(TRACE, cached_config(tuple(options.items())), (open_draft(maildir) for _ in range(1)))
         for data in reads:
-            message.write(data)
-        message.complete()
-    return message
+            incoming.write(data)
+        incoming.complete()
+    return incoming
 
 
 def drafts(maildir: Path) -> list[Path]:
@@ -458,12 +464,12 @@ def drafts(maildir: Path) -> list[Path]:
 def test_a_message_over_the_memory_limit_is_spooled(maildir: Path, size: int, spooled: bool) -> None:
     content = BOTH.encode() + b"\n"
     content += b"x" * (size - len(content))
-    message = spool(pieces(content, range(0, size, 5000)), maildir, lmtpd.MEMORY_LIMIT)
-    assert bool(message.draft) == spooled
-    assert (drafts(maildir)[0].read_bytes() if spooled else message.content) == TRACE + content
-    assert (message.size, message.lines) == (len(TRACE + content), line_ends(TRACE + content))
-    assert (message.content == b"") == spooled
-    message.discard()
+    incoming = spool(pieces(content, range(0, size, 5000)), maildir, lmtpd.MEMORY_LIMIT)
+    assert bool(incoming.message.draft) == spooled
+    assert (drafts(maildir)[0].read_bytes() if spooled else incoming.message.content) == TRACE + content
+    assert (incoming.message.size, incoming.message.lines) == (len(TRACE + content), line_ends(TRACE + content))
+    assert (incoming.message.content == b"") == spooled
+    incoming.discard()
     assert drafts(maildir) == []
 
 
@@ -473,20 +479,26 @@ def test_a_spooled_message_is_the_same_as_one_in_memory(
     maildir: Path, fields: list[tuple[bytes, bytes]], body: bytes, cuts: set[int], room: int, options: dict[str, str]
 ) -> None:
     content = b"".join(field for _, field in fields) + b"\n" + body
-    limit = len(lmtpd.header_of(content)) + 1 + room  # the header has to fit into memory
+    limit = len(Header.of(content).octets) + 1 + room  # the header has to fit into memory
     with (
         mock.patch.object(lmtpd, "date_time", return_value="now"),
         mock.patch.object(time, "time_ns", return_value=1),
         mock.patch.object(os, "fsync"),
     ):
         in_memory = message_of([content], **options)
-        message = spool(pieces(content, cuts), maildir, limit, **options)
-    assert bool(message.draft) == (len(content) > limit)
-    stored = drafts(maildir)[0].read_bytes() if message.draft else message.content
-    assert stored == in_memory.content
-    for name in ("size", "lines", "wire_size", "message_id"):
-        assert getattr(message, name) == getattr(in_memory, name)
-    message.discard()
+        incoming = spool(pieces(content, cuts), maildir, limit, **options)
+    assert bool(incoming.message.draft) == (len(content) > limit)
+    stored = drafts(maildir)[0].read_bytes() if incoming.message.draft else incoming.message.content
+    assert stored == in_memory.message.content
+    assert incoming.wire_size == in_memory.wire_size
+    for name in ("size", "lines", "message_id", "body_offset"):
+        assert getattr(incoming.message, name) == getattr(in_memory.message, name)
+    assert incoming.message.header.octets == in_memory.message.header.octets
+    for message in (incoming.message, in_memory.message):
+        assert message.read(0, len(stored) + 1) == stored
+        assert message.read(message.body_offset, 7) == stored[message.body_offset :][:7]
+        assert message.read(len(stored), 1) == b""
+    incoming.discard()
     assert drafts(maildir) == []
 
 
@@ -500,15 +512,15 @@ def test_a_spooled_message_is_the_same_as_one_in_memory(
 def test_a_spooled_message_that_is_refused_leaves_nothing_behind(
     maildir: Path, tail: bytes, options: dict[str, str], refusal: Reply
 ) -> None:
-    message = spool([b"Subject: a\n\n", b"x" * 200, tail, b"more"], maildir, 100, **options)
-    assert message.refusal is refusal
-    assert message.draft is None
+    incoming = spool([b"Subject: a\n\n", b"x" * 200, tail, b"more"], maildir, 100, **options)
+    assert incoming.refusal is refusal
+    assert incoming.message.draft is None
     assert drafts(maildir) == []
 
 
 def test_a_header_that_is_refused_is_never_spooled(maildir: Path) -> None:
-    message = spool([EIGHT_BIT + b"\n" + b"x" * 200], maildir, 100, reject8bit="yes")
-    assert message.refusal is lmtpd.EIGHT_BIT_HEADER
+    incoming = spool([EIGHT_BIT + b"\n" + b"x" * 200], maildir, 100, reject8bit="yes")
+    assert incoming.refusal is lmtpd.EIGHT_BIT_HEADER
     assert drafts(maildir) == []
 
 
@@ -527,8 +539,9 @@ def test_a_message_that_cannot_be_spooled_is_refused_for_now(
     maildir: Path, call: str, number: int, reply: Reply
 ) -> None:
     with mock.patch.object(os, call, side_effect=OSError(number, "broken")):
-        message = spool([b"Subject: a\n\n", b"x" * 200, b"y" * 200], maildir, 100)
-    assert message.refusal is reply
+        incoming = spool([b"Subject: a\n\n", b"x" * 200, b"y" * 200], maildir, 100)
+    assert incoming.failure
+    assert lmtpd.storage_reply(incoming.failure) is reply
     assert (reply.code, reply.enhanced) in ((452, "4.3.1"), (451, "4.3.0"))
     assert drafts(maildir) == []
 

@@ -788,11 +788,11 @@ config = lmtpd.Config.load(sys.argv[1])
 lmtpd.drop_privileges(config.cyrus_user, keep=True)
 os.umask(config.umask)
 mailbox = lmtpd.MaildirStore(config).find(lmtpd.Recipient(lmtpd.Address(sys.argv[2], ""), config))
-message = lmtpd.Message(b"", config, mailbox.open_draft)
-message.write(b"Subject: x\\n\\nx\\n")
-message.complete()
+incoming = lmtpd.Incoming(b"", config, iter(()))
+incoming.write(b"Subject: x\\n\\nx\\n")
+incoming.complete()
 try:
-    mailbox.deliver(message, flags=["$Label1"]).sync()
+    mailbox.place(incoming.message, flags=["$Label1"]).sync()
 except OSError as error:
     print(error)
 """
