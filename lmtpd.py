@@ -53,7 +53,7 @@ TYPE_CHECKING = False  # A type checker takes any constant of this name for True
 if TYPE_CHECKING:
     import signal
     import socket
-    from collections.abc import Callable, Generator, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
     from sqlite3 import Connection as Database
     from ssl import SSLContext
     from typing import Any, NoReturn, TypeVar
@@ -2401,6 +2401,7 @@ QUOTA_FILE, KEYWORD_FILE, LOCK_FILE = "maildirsize", "dovecot-keywords", "doveco
 QUOTA_FILE_LIMIT = 5120  # octets after which it is written anew
 QUOTA_STALE = 15 * 60  # seconds after which it is not reason enough to refuse mail
 RECOUNTS = 3  # times that a Maildir is counted which changes meanwhile
+APPENDS = 3  # times that a line is appended to a file which is replaced meanwhile
 
 
 class QuotaUsage:
@@ -2428,10 +2429,8 @@ class QuotaUsage:
 
     def render(self) -> bytes:
         """The content of a file maildirsize with this usage."""
-        (octets, messages), used = self.limits, self.used
-        limits = [f"{octets}S"] if octets or not messages else []
-        limits += [f"{messages}C"] if messages else []
-        return f"{','.join(limits)}\n{used[0]} {used[1]}\n".encode()
+        octets, messages = self.used
+        return f"{render_limits(self.limits)}\n{octets} {messages}\n".encode()
 
     def has_room_for(self, octets: int, messages: int) -> bool:
         """Whether so much more is within the limits."""
@@ -2447,6 +2446,14 @@ def parse_limits(definition: str) -> tuple[int, int]:
             raise ValueError("is no quota definition")
         limits[limit[-1]] = as_number(limit[:-1])
     return limits["S"], limits["C"]
+
+
+def render_limits(limits: tuple[int, int]) -> str:
+    """The quota definition that parse_limits() reads."""
+    octets, messages = limits
+    parts = [f"{octets}S"] if octets or not messages else []
+    parts += [f"{messages}C"] if messages else []
+    return ",".join(parts)
 
 
 class QuotaFile:
@@ -2493,32 +2500,57 @@ class QuotaFile:
         return usage
 
     def add(self, octets: int, messages: int) -> None:
-        """Adds to the usage, if there is a quota."""
+        """Adds to the usage, if there is a quota. If that fails, the next reader of the file counts anew."""
         if self._has_none:
             return
+        line = f"{octets} {messages}\n".encode()
         try:
-            self._directory.append_to_file(INBOX, QUOTA_FILE, f"{octets} {messages}\n".encode())
+            for _ in range(APPENDS):
+                if self._directory.append_to_file(INBOX, QUOTA_FILE, line):
+                    return
+            self._spoil()
         except FileNotFoundError:
             return
+        except OSError:
+            self._spoil()
+            raise
 
-    def recount(self, limits: tuple[int, int]) -> QuotaUsage:
-        """Counts all messages and replaces the file; again, if the Maildir has changed meanwhile."""
+    def recount(self, limits: tuple[int, int]) -> QuotaUsage | None:
+        """Counts all messages and replaces the file, again if the Maildir has changed meanwhile.
+
+        None while another process counts them.
+        """
+        usage = None
         for _ in range(RECOUNTS):
-            before = self._counted_directories()
-            octets = messages = 0
-            for directory in before:
-                for size in self._sizes_in(directory):
-                    octets, messages = octets + size, messages + 1
-            usage = QuotaUsage(limits, (octets, messages), doubtful=False)
-            self._directory.replace_file(INBOX, QUOTA_FILE, usage.render())
-            if self._counted_directories() == before:
+            fd = self._lock(limits)
+            if fd < 0:
                 break
+            try:
+                before = self._counted_directories()
+                usage = self._count_into_file(fd, limits, before)
+                if self._counted_directories() == before:
+                    break
+            finally:
+                os.close(fd)
         return usage
 
     def includes(self, folder: str, name: str) -> bool:
         """Whether a message in that folder counts. name: the end of its file's name, which has its flags."""
         is_deleted = FLAG_LETTERS[r"\deleted"] in name.partition(":2,")[2]
         return folder not in self._excluded and not (is_deleted and self._config.quota_exclude_deleted)
+
+    def _spoil(self) -> None:
+        """Makes the usage in the file unreadable but keeps the limits, which may stand nowhere else.
+
+        One octet is overwritten in place: that takes no space on a full disk.
+        """
+        fd = self._directory.open_file(INBOX, QUOTA_FILE, os.O_RDWR)
+        try:
+            usage = os.read(fd, QUOTA_FILE_LIMIT).find(LF) + 1  # after the line with the limits
+            if usage:
+                os.pwrite(fd, b"?", usage)
+        finally:
+            os.close(fd)
 
     def _limits_in(self, content: bytes) -> tuple[int, int]:
         """The limits in a file whose usage cannot be relied on."""
@@ -2527,6 +2559,44 @@ class QuotaFile:
         except ValueError as error:
             log.warning("quota lost", mailbox=self._directory.path, cause=error)
             return self._default
+
+    def _lock(self, limits: tuple[int, int]) -> int:
+        """A descriptor of the file, locked; -1 if another process has locked it. A missing file is made first."""
+        import fcntl
+
+        try:
+            fd = self._directory.open_file(INBOX, QUOTA_FILE, os.O_RDONLY)
+        except FileNotFoundError:
+            self._directory.add_file(INBOX, QUOTA_FILE, f"{render_limits(limits)}\n?\n".encode())
+            fd = self._directory.open_file(INBOX, QUOTA_FILE, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return -1
+        except OSError:
+            return fd  # a file system without locks
+        return fd
+
+    def _count_into_file(self, old: int, limits: tuple[int, int], directories: Iterable[str]) -> QuotaUsage:
+        """Counts the messages in these directories and replaces the file. old: a descriptor of the present file.
+
+        What other processes add to the old file meanwhile is added to the new one, too. The count may have it already:
+        a usage that is too high is counted again before mail is refused for it, one that is too low is not.
+        """
+        start = os.fstat(old).st_size
+        octets = messages = 0
+        for directory in directories:
+            for size in self._sizes_in(directory):
+                octets, messages = octets + size, messages + 1
+        usage = QuotaUsage(limits, (octets, messages), doubtful=False)
+        self._directory.replace_file(INBOX, QUOTA_FILE, usage.render())
+        added = [
+            line for line in os.pread(old, READ_SIZE, start).splitlines(keepends=True) if not line.startswith(b"-")
+        ]
+        if added:
+            self._directory.append_to_file(INBOX, QUOTA_FILE, b"".join(added))
+        return usage
 
     def _counted_directories(self) -> dict[str, int]:
         """Each new/ and cur/ whose messages count, with the time of its last change in nanoseconds."""
