@@ -553,18 +553,15 @@ BARE = frozenset(map(chr, range(33, 127))) - frozenset('"=\\')  # characters of 
 
 
 class Log:
-    """One line per event, to the journal, else to syslog(3), else to standard error.
-
-    session: the id of the session, which every line carries.
-    """
+    """One line for each event: to the journal, else to syslog(3), else to standard error."""
 
     def __init__(self) -> None:
-        self.session = ""
         self.debugging = False
         self._emit: Callable[[int, str], object] = to_stderr
+        self._context: dict[str, object] = {}
 
     def open(self, prefix: str = "", facility: str = "mail", debugging: bool = False) -> None:
-        """Chooses where lines go, see sd-daemon(3) and syslog(3); may be called again."""
+        """Chooses where lines go, see sd-daemon(3) and syslog(3). It may be called again."""
         self.debugging = debugging
         if stderr_is_journal():
             self._emit = to_journal
@@ -576,25 +573,33 @@ class Log:
         else:
             self._emit = to_stderr
 
+    def send_to(self, emit: Callable[[int, str], object]) -> None:
+        """Sends lines to a function, which takes the priority of syslog(3) and the line."""
+        self._emit = emit
+
+    def context(self, **fields: object) -> LogContext:
+        """A "with" block in which every line has these fields."""
+        return LogContext(self._context, fields)
+
     def error(self, event: str, **fields: object) -> None:
-        """Something that needs a person's attention."""
+        """Logs what needs a person's attention."""
         self._line(LOG_ERR, event, fields)
 
     def warning(self, event: str, **fields: object) -> None:
-        """Something that may need it."""
+        """Logs what may need a person's attention."""
         self._line(LOG_WARNING, event, fields)
 
     def info(self, event: str, **fields: object) -> None:
-        """Something that happened."""
+        """Logs what happened."""
         self._line(LOG_INFO, event, fields)
 
     def debug(self, event: str, **fields: object) -> None:
-        """Something that helps to find a fault; only with the debug option."""
+        """Logs what helps to find a fault, if the option debug is on."""
         if self.debugging:
             self._line(LOG_DEBUG, event, fields)
 
     def traceback(self, event: str, **fields: object) -> None:
-        """The exception being handled, which is a fault of this program."""
+        """Logs the exception that is being handled, which is a fault of this program."""
         import traceback
 
         self._line(LOG_ERR, event, fields)
@@ -602,7 +607,7 @@ class Log:
             self._line(LOG_ERR, "traceback", {"line": line})
 
     def startup_error(self, event: str, **fields: object) -> None:
-        """Why the program does not start; also said to the person at the terminal or shell, if there is one."""
+        """Logs why the program does not start, and writes it to standard error for the person at a terminal."""
         self._line(LOG_ERR, event, fields)
         if self._emit not in (to_stderr, to_journal):
             to_stderr(LOG_ERR, self._format(event, fields))
@@ -611,13 +616,26 @@ class Log:
         self._emit(level, self._format(event, fields))
 
     def _format(self, event: str, fields: dict[str, object]) -> str:
-        if self.session:
-            fields = {"session": self.session, **fields}
+        fields = {**self._context, **fields}
         return " ".join([event, *(f"{key}={quoted(str(value))}" for key, value in fields.items())])
 
 
+class LogContext:
+    """See Log.context(). The fields are those of the log while the block lasts, and no longer."""
+
+    def __init__(self, context: dict[str, object], fields: dict[str, object]) -> None:
+        self._context, self._fields = context, fields
+
+    def __enter__(self) -> None:
+        self._context.update(self._fields)
+
+    def __exit__(self, *_: object) -> None:
+        for name in self._fields:
+            del self._context[name]
+
+
 def quoted(value: str) -> str:
-    """The value of a log field: short printable ASCII that cannot be taken for anything but one value."""
+    """The value of a log field as short printable ASCII, in quotes if it could be taken for anything else."""
     if len(value) > FIELD_LIMIT:
         value = value[:FIELD_LIMIT] + "..."
     if value and BARE.issuperset(value):
@@ -637,7 +655,7 @@ def to_journal(level: int, line: str) -> None:
 
 
 def write_to_stderr(line: str) -> None:
-    """A log that cannot be written must not stop the mail."""
+    """Writes a line. An error is ignored: a log that cannot be written must not stop the mail."""
     try:
         os.write(2, line.encode("ascii"))
     except OSError:
@@ -645,7 +663,7 @@ def write_to_stderr(line: str) -> None:
 
 
 def stderr_is_journal() -> bool:
-    """Whether standard error is the journal's stream. Source: systemd.exec(5), JOURNAL_STREAM."""
+    """Whether standard error is a stream to the journal. Source: systemd.exec(5), JOURNAL_STREAM."""
     try:
         status = os.fstat(2)
     except OSError:
@@ -654,7 +672,7 @@ def stderr_is_journal() -> bool:
 
 
 def stdout_is_journal() -> bool:
-    """Whether standard output is that stream, too, and so nobody who speaks LMTP."""
+    """Whether standard output is the same stream, and so no LMTP client."""
     try:
         return stderr_is_journal() and os.path.sameopenfile(1, 2)
     except OSError:
@@ -662,18 +680,18 @@ def stdout_is_journal() -> bool:
 
 
 def fill_standard_descriptors() -> None:
-    """Opens standard input and output to nowhere if they are closed, so that nothing else takes their places."""
+    """Opens /dev/null as standard input and output if they are closed, so that no other file gets their numbers."""
     for fd in (0, 1):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 def keep_stderr_from_client() -> None:
-    """Turns standard error to nowhere if it is the client's connection, or closed; a terminal is a person's."""
+    """Makes standard error /dev/null if it is closed or the client's connection, unless it is a terminal."""
     if stderr_is_journal():
-        return  # also where standard output is the same stream
+        return  # also if standard output is the same stream
     try:
         if os.isatty(2) or not any(os.path.sameopenfile(2, fd) for fd in (0, 1)):
             return
@@ -701,8 +719,8 @@ REPLY_LINE_LIMIT = 512  # octets with CR LF, RFC 5321 section 4.5.3.1.5
 class Reply:
     """A reply of the server.
 
-    code: three digits. enhanced: the enhanced status code (RFC 2034), "" for a reply that has none.
-    text: one or more lines, divided by LF. closes: whether the connection ends with it.
+    code: three digits. enhanced: the enhanced status code (RFC 2034); "" without. text: one line or more, with LF
+    between them. closes: whether the connection ends with it.
     """
 
     __slots__ = ("_rendered", "closes", "code", "enhanced", "text")
@@ -713,7 +731,7 @@ class Reply:
         self._rendered = b""
 
     def render(self, eol: bytes = CRLF) -> bytes:
-        """The reply as it goes over the wire: ASCII, every line within the limit of RFC 5321."""
+        """The octets of the reply on the wire: ASCII, in lines of RFC 5321's length."""
         if eol != CRLF:
             return self._render(eol)
         self._rendered = self._rendered or self._render(eol)
@@ -734,14 +752,14 @@ class Reply:
 
 
 def reply_line(line: str) -> bytes:
-    """The line in printable ASCII, cut to what a reply line may have."""
+    """The line in printable ASCII, cut to the length that a reply line may have."""
     if not (line.isascii() and line.isprintable()):
         line = ascii(line)[1:-1]
     return line.encode("ascii")[: REPLY_LINE_LIMIT - 2]
 
 
 class LmtpError(Exception):
-    """A command is refused, or a recipient's delivery failed, with this reply."""
+    """This reply refuses a command, or tells that a recipient's delivery failed."""
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply)
@@ -1088,6 +1106,13 @@ class Connection:
         data = bytes(self._input[:size])
         del self._input[:size]
         return data
+
+    def pieces(self, size: int) -> Iterator[bytes]:
+        """The next size octets, in pieces as they arrive. Raises LmtpError when time is up, and Disconnected."""
+        while size:
+            data = self.read_some(size)
+            size -= len(data)
+            yield data
 
     def unread(self, data: bytes) -> None:
         """Puts octets back, for the next read."""
@@ -2921,6 +2946,79 @@ class Placed:
         os.close(self._directory)
 
 
+class Folders:
+    """The folders of a Maildir but the INBOX, each given as the name of its directory. Everything raises OSError."""
+
+    def __init__(self, directory: Directory, identity: Identity, config: Config) -> None:
+        self._directory, self._identity, self._config = directory, identity, config
+        self._by_similar_name: dict[tuple[str, ...], list[str]] | None = None
+
+    def exists(self, folder: str) -> bool:
+        """Whether the folder exists."""
+        with self._identity:
+            try:
+                os.close(self._directory.open(f"{folder}/cur"))
+            except OSError as error:
+                if error.errno in ABSENT:
+                    return False
+                raise
+        return True
+
+    def find(self, name: str, similar: bool) -> str | None:
+        """The existing folder of a name as people write it; None if there is none. similar: see Maildir.resolve()."""
+        try:
+            parts = folder_parts(name, self._config)
+            spellings = folder_spellings(name, self._config)
+        except ValueError:
+            return None
+        for folder in spellings:
+            if folder == INBOX or self.exists(folder):
+                return folder
+        return self._most_similar(similar_name(folder_directory(parts))) if similar else None
+
+    def make(self, folder: str) -> None:
+        """Makes the folder, durably."""
+        self._directory.make(folder)
+        self._directory.add_file(folder, "maildirfolder", b"")
+        for name in ("tmp", "new", "cur"):  # with cur/ the folder exists
+            self._directory.make(f"{folder}/{name}")
+        if self._by_similar_name is not None:
+            self._by_similar_name.setdefault(similar_name(folder), []).append(folder)
+
+    def subscribe(self, names: Sequence[str]) -> None:
+        """Makes the files in which Dovecot and Courier keep the folders that the user is subscribed to."""
+        folders = [folder_parts(name, self._config) for name in names]
+        if not folders:
+            return
+        for_dovecot = ["\t".join(map(to_modified_utf7, parts or ("INBOX",))) for parts in folders]
+        for_courier = [f"INBOX{folder_directory(parts)}" for parts in folders]
+        for file, lines in (
+            ("subscriptions", ["V\t2", "", *for_dovecot]),
+            ("courierimapsubscribed", for_courier),
+        ):
+            self._directory.add_file(INBOX, file, "".join(f"{line}\n" for line in lines).encode())
+
+    def _most_similar(self, wanted: tuple[str, ...]) -> str | None:
+        """The existing folder whose similar_name() is the one given; else that for its parent, and so on."""
+        if self._by_similar_name is None:
+            self._by_similar_name = self._list()
+        while wanted:
+            for folder in self._by_similar_name.get(wanted, ()):
+                if self.exists(folder):
+                    return folder
+            wanted = wanted[:-1]
+        return None
+
+    def _list(self) -> dict[tuple[str, ...], list[str]]:
+        """All folders, and directories that look like one, by their similar_name(), in order."""
+        found: dict[tuple[str, ...], list[str]] = {}
+        with self._identity:
+            names = self._directory.subdirectories()
+        for folder in sorted(name for name in names if name.startswith(".")):
+            found.setdefault(similar_name(folder), []).append(folder)
+        return found
+
+
 class Maildir:
     """A user's Maildir, with its folders (Maildir++).
 
@@ -2941,7 +3039,7 @@ class Maildir:
         self._config, self._missing = config, missing
         self._directory = Directory(path, identity)
         self._quota = QuotaFile(self._directory, limits, config)
-        self._by_similar_name: dict[tuple[str, ...], list[str]] | None = None
+        self._folders = Folders(self._directory, identity, config)
 
     @property
     def owner(self) -> tuple[int, int]:
@@ -2962,8 +3060,8 @@ class Maildir:
                 self._directory.make(name)
             for name in self._config.autocreate_inbox_folders:
                 if (folder := self.new_folder(name)) != INBOX:
-                    self._make_folder(folder)
-            self._subscribe()
+                    self._folders.make(folder)
+            self._folders.subscribe(self._config.autocreate_subscribe_folders)
             self._quota.create()
             self._directory.make("new")  # with it the Maildir exists
         self._missing = False
@@ -2978,14 +3076,7 @@ class Maildir:
 
         similar: take the folder with the most similar name, or the nearest parent, if there is none of that name.
         """
-        try:
-            spellings = folder_spellings(name, self._config)
-        except ValueError:
-            return None
-        for folder in spellings:
-            if folder == INBOX or self._has_folder(folder):
-                return folder
-        return self._most_similar_folder(similar_name(self.new_folder(name))) if similar else None
+        return self._folders.find(name, similar and not self._missing)
 
     def is_one_of(self, folder: str, names: Sequence[str]) -> bool:
         """Whether one of these names, as people write them, is the folder's."""
@@ -3058,41 +3149,10 @@ class Maildir:
             self.charge(size, number)
         return Placed(self, directory, name, size, number)
 
-    def _has_folder(self, folder: str) -> bool:
-        with self.identity:
-            try:
-                os.close(self._directory.open(f"{folder}/cur"))
-            except OSError as error:
-                if error.errno in ABSENT:
-                    return False
-                raise
-        return True
-
-    def _most_similar_folder(self, wanted: tuple[str, ...]) -> str | None:
-        """The existing folder whose similar_name() is the one given; else that for its parent, and so on."""
-        if self._by_similar_name is None:
-            self._by_similar_name = self._folders_by_similar_name()
-        while wanted:
-            for folder in self._by_similar_name.get(wanted, ()):
-                if self._has_folder(folder):
-                    return folder
-            wanted = wanted[:-1]
-        return None
-
-    def _folders_by_similar_name(self) -> dict[tuple[str, ...], list[str]]:
-        """All folders but the INBOX, and directories that look like one, by their similar_name(), in order."""
-        found: dict[tuple[str, ...], list[str]] = {}
-        if not self._missing:
-            with self.identity:
-                names = self._directory.subdirectories()
-            for folder in sorted(name for name in names if name.startswith(".")):
-                found.setdefault(similar_name(folder), []).append(folder)
-        return found
-
     def _open_directory(self, folder: str, flags: Sequence[str]) -> tuple[int, str]:
         """A descriptor of the directory for a message with these flags, and what they add to its name."""
-        if folder != INBOX and not self._has_folder(folder):
-            self._make_folder(folder)
+        if folder != INBOX and not self._folders.exists(folder):
+            self._folders.make(folder)
         if not flags:
             return self._directory.open_or_make(f"{folder}/new"), ""
         keywords = [flag for flag in flags if not flag.startswith("\\")]
@@ -3105,27 +3165,6 @@ class Maildir:
         if keywords:
             letters |= KeywordFile(self._directory, folder).letters(keywords)
         return self._directory.open_or_make(f"{folder}/cur"), f":2,{''.join(sorted(letters))}"
-
-    def _make_folder(self, folder: str) -> None:
-        self._directory.make(folder)
-        self._directory.add_file(folder, "maildirfolder", b"")
-        for name in ("tmp", "new", "cur"):  # with cur/ the folder exists
-            self._directory.make(f"{folder}/{name}")
-        if self._by_similar_name is not None:
-            self._by_similar_name.setdefault(similar_name(folder), []).append(folder)
-
-    def _subscribe(self) -> None:
-        """Writes the files in which Dovecot and Courier keep the folders that the user is subscribed to."""
-        folders = [folder_parts(name, self._config) for name in self._config.autocreate_subscribe_folders]
-        if not folders:
-            return
-        for_dovecot = ["\t".join(map(to_modified_utf7, parts or ("INBOX",))) for parts in folders]
-        for_courier = [f"INBOX{folder_directory(parts)}" for parts in folders]
-        for name, lines in (
-            ("subscriptions", ["V\t2", "", *for_dovecot]),
-            ("courierimapsubscribed", for_courier),
-        ):
-            self._directory.add_file(INBOX, name, "".join(f"{line}\n" for line in lines).encode())
 
     def _share(self, draft: Draft, directory: int, name: str, may_move: bool) -> bool:
         """Moves or links the draft; whether its owner, the file systems and the configuration allow it."""
@@ -4038,9 +4077,9 @@ TRUSTED_USER = "postman"  # who a client on a trusted connection is to Cyrus
 
 
 class AuthenticationFailed(Exception):
-    """The client has not shown who it is. The text says why, to the log and not to the client.
+    """The client has not proved its identity. The text says why, for the log and not for the client.
 
-    user: who it claims to be, as far as that is known.
+    user: the identity that it claims, as far as that is known.
     """
 
     def __init__(self, cause: str, user: str = "") -> None:
@@ -4048,8 +4087,16 @@ class AuthenticationFailed(Exception):
         self.user = user
 
 
+class UnknownMechanism(Exception):
+    """The client may not use that mechanism, or there is none of that name."""
+
+
+class EncryptionRequired(Exception):
+    """The mechanism needs a stronger encryption than the connection has."""
+
+
 def external(identity: str) -> Mechanism:
-    """EXTERNAL (RFC 4422 appendix A): the client is who the connection says it is."""
+    """EXTERNAL (RFC 4422 appendix A): the connection has proved the identity."""
     response = yield b""
     return authorized(identity, response.decode("utf-8"))
 
@@ -4063,7 +4110,7 @@ def plain(check: Callable[[str, str], None]) -> Mechanism:
 
 
 def login(check: Callable[[str, str], None]) -> Mechanism:
-    """LOGIN, as clients have it that know no PLAIN"""
+    """LOGIN, which has no RFC, for clients without PLAIN"""
     user = yield b"Username:"
     password = yield b"Password:"
     check(user.decode("utf-8"), password.decode("utf-8"))
@@ -4071,7 +4118,7 @@ def login(check: Callable[[str, str], None]) -> Mechanism:
 
 
 def scram(name: str, verifiers: PasswordFile, binding: bytes) -> Mechanism:
-    """SCRAM-SHA-1 and SCRAM-SHA-256, with -PLUS and tls-unique where there is a binding (RFC 5802, RFC 7677)"""
+    """SCRAM-SHA-1 and SCRAM-SHA-256 (RFC 5802, RFC 7677), and -PLUS with tls-unique if there is a binding"""
     from scramp import ScramException, ScramMechanism
 
     users = []
@@ -4085,7 +4132,7 @@ def scram(name: str, verifiers: PasswordFile, binding: bytes) -> Mechanism:
         response = yield b""
         first = response.decode("utf-8")
         server.set_client_first(first)
-        wanted = first.split(",")[1].removeprefix("a=")  # of which not every version of scramp takes notice
+        wanted = first.split(",")[1].removeprefix("a=")  # some versions of scramp ignore it
         authorized(users[0], wanted.replace("=2C", ",").replace("=3D", "="))
         response = yield server.get_server_first().encode()
         server.set_client_final(response.decode("utf-8"))
@@ -4098,19 +4145,35 @@ def scram(name: str, verifiers: PasswordFile, binding: bytes) -> Mechanism:
 
 
 def authorized(user: str, wanted: str) -> str:
-    """The user, if he asks to be nobody else. Raises AuthenticationFailed."""
+    """The user, if the client wants to act as this user and no other. Raises AuthenticationFailed."""
     if wanted not in ("", user):
         raise AuthenticationFailed(f"may not act for {wanted}", user)
     return user
 
 
+def run_mechanism(mechanism: Mechanism, response: bytes | None, ask: Callable[[bytes], bytes]) -> str:
+    """Runs a mechanism to its end; the user's name. Raises what the mechanism and ask() raise.
+
+    response: the client's initial response; None without. ask: sends a challenge, and returns the client's response.
+    """
+    try:
+        challenge = next(mechanism)
+        while True:
+            challenge = mechanism.send(ask(challenge) if response is None else response)
+            response = None
+    except StopIteration as done:
+        return str(done.value)
+    finally:
+        mechanism.close()
+
+
 class PasswordFile:
-    """A file with lines "user:verifier", where the verifier is argon2id's or one for SCRAM.
+    """A file with lines "user:verifier", where a verifier is for argon2id or SCRAM.
 
     Argon2id: as the command argon2 -e prints it, "$argon2id$...". SCRAM: as Dovecot's doveadm pw prints it,
     "{SCRAM-SHA-256}iterations,salt,stored key,server key".
-    Everything raises AuthenticationFailed for an unknown user or a wrong password, and Unavailable
-    when the file cannot be used.
+    Everything raises AuthenticationFailed for an unknown user or a wrong password, and Unavailable when the file cannot
+    be used.
     """
 
     def __init__(self, path: str) -> None:
@@ -4138,7 +4201,7 @@ class PasswordFile:
             raise AuthenticationFailed("wrong password", user)
 
     def scram(self, user: str, name: str) -> tuple[bytes, bytes, bytes, int]:
-        """The salt, stored key, server key and iterations for the SCRAM mechanism of that name."""
+        """The salt, stored key, server key and iterations of a user for the SCRAM mechanism of that name."""
         from base64 import b64decode
 
         prefix = f"{{{name}}}"
@@ -4183,9 +4246,9 @@ class PasswordFile:
 
 
 def check_with_saslauthd(path: str, service: str, user: str, password: str) -> None:
-    """Asks saslauthd(8), in its protocol: four strings, each with its length before it; so is the answer.
+    """Returns if saslauthd(8) takes the password. Raises AuthenticationFailed and Unavailable.
 
-    Raises AuthenticationFailed and Unavailable.
+    Question and answer are strings in the protocol of saslauthd, each with its length before it.
     """
     fields = [field.encode() for field in (user, password, service, "")]
     if any(len(field) > 255 for field in fields):
@@ -4203,9 +4266,9 @@ def check_with_saslauthd(path: str, service: str, user: str, password: str) -> N
 
 
 class DovecotAuth:
-    """Dovecot's authentication service, as a client of it: every mechanism that it offers is passed through.
+    """Dovecot's authentication service, as a client of it: all its mechanisms are passed through.
 
-    mechanisms: those. plaintext: those among them that show a password or what is as good as one.
+    mechanisms: those that it offers. plaintext: those among them that show a password, or what is as good as one.
     Source: Dovecot's documentation of its authentication protocol, version 1.
     """
 
@@ -4224,9 +4287,9 @@ class DovecotAuth:
                     self.plaintext.append(words[1].upper())
 
     def mechanism(self, name: str, service: str, address: str, secured: bool, has_initial: bool) -> Mechanism:
-        """The mechanism of that name. Without an initial response, the first challenge is Dovecot's.
+        """The mechanism of that name. Without an initial response, Dovecot sends the first challenge.
 
-        address: the client's, "" if it has none.
+        address: the client's; "" if it has none. secured: whether the connection has TLS.
         """
         self._requests += 1
         identity = str(self._requests)
@@ -4258,7 +4321,7 @@ class DovecotAuth:
         try:
             self._service.say("CANCEL", identity)
         except Unavailable:
-            return  # the next attempt will find out
+            return  # the next attempt notices it
 
     def close(self) -> None:
         """Ends the connection."""
@@ -4266,20 +4329,81 @@ class DovecotAuth:
 
 
 class Authenticator:
-    """The ways in which the clients of a server may authenticate, with who checks their passwords.
+    """How one client may authenticate, and whether it may deliver.
 
-    service, address: the name and the client's address that saslauthd and Dovecot are told.
+    service: the name under which saslauthd and Dovecot know this program. trusted: whether the client may deliver
+    without authentication. user: as whom it has authenticated; "" if it has not. failures: how often that has failed.
     """
 
-    def __init__(self, config: Config, service: str, address: str = "") -> None:
-        self._config, self._service, self._address = config, service, address
+    def __init__(self, config: Config, service: str, peer: Peer, trusted: bool) -> None:
+        self.trusted, self.user, self.failures = trusted, "", 0
+        self._config, self._service, self._peer = config, service, peer
         self._dovecot: DovecotAuth | None = None
 
-    def names(self, tls: Tls | None) -> list[str]:
-        """The mechanisms there are. tls: the encryption of the connection. Raises Unavailable."""
+    @property
+    def may_deliver(self) -> bool:
+        """Whether the client is trusted, or has authenticated as one of the admins."""
+        return self.trusted or self.user in self._config.admins
+
+    def offer(self, tls: Tls | None) -> list[str]:
+        """The mechanisms to offer on a connection with this encryption; none if they cannot be found out."""
+        try:
+            return self._mechanisms(tls)
+        except Unavailable as error:
+            log.error("authentication unavailable", cause=error)
+            return []
+
+    def check(self, name: str, tls: Tls | None) -> None:
+        """Returns if the client may use that mechanism. Raises EncryptionRequired, UnknownMechanism and Unavailable."""
+        if self._is_wanted(name) and self._is_too_weak(name, tls):
+            raise EncryptionRequired
+        try:
+            if name not in self._mechanisms(tls):
+                raise UnknownMechanism
+        except Unavailable as error:
+            self._give_up(name, error)
+            raise
+
+    def authenticate(self, name: str, tls: Tls | None, response: bytes | None, ask: Callable[[bytes], bytes]) -> None:
+        """Sets the user, if the client proves an identity by the mechanism, which check() has allowed.
+
+        response, ask: see run_mechanism(). A failure takes time, more each time. Raises AuthenticationFailed,
+        Unavailable, ValueError for a malformed response, and what ask() raises.
+        """
+        try:
+            self.user = run_mechanism(self._mechanism(name, tls, response is not None), response, ask)
+        except (Unavailable, ImportError) as error:  # the latter: see setup.py, extras_require
+            self._give_up(name, error)
+            raise Unavailable(str(error)) from None
+        except AuthenticationFailed as error:
+            self.failures += 1
+            log.warning("authentication failed", mechanism=name, user=error.user, peer=self._peer.name, cause=error)
+            time.sleep(self.failures)
+            raise
+        log.info("authenticated", user=self.user, mechanism=name, peer=self._peer.name)
+
+    def close(self) -> None:
+        """Ends what belongs to the connection."""
+        if self._dovecot:
+            self._dovecot.close()
+            self._dovecot = None
+
+    def _give_up(self, name: str, error: Exception) -> None:
+        log.error("authentication unavailable", mechanism=name, cause=error)
+        self.close()  # the next attempt may find the service back
+
+    def _mechanisms(self, tls: Tls | None) -> list[str]:
+        """The mechanisms that the client may use now. Raises Unavailable."""
+        if self.trusted:
+            return ["EXTERNAL"]
+        return [name for name in self._available(tls) if self._is_wanted(name) and not self._is_too_weak(name, tls)]
+
+    def _available(self, tls: Tls | None) -> list[str]:
+        """The mechanisms that the configuration makes possible. Raises Unavailable."""
         names = ["EXTERNAL"] if tls and tls.identity else []
         if self._config.sasl_pwcheck_method == "dovecot":
-            return names + self._dovecot_mechanisms()
+            self._dovecot = self._dovecot or DovecotAuth(self._config.sasl_auth_socket_path)
+            return names + [name for name in self._dovecot.mechanisms if name not in ("EXTERNAL", "ANONYMOUS")]
         if self._config.sasl_pwcheck_method == "auxprop":
             cause = "sasl_pwcheck_method: auxprop is for Cyrus alone; set lmtp_sasl_pwcheck_method"
             log.error("authentication unavailable", cause=cause)
@@ -4291,51 +4415,47 @@ class Authenticator:
             names += [*bound, *SCRAM_MECHANISMS]
         return [*names, *PLAINTEXT_MECHANISMS]
 
-    def mechanism(self, name: str, tls: Tls | None, has_initial: bool) -> Mechanism:
-        """The mechanism of that name, which is one of names(), or EXTERNAL. Raises Unavailable.
+    def _is_wanted(self, name: str) -> bool:
+        wanted = self._config.sasl_mech_list
+        return not wanted or name in (wish.upper() for wish in wanted)
 
-        has_initial: whether the client has sent its first response already.
-        """
+    def _is_too_weak(self, name: str, tls: Tls | None) -> bool:
+        """Whether the connection must not carry that mechanism with the encryption that it has."""
+        if self.trusted:
+            return False
+        shows_password = name in PLAINTEXT_MECHANISMS or (self._dovecot is not None and name in self._dovecot.plaintext)
+        if not tls and shows_password and not self._config.allowplaintext:
+            return True
+        return (tls.bits if tls else 0) < self._config.sasl_minimum_layer
+
+    def _mechanism(self, name: str, tls: Tls | None, has_initial: bool) -> Mechanism:
+        """The mechanism of that name. has_initial: whether the client has sent its first response already."""
         if name == "EXTERNAL":
             return external(tls.identity if tls else TRUSTED_USER)
         if self._dovecot:
-            return self._dovecot.mechanism(name, self._service, self._address, tls is not None, has_initial)
+            return self._dovecot.mechanism(name, self._service, self._peer.address, tls is not None, has_initial)
         if name == "PLAIN":
-            return plain(self._check)
+            return plain(self._check_password)
         if name == "LOGIN":
-            return login(self._check)
+            return login(self._check_password)
         return scram(name, PasswordFile(self._config.sasl_password_file), tls.binding() if tls else b"")
 
-    def is_plaintext(self, name: str) -> bool:
-        """Whether the mechanism shows a password to whoever listens."""
-        return name in PLAINTEXT_MECHANISMS or (self._dovecot is not None and name in self._dovecot.plaintext)
-
-    def close(self) -> None:
-        """Forgets the connection that is served."""
-        if self._dovecot:
-            self._dovecot.close()
-            self._dovecot = None
-
-    def _check(self, user: str, password: str) -> None:
+    def _check_password(self, user: str, password: str) -> None:
         if self._config.sasl_pwcheck_method == "file":
             PasswordFile(self._config.sasl_password_file).check(user, password)
         else:
             check_with_saslauthd(self._config.sasl_saslauthd_path, self._service, user, password)
 
-    def _dovecot_mechanisms(self) -> list[str]:
-        self._dovecot = self._dovecot or DovecotAuth(self._config.sasl_auth_socket_path)
-        return [name for name in self._dovecot.mechanisms if name not in ("EXTERNAL", "ANONYMOUS")]
-
 
 def to_base64(data: bytes) -> str:
-    """The data as it goes over the wire in SASL."""
+    """Data in the form that SASL sends. Source: RFC 4954 section 4."""
     from base64 import b64encode
 
     return b64encode(data).decode("ascii")
 
 
 def from_base64(line: bytes) -> bytes:
-    """The data that came over the wire in SASL. Raises ValueError."""
+    """Data from the form that SASL sends. Raises ValueError."""
     from base64 import b64decode
 
     return b64decode(line, validate=True)
@@ -4354,14 +4474,14 @@ HEX_DIGITS = frozenset(DIGITS + "ABCDEF")
 SIZE_DIGITS = 20  # RFC 1870 section 6
 HOST_NAME = frozenset(LETTERS + DIGITS + ".-_:[]")
 BODY_TYPES = ("7BIT", "8BITMIME")
-USEFUL_WHILE_SHUT = ("LHLO", "NOOP", "QUIT")
-USEFUL_BEFORE_TLS = ("LHLO", "NOOP", "STARTTLS", "QUIT")
+VERBS_WHILE_SHUT = ("LHLO", "NOOP", "QUIT")
+VERBS_BEFORE_TLS = ("LHLO", "NOOP", "STARTTLS", "QUIT")
 RESPONSE_LIMIT = 12_290  # octets of a SASL response with its end, RFC 4954 section 4
 MECHANISM_LIMIT = 20  # characters of a mechanism's name, RFC 4422 section 3.1
 MECHANISM = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ-_" + DIGITS)
 FAILURES_ALLOWED = 3
-MALFORMED = (500, 501, 555)  # codes of replies to commands that count as bad
-STEPS = (b"MAIL", b"RCPT", b"DATA", b"BDAT")  # bring a message nearer when they succeed
+BAD_COMMAND_CODES = (500, 501, 555)  # codes of replies to commands that count as bad
+TRANSACTION_VERBS = (b"MAIL", b"RCPT", b"DATA", b"BDAT")  # do not count as idle when they succeed
 
 OK = Reply(250, "2.0.0", "Ok")
 BYE = Reply(221, "2.0.0", "Bye", closes=True)
@@ -4370,7 +4490,7 @@ RECIPIENT_OK = Reply(250, "2.1.5", "Ok")
 CANNOT_VERIFY = Reply(252, "2.3.3", "Try RCPT to attempt delivery")
 GO_AHEAD = Reply(354, "", "Go ahead, end with a line of one dot")
 BAD_SYNTAX = Reply(500, "5.5.2", "Syntax error, HELP lists the commands")
-# After it nobody knows where the next command begins, and octets of a message must never be taken for one.
+# After a malformed BDAT, octets of the message could be taken for commands.
 BAD_CHUNK = Reply(501, "5.5.4", "BDAT needs a size, then LAST or nothing; closing the connection", closes=True)
 NO_TRANSACTION = Reply(503, "5.5.1", "Need MAIL command")
 NO_RECIPIENTS = Reply(503, "5.5.1", "No recipients")
@@ -4400,119 +4520,298 @@ AUTHENTICATE_FIRST = Reply(530, "5.7.0", "Authentication required")
 class Transaction(Envelope):
     """A mail transaction (RFC 5321 section 3.3): the envelope, and the message while it arrives.
 
-    utf8: whether SMTPUTF8 was asked for. announced_size: octets, 0 if the client has not said. decoder: for BDAT.
+    utf8: whether SMTPUTF8 was asked for. announced_size: octets; 0 if the client has not given the size.
     """
 
-    def __init__(self, reverse_path: Address | None, utf8: bool, announced_size: int, decoder: ChunkDecoder) -> None:
+    def __init__(self, reverse_path: Address | None, utf8: bool, announced_size: int, eol: bytes) -> None:
         super().__init__(reverse_path)
         self.utf8, self.announced_size = utf8, announced_size
         self.incoming: Incoming | None = None
-        self.decoder = decoder
+        self._eol, self._chunks = eol, ChunkDecoder(eol)
+
+    def receive_data(self, incoming: Incoming, connection: Connection) -> None:
+        """Receives a whole message with DATA. Raises LmtpError when time is up, and Disconnected."""
+        self.incoming = incoming
+        decoder = DotDecoder(self._eol)
+        while not decoder.ended:
+            incoming.write(decoder.decode(connection.read_some()))
+        connection.unread(decoder.rest)
+
+    def receive_chunk(self, incoming: Incoming, chunk: Iterator[bytes], is_last: bool) -> None:
+        """Receives a part of a message with BDAT. Raises what reading the chunk raises."""
+        self.incoming = incoming
+        for data in chunk:
+            incoming.write(self._chunks.decode(data))
+        if is_last:
+            incoming.write(self._chunks.rest())
+
+    def discard(self) -> None:
+        """Frees the message, if one has begun to arrive."""
+        if self.incoming:
+            self.incoming.discard()
 
 
-class Session:
-    """An LMTP session on a connection (RFC 2033).
+class Dialogue:
+    """Commands in, replies out: until the client leaves, sends too much that is useless, or the process has to end.
 
-    trusted: whether the peer may send mail without authentication. authenticator: what it takes to authenticate.
-    agent: who gets the messages. stop: what may end the session early.
+    A subclass interprets the commands.
     """
 
-    def __init__(
-        self,
-        connection: Connection,
-        peer: Peer,
-        trusted: bool,
-        authenticator: Authenticator,
-        agent: DeliveryAgent,
-        stop: Stop,
-        config: Config,
-    ) -> None:
-        self.id = f"lmtpd-{os.getpid()}-{time.time_ns() // 1000}"
-        self._connection, self._peer, self._trusted = connection, peer, trusted
-        self._authenticator = authenticator
-        self._agent, self._stop, self._config = agent, stop, config
-        self._user = ""
-        self._failures = 0
-        self._auth_refused = False
-        self._client = "unknown"
-        self._transaction: Transaction | None = None
-        self._delivered = Reply(250, "2.1.5", f"Ok SESSIONID=<{self.id}>")
-        self._bad_commands = self._idle_commands = 0
-        self._idle = self._overfull = False
+    def __init__(self, connection: Connection, stop: Stop, config: Config) -> None:
+        self._connection, self._stop, self._config = connection, stop, config
         self._parting: Reply | None = None
+        self._bad_commands = self._idle_commands = 0
+        self._may_end = self._overfull = False
         connection.wire.on_wakeup = self._on_wakeup
 
-    def serve(self) -> None:
-        """Serves until the client leaves, or has to. Never raises."""
-        log.session = self.id
-        log.info("connected", peer=self._peer.name)
+    def interpret(self, line: bytes) -> None:
+        """Does what a command line says, and replies. Raises LmtpError if the command is refused."""
+        raise NotImplementedError
+
+    def loggable(self, line: bytes) -> str:
+        """The command line for the log, without secrets."""
+        raise NotImplementedError
+
+    def in_transaction(self) -> bool:
+        """Whether the process must not end before the next command."""
+        raise NotImplementedError
+
+    def reply(self, reply: Reply) -> None:
+        """Sends a reply."""
+        if log.debugging:
+            log.debug("reply", text=f"{reply} {reply.text}")
+        self._connection.write(reply.render(self._connection.eol))
+        if reply.closes:
+            self._parting = reply
+
+    def run(self, greeting: Reply) -> str:
+        """Greets, and goes on until a reply ends the session; why it ended, "" for QUIT. Never raises."""
         reason = ""
         try:
-            self._serve_commands()
+            self._serve_commands(greeting)
         except Disconnected as error:
             reason = str(error)
-        finally:
-            self._reset()
-            self._connection.wire.on_wakeup = lambda: None  # no cycle is left for the garbage collector
-        if self._parting:
-            reason = f"{self._parting} {self._parting.text}"
-        log.info("disconnected", reason=reason)
-        log.session = ""
+        self._connection.wire.on_wakeup = lambda: None  # leaves no cycle for the garbage collector
+        return f"{self._parting} {self._parting.text}" if self._parting else reason
 
-    def _serve_commands(self) -> None:
-        """Serves until a reply closes the connection. Raises Disconnected."""
+    def forgive(self) -> None:
+        """Counts bad and idle commands anew, after a message."""
+        self._bad_commands = self._idle_commands = 0
+
+    def _serve_commands(self, greeting: Reply) -> None:
+        """Serves until a reply ends the session. Raises Disconnected."""
         try:
-            self._greet()
+            self._connection.peek()
+            self.reply(greeting)
             while not self._parting:
                 self._serve_command()
         except Disconnected:
             raise
         except Exception:
             log.traceback("internal error")
-            self._reply(INTERNAL_ERROR)
+            self.reply(INTERNAL_ERROR)
         if self._parting is BYE:
             self._connection.end()
         else:
             self._connection.linger()
 
-    def _greet(self) -> None:
-        self._connection.peek()
-        product = {"on": f" {PRODUCT}", "min": " LMTP", "off": ""}[self._config.serverinfo]
-        self._reply(Reply(220, "", f"{self._config.servername}{product} ready"))
-
     def _serve_command(self) -> None:
         line = b""
         try:
-            line = self._next_line()
-            self._dispatch(line)
-            self._idle_commands += line[:4].upper() not in STEPS
+            line = self._next_command()
+            self.interpret(line)
+            self._idle_commands += line[:4].upper() not in TRANSACTION_VERBS
         except LmtpError as error:
-            if error.reply is not TOO_MANY_RECIPIENTS or not self._overfull:  # one line for them all
-                log.info("refused", command=self._loggable(line), reply=error)
-            self._overfull = error.reply is TOO_MANY_RECIPIENTS
-            self._auth_refused |= line.lstrip()[:4].upper() == b"AUTH"
-            self._reply(error.reply)
-            self._bad_commands += error.reply.code in MALFORMED
-            self._idle_commands += error.reply is not TOO_MANY_RECIPIENTS
+            overfull = error.reply is TOO_MANY_RECIPIENTS
+            if not (overfull and self._overfull):  # one line for all of them
+                log.info("refused", command=self.loggable(line), reply=error)
+            self._overfull = overfull
+            self.reply(error.reply)
+            self._bad_commands += error.reply.code in BAD_COMMAND_CODES
+            self._idle_commands += not overfull
         if self._parting:
             return
         if 0 < self._config.lmtp_max_bad_commands < self._bad_commands:
-            self._reply(TOO_MANY_ERRORS)
+            self.reply(TOO_MANY_ERRORS)
         elif 0 < self._config.lmtp_max_idle_commands < self._idle_commands:
-            self._reply(TOO_MANY_COMMANDS)
+            self.reply(TOO_MANY_COMMANDS)
 
-    def _loggable(self, line: bytes) -> str:
-        """The line for the log; after a refused AUTH what is no command may be a response to it, and so a password."""
-        verb = line.partition(b" ")[0].decode("utf-8", "replace").upper()
-        return "..." if self._auth_refused and verb not in self.VERBS else without_secrets(line)
-
-    def _next_line(self) -> bytes:
-        self._idle = True
+    def _next_command(self) -> bytes:
+        self._may_end = not self.in_transaction()
         try:
             self._check_stop()
             return self._connection.read_line()
         finally:
-            self._idle = False
+            self._may_end = False
+
+    def _on_wakeup(self) -> None:
+        self._stop.wakeup.drain()
+        if self._stop.at_once:
+            raise Disconnected("terminated")
+        self._check_stop()
+
+    def _check_stop(self) -> None:
+        if self._stop.requested and self._may_end:
+            raise LmtpError(SHUTTING_DOWN)
+
+
+class MailDialogue(Dialogue):
+    """The part of a session that makes mail transactions (RFC 5321 section 3.3).
+
+    id: the session's. authenticator: who the client is, and what it may do. agent: where messages go.
+
+    Each method for a verb takes the rest of the command line, and replies or raises LmtpError; in the latter case the
+    transaction is as it was.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        peer: Peer,
+        authenticator: Authenticator,
+        agent: DeliveryAgent,
+        stop: Stop,
+        config: Config,
+    ) -> None:
+        super().__init__(connection, stop, config)
+        self.id = f"lmtpd-{os.getpid()}-{time.time_ns() // 1000}"
+        self._peer, self._authenticator, self._agent = peer, authenticator, agent
+        self._delivered = Reply(250, "2.1.5", f"Ok SESSIONID=<{self.id}>")
+        self._client = "unknown"
+        self._transaction: Transaction | None = None
+
+    def in_transaction(self) -> bool:
+        """See Dialogue.in_transaction()."""
+        return self._transaction is not None
+
+    def do_mail(self, argument: str) -> None:
+        """RFC 5321 section 4.1.1.2"""
+        if not self._authenticator.may_deliver:
+            if self._authenticator.user:
+                raise LmtpError(NOT_ALLOWED)
+            raise LmtpError(AUTHENTICATE_LATER if self._config.soft_noauth else AUTHENTICATE_FIRST)
+        if self._transaction:
+            raise LmtpError(NESTED_MAIL)
+        address, parameters = parse_argument(argument, "FROM:")
+        utf8, announced_size = parse_mail_parameters(parameters, self._config)
+        check_characters(address, utf8, self._config)
+        self._transaction = Transaction(address, utf8, announced_size, self._connection.eol)
+        self.reply(SENDER_OK)
+
+    def do_rcpt(self, argument: str) -> None:
+        """RFC 5321 section 4.1.1.3"""
+        transaction = self._transaction
+        if not transaction:
+            raise LmtpError(NO_TRANSACTION)
+        if transaction.incoming:
+            raise LmtpError(CHUNKING_BEGUN)
+        address, parameters = parse_argument(argument, "TO:")
+        for keyword, value in parameters.items():
+            if keyword != "IGNOREQUOTA" or value is not None:
+                raise unsupported(keyword)
+        check_characters(address, transaction.utf8, self._config)
+        if len(transaction.destinations) >= self._config.lmtp_max_recipients:
+            raise LmtpError(TOO_MANY_RECIPIENTS)
+        if address is None:
+            raise LmtpError(USER_UNKNOWN)
+        recipient, ignores_quota = Recipient(address, self._config), "IGNOREQUOTA" in parameters
+        destination = self._agent.find(recipient, transaction, transaction.announced_size, ignores_quota)
+        transaction.destinations.append(destination)
+        self.reply(RECIPIENT_OK)
+
+    def do_data(self, argument: str) -> None:
+        """RFC 5321 section 4.1.1.4, RFC 2033 section 4.2"""
+        if argument:
+            raise malformed("DATA takes none")
+        transaction = self._transaction
+        if not transaction or not transaction.destinations:
+            raise LmtpError(NO_RECIPIENTS)
+        if transaction.incoming:
+            raise LmtpError(CHUNKING_BEGUN)
+        self.reply(GO_AHEAD)
+        incoming = self._new_incoming(transaction)
+        transaction.receive_data(incoming, self._connection)
+        self._deliver(transaction, incoming)
+
+    def do_bdat(self, argument: str) -> None:
+        """RFC 3030 section 2; in LMTP, each recipient gets a reply to the last chunk"""
+        size, is_last = parse_chunk_size(argument)
+        transaction = self._transaction
+        if not transaction or not transaction.destinations:
+            self._skip_chunk(size)
+            raise LmtpError(NO_RECIPIENTS)
+        incoming = transaction.incoming or self._new_incoming(transaction)
+        transaction.receive_chunk(incoming, self._connection.pieces(size), is_last)
+        if is_last:
+            self._deliver(transaction, incoming)
+        else:
+            self.reply(self._agent.refusal(incoming) or Reply(250, "2.0.0", f"{size} octets received"))
+
+    def do_rset(self, argument: str) -> None:
+        """RFC 5321 section 4.1.1.5"""
+        if argument:
+            raise malformed("RSET takes none")
+        self._reset()
+        self.reply(Reply(250, "2.0.0", f"Ok SESSIONID=<{self.id}>"))
+
+    def _new_incoming(self, transaction: Transaction) -> Incoming:
+        origin = Origin(
+            client=self._client,
+            peer=self._peer.name,
+            session=self.id,
+            trusted=self._authenticator.trusted,
+            user=self._authenticator.user,
+            tls=self._connection.tls,
+            utf8=transaction.utf8,
+        )
+        destinations = transaction.destinations
+        recipient = destinations[0].recipient.address if len(destinations) == 1 else None
+        trace = trace_header(origin, transaction.reverse_path, recipient, self._config)
+        return Incoming(trace, self._config, self._agent.drafts(transaction))
+
+    def _skip_chunk(self, size: int) -> None:
+        for _ in self._connection.pieces(size):
+            pass
+
+    def _deliver(self, transaction: Transaction, incoming: Incoming) -> None:
+        incoming.complete()
+        for reply in self._agent.deliver(incoming, transaction, self._delivered):
+            self.reply(reply)
+        self.forgive()
+        self._reset()
+
+    def _reset(self) -> None:
+        if self._transaction:
+            self._transaction.discard()
+        self._transaction = None
+
+
+class Session(MailDialogue):
+    """An LMTP session on a connection (RFC 2033)."""
+
+    _auth_refused = False
+
+    def serve(self) -> None:
+        """Serves until the client leaves, or has to. Never raises."""
+        product = {"on": f" {PRODUCT}", "min": " LMTP", "off": ""}[self._config.serverinfo]
+        with log.context(session=self.id):
+            log.info("connected", peer=self._peer.name)
+            reason = self.run(Reply(220, "", f"{self._config.servername}{product} ready"))
+            self._reset()
+            log.info("disconnected", reason=reason)
+
+    def interpret(self, line: bytes) -> None:
+        """See Dialogue.interpret()."""
+        try:
+            self._dispatch(line)
+        except LmtpError:
+            self._auth_refused |= line.lstrip()[:4].upper() == b"AUTH"
+            raise
+
+    def loggable(self, line: bytes) -> str:
+        """See Dialogue.loggable(). After a refused AUTH, a line that is no command may be a password."""
+        verb, text = line.partition(b" ")[0].decode("utf-8", "replace").upper(), without_secrets(line)
+        return "..." if self._auth_refused and verb not in self.VERBS and not text.startswith("AUTH ") else text
 
     def _dispatch(self, line: bytes) -> None:
         unreadable = BAD_CHUNK if line[:4].upper() == b"BDAT" else BAD_SYNTAX
@@ -4521,55 +4820,30 @@ class Session:
         except UnicodeDecodeError:
             raise LmtpError(unreadable) from None
         if self._config.chatty:
-            log.info("command", line=self._loggable(line))
+            log.info("command", line=self.loggable(line))
         verb, _, argument = command.partition(" ")
-        if (notice := self._stop.shutdown_file.notice()) and verb.upper() not in USEFUL_WHILE_SHUT:
+        if (notice := self._stop.shutdown_file.notice()) and verb.upper() not in VERBS_WHILE_SHUT:
             raise LmtpError(Reply(421, "4.3.2", notice))
         method = self.VERBS.get(verb.upper())
         if not method or not verb.isascii() or not is_printable(command):
             raise LmtpError(unreadable)
-        if self._config.tls_required and not self._is_protected() and verb.upper() not in USEFUL_BEFORE_TLS:
+        if self._config.tls_required and not self._is_protected() and verb.upper() not in VERBS_BEFORE_TLS:
             if verb.upper() == "BDAT":
                 self._skip_chunk(parse_chunk_size(argument)[0])
             raise LmtpError(TLS_FIRST)
         method(self, argument)
 
     def _is_protected(self) -> bool:
-        return self._trusted or self._connection.tls is not None
+        return self._authenticator.trusted or self._connection.tls is not None
 
-    def _on_wakeup(self) -> None:
-        self._stop.wakeup.drain()
-        if self._stop.at_once:
-            raise Disconnected("terminated")
-        if self._idle:
-            self._check_stop()
-
-    def _check_stop(self) -> None:
-        if self._stop.requested and not self._transaction:
-            raise LmtpError(SHUTTING_DOWN)
-
-    def _reply(self, reply: Reply) -> None:
-        if log.debugging:
-            log.debug("reply", text=f"{reply} {reply.text}")
-        self._connection.write(reply.render(self._connection.eol))
-        if reply.closes:
-            self._parting = reply
-
-    def _reset(self) -> None:
-        if self._transaction and self._transaction.incoming:
-            self._transaction.incoming.discard()
-        self._transaction = None
-
-    # The verbs. Each takes the rest of its line, and replies or raises LmtpError;
-    # in the latter case it has left the transaction as it was.
-
-    def _lhlo(self, argument: str) -> None:
+    def do_lhlo(self, argument: str) -> None:
         """RFC 2033 section 4.1"""
         if not argument:
             raise malformed("LHLO needs the client's name")
         self._reset()
         self._client = "".join(c if c in HOST_NAME else "?" for c in argument)[:NAME_LIMIT]
         size = f" {self._config.maxmessagesize}" if self._config.maxmessagesize else ""
+        mechanisms = self._authenticator.offer(self._connection.tls)
         extensions = [
             self._config.servername,
             "8BITMIME",
@@ -4582,288 +4856,106 @@ class Session:
             "IGNOREQUOTA",
             "TRACE",
             *(["STARTTLS"] if self._connection.tls_context and not self._is_protected() else []),
-            *([f"AUTH {' '.join(mechanisms)}"] if (mechanisms := self._offered_mechanisms()) else []),
+            *([f"AUTH {' '.join(mechanisms)}"] if mechanisms else []),
             f"Ok SESSIONID=<{self.id}>",
         ]
-        self._reply(Reply(250, "", "\n".join(extensions)))
+        self.reply(Reply(250, "", "\n".join(extensions)))
 
-    def _starttls(self, argument: str) -> None:
+    def do_starttls(self, argument: str) -> None:
         """RFC 3207"""
         context = self._connection.tls_context
-        if not context or self._trusted:
+        if not context or self._authenticator.trusted:
             raise LmtpError(BAD_SYNTAX)
         if argument:
             raise malformed("STARTTLS takes none")
         if self._connection.tls or self._transaction:
             raise LmtpError(NOT_NOW)
-        self._reply(READY_FOR_TLS)
+        self.reply(READY_FOR_TLS)
         self._connection.start_tls(context)
-        self._client, self._user = "unknown", ""
+        self._client, self._authenticator.user = "unknown", ""
 
-    def _auth(self, argument: str) -> None:
+    def do_auth(self, argument: str) -> None:
         """RFC 4954 section 4"""
         name, _, initial = argument.partition(" ")
         name = name.upper()
         if not name:
             raise malformed("AUTH needs a mechanism")
-        if self._user or self._transaction:
+        if self._authenticator.user or self._transaction:
             raise LmtpError(NOT_NOW)
-        if self._is_wanted(name) and self._is_too_weak_for(name):
-            raise LmtpError(ENCRYPTION_FIRST)
+        tls = self._connection.tls
         try:
-            if name not in self._mechanisms():
-                raise LmtpError(UNKNOWN_MECHANISM)
-            self._user = self._converse(name, initial)
-        except (Unavailable, ImportError) as error:  # the latter: see setup.py, extras_require
-            log.error("authentication unavailable", mechanism=name, cause=error)
-            self._authenticator.close()  # the next attempt may find the checker back
+            self._authenticator.check(name, tls)
+            response = decode_response(initial.encode()) if initial else None
+            self._authenticator.authenticate(name, tls, response, self._ask)
+        except EncryptionRequired:
+            raise LmtpError(ENCRYPTION_FIRST) from None
+        except UnknownMechanism:
+            raise LmtpError(UNKNOWN_MECHANISM) from None
+        except Unavailable:
             raise LmtpError(AUTHENTICATION_DOWN) from None
-        except AuthenticationFailed as error:
-            self._failures += 1
-            log.warning("authentication failed", mechanism=name, user=error.user, peer=self._peer.name, cause=error)
-            time.sleep(self._failures)
-            raise LmtpError(FAILED if self._failures < FAILURES_ALLOWED else FAILED_TOO_OFTEN) from None
-        log.info("authenticated", user=self._user, mechanism=name, peer=self._peer.name)
-        self._reply(AUTHENTICATED)
+        except AuthenticationFailed:
+            is_last = self._authenticator.failures >= FAILURES_ALLOWED
+            raise LmtpError(FAILED_TOO_OFTEN if is_last else FAILED) from None
+        except ValueError:
+            raise LmtpError(MALFORMED_RESPONSE) from None
+        self.reply(AUTHENTICATED)
 
-    def _mail(self, argument: str) -> None:
-        """RFC 5321 section 4.1.1.2; the parameters: RFC 1870 section 6, RFC 6152, RFC 6531, RFC 4954 section 5"""
-        if not self._trusted and not self._user:
-            raise LmtpError(AUTHENTICATE_LATER if self._config.soft_noauth else AUTHENTICATE_FIRST)
-        if not self._trusted and self._user not in self._config.admins:
-            raise LmtpError(NOT_ALLOWED)
-        if self._transaction:
-            raise LmtpError(NESTED_MAIL)
-        address, parameters = parse_argument(argument, "FROM:")
-        utf8, announced_size = False, 0
-        for keyword, value in parameters.items():
-            if keyword == "SMTPUTF8" and value is None:
-                utf8 = True
-            elif keyword == "SIZE":
-                announced_size = self._checked_size(value)
-            elif keyword == "BODY":
-                if (value or "").upper() not in BODY_TYPES:
-                    raise malformed(f"BODY must be one of {', '.join(BODY_TYPES)}")
-            elif keyword == "AUTH":
-                log.info("submitter", auth=decode_xtext(value))
-            else:
-                raise unsupported(keyword)
-        self._check_characters(address, utf8)
-        self._transaction = Transaction(address, utf8, announced_size, ChunkDecoder(self._connection.eol))
-        self._reply(SENDER_OK)
+    def _ask(self, challenge: bytes) -> bytes:
+        """The client's response to a challenge. Raises LmtpError, ValueError and Disconnected."""
+        self.reply(Reply(334, "", to_base64(challenge)))
+        try:
+            return decode_response(self._connection.read_line(RESPONSE_LIMIT))
+        except LmtpError as error:
+            raise LmtpError(RESPONSE_TOO_LONG) if error.reply is LINE_TOO_LONG else error from None
 
-    def _rcpt(self, argument: str) -> None:
-        """RFC 5321 section 4.1.1.3"""
-        transaction = self._transaction
-        if not transaction:
-            raise LmtpError(NO_TRANSACTION)
-        if transaction.incoming:
-            raise LmtpError(CHUNKING_BEGUN)
-        address, parameters = parse_argument(argument, "TO:")
-        for keyword, value in parameters.items():
-            if keyword != "IGNOREQUOTA" or value is not None:
-                raise unsupported(keyword)
-        self._check_characters(address, transaction.utf8)
-        if len(transaction.destinations) >= self._config.lmtp_max_recipients:
-            raise LmtpError(TOO_MANY_RECIPIENTS)
-        if address is None:
-            raise LmtpError(USER_UNKNOWN)
-        recipient = Recipient(address, self._config)
-        destination = self._agent.find(recipient, transaction, transaction.announced_size, "IGNOREQUOTA" in parameters)
-        transaction.destinations.append(destination)
-        self._reply(RECIPIENT_OK)
-
-    def _data(self, argument: str) -> None:
-        """RFC 5321 section 4.1.1.4, RFC 2033 section 4.2"""
-        if argument:
-            raise malformed("DATA takes none")
-        transaction = self._transaction
-        if not transaction or not transaction.destinations:
-            raise LmtpError(NO_RECIPIENTS)
-        if transaction.incoming:
-            raise LmtpError(CHUNKING_BEGUN)
-        self._reply(GO_AHEAD)
-        incoming = transaction.incoming = self._new_incoming(transaction)
-        decoder = DotDecoder(self._connection.eol)
-        while not decoder.ended:
-            incoming.write(decoder.decode(self._connection.read_some()))
-        self._connection.unread(decoder.rest)
-        self._deliver(transaction, incoming)
-
-    def _bdat(self, argument: str) -> None:
-        """RFC 3030 section 2; for LMTP, every recipient gets a reply to the last chunk"""
-        size, last = parse_chunk_size(argument)
-        transaction = self._transaction
-        if not transaction or not transaction.destinations:
-            self._skip_chunk(size)
-            raise LmtpError(NO_RECIPIENTS)
-        if not transaction.incoming:
-            transaction.incoming = self._new_incoming(transaction)
-        incoming = transaction.incoming
-        for data in self._chunk(size):
-            incoming.write(transaction.decoder.decode(data))
-        if last:
-            incoming.write(transaction.decoder.rest())
-            self._deliver(transaction, incoming)
-        else:
-            self._reply(self._agent.refusal(incoming) or Reply(250, "2.0.0", f"{size} octets received"))
-
-    def _rset(self, argument: str) -> None:
-        """RFC 5321 section 4.1.1.5"""
-        if argument:
-            raise malformed("RSET takes none")
-        self._reset()
-        self._reply(Reply(250, "2.0.0", f"Ok SESSIONID=<{self.id}>"))
-
-    def _noop(self, _argument: str) -> None:
+    def do_noop(self, _argument: str) -> None:
         """RFC 5321 section 4.1.1.9"""
-        self._reply(OK)
+        self.reply(OK)
 
-    def _vrfy(self, argument: str) -> None:
+    def do_vrfy(self, argument: str) -> None:
         """RFC 5321 section 4.1.1.6"""
         if not argument:
             raise malformed("VRFY needs a user")
-        self._reply(CANNOT_VERIFY)
+        self.reply(CANNOT_VERIFY)
 
-    def _help(self, _argument: str) -> None:
+    def do_help(self, _argument: str) -> None:
         """RFC 5321 section 4.1.1.8"""
-        self._reply(Reply(214, "2.0.0", f"Commands: {' '.join(self.VERBS)}\nSee lmtpd(8)"))
+        self.reply(Reply(214, "2.0.0", f"Commands: {' '.join(self.VERBS)}\nSee lmtpd(8)"))
 
-    def _trace(self, argument: str) -> None:
-        """The client's own id of what follows, for the log, as Cyrus lmtpd takes it"""
+    def do_trace(self, argument: str) -> None:
+        """Cyrus lmtpd's command for the client's own id of what follows, which is logged"""
         if not TRACE_ID.issuperset(argument) or not 0 < len(argument) <= TRACE_ID_LIMIT:
             raise malformed(
                 f"TRACE needs an id of 1 to {TRACE_ID_LIMIT} letters, digits, dots, hyphens and underscores"
             )
         log.info("trace", traceid=argument)
-        self._reply(Reply(250, "2.0.0", f"Ok SESSIONID=<{self.id}> TRACEID=<{argument}>"))
+        self.reply(Reply(250, "2.0.0", f"Ok SESSIONID=<{self.id}> TRACEID=<{argument}>"))
 
-    def _quit(self, argument: str) -> None:
+    def do_quit(self, argument: str) -> None:
         """RFC 5321 section 4.1.1.10"""
         if argument:
             raise malformed("QUIT takes none")
-        self._reply(BYE)
+        self.reply(BYE)
 
-    VERBS = {
-        "LHLO": _lhlo,
-        "STARTTLS": _starttls,
-        "AUTH": _auth,
-        "MAIL": _mail,
-        "RCPT": _rcpt,
-        "DATA": _data,
-        "BDAT": _bdat,
-        "RSET": _rset,
-        "NOOP": _noop,
-        "VRFY": _vrfy,
-        "HELP": _help,
-        "TRACE": _trace,
-        "QUIT": _quit,
+    VERBS: dict[str, Callable[[Any, str], None]] = {
+        "LHLO": do_lhlo,
+        "STARTTLS": do_starttls,
+        "AUTH": do_auth,
+        "MAIL": MailDialogue.do_mail,
+        "RCPT": MailDialogue.do_rcpt,
+        "DATA": MailDialogue.do_data,
+        "BDAT": MailDialogue.do_bdat,
+        "RSET": MailDialogue.do_rset,
+        "NOOP": do_noop,
+        "VRFY": do_vrfy,
+        "HELP": do_help,
+        "TRACE": do_trace,
+        "QUIT": do_quit,
     }
-
-    def _mechanisms(self) -> list[str]:
-        """The mechanisms that may be used now. Raises Unavailable."""
-        if self._trusted:
-            return ["EXTERNAL"]
-        names = self._authenticator.names(self._connection.tls)
-        return [name for name in names if self._is_wanted(name) and not self._is_too_weak_for(name)]
-
-    def _offered_mechanisms(self) -> list[str]:
-        try:
-            return self._mechanisms()
-        except Unavailable as error:
-            log.error("authentication unavailable", cause=error)
-            return []
-
-    def _is_wanted(self, name: str) -> bool:
-        wanted = self._config.sasl_mech_list
-        return not wanted or name in (wish.upper() for wish in wanted)
-
-    def _is_too_weak_for(self, name: str) -> bool:
-        """Whether the connection, as it is encrypted, must not carry that mechanism."""
-        if self._trusted:
-            return False
-        tls = self._connection.tls
-        if not tls and self._authenticator.is_plaintext(name) and not self._config.allowplaintext:
-            return True
-        return (tls.bits if tls else 0) < self._config.sasl_minimum_layer
-
-    def _converse(self, name: str, initial: str) -> str:
-        """Lets the client and the mechanism talk; the user. Raises what the mechanism raises, and LmtpError."""
-        mechanism = self._authenticator.mechanism(name, self._connection.tls, bool(initial))
-        try:
-            response = self._decoded(initial.encode()) if initial else None
-            challenge = next(mechanism)
-            while True:
-                if response is None:
-                    self._reply(Reply(334, "", to_base64(challenge)))
-                    response = self._decoded(self._read_response())
-                challenge = mechanism.send(response)
-                response = None
-        except StopIteration as done:
-            return str(done.value)
-        except ValueError:
-            raise LmtpError(MALFORMED_RESPONSE) from None
-        finally:
-            mechanism.close()
-
-    def _read_response(self) -> bytes:
-        try:
-            return self._connection.read_line(RESPONSE_LIMIT)
-        except LmtpError as error:
-            raise LmtpError(RESPONSE_TOO_LONG) if error.reply is LINE_TOO_LONG else error from None
-
-    def _decoded(self, response: bytes) -> bytes:
-        if response == b"*":
-            raise LmtpError(CANCELLED)
-        return b"" if response == b"=" else from_base64(response)
-
-    def _checked_size(self, value: str | None) -> int:
-        if not value or not DECIMAL.issuperset(value):
-            raise malformed("SIZE must be a number")
-        limit, size = self._config.maxmessagesize, int(value[:SIZE_DIGITS])
-        if 0 < limit < size:
-            raise LmtpError(Reply(552, "5.2.3", f"Messages may have at most {limit} octets"))
-        return size
-
-    def _check_characters(self, address: Address | None, utf8: bool) -> None:
-        if self._config.lmtp_strict_rfc2821 and not utf8 and not str(address).isascii():
-            raise LmtpError(NOT_ASCII)
-
-    def _new_incoming(self, transaction: Transaction) -> Incoming:
-        origin = Origin(
-            client=self._client,
-            peer=self._peer.name,
-            session=self.id,
-            trusted=self._trusted,
-            user=self._user,
-            tls=self._connection.tls,
-            utf8=transaction.utf8,
-        )
-        destinations = transaction.destinations
-        recipient = destinations[0].recipient.address if len(destinations) == 1 else None
-        trace = trace_header(origin, transaction.reverse_path, recipient, self._config)
-        return Incoming(trace, self._config, self._agent.drafts(transaction))
-
-    def _chunk(self, size: int) -> Iterator[bytes]:
-        while size:
-            data = self._connection.read_some(size)
-            size -= len(data)
-            yield data
-
-    def _skip_chunk(self, size: int) -> None:
-        for _ in self._chunk(size):
-            pass
-
-    def _deliver(self, transaction: Transaction, incoming: Incoming) -> None:
-        incoming.complete()
-        for reply in self._agent.deliver(incoming, transaction, self._delivered):
-            self._reply(reply)
-        self._bad_commands = self._idle_commands = 0
-        self._reset()
 
 
 def without_secrets(line: bytes) -> str:
-    """A command for the log: whatever follows AUTH, however badly it is put, may be a password."""
+    """A command for the log. After AUTH, however it is written, any word may be a password."""
     text = line.decode("utf-8", "replace")
     if not text.lstrip().upper().startswith("AUTH"):
         return text
@@ -4874,17 +4966,17 @@ def without_secrets(line: bytes) -> str:
 
 
 def malformed(text: str) -> LmtpError:
-    """The error for parameters that cannot be understood."""
+    """The error for parameters that are malformed."""
     return LmtpError(Reply(501, "5.5.4", f"Syntax error in parameters: {text}"))
 
 
 def unsupported(keyword: str) -> LmtpError:
-    """The error for a parameter that no extension of ours has (RFC 5321 section 4.1.1.11)."""
+    """The error for a parameter that is not supported (RFC 5321 section 4.1.1.11)."""
     return LmtpError(Reply(555, "5.5.4", f"Parameter {keyword} not supported here"))
 
 
 def parse_argument(argument: str, prefix: str) -> tuple[Address | None, dict[str, str | None]]:
-    """The address and parameters of MAIL or RCPT. Raises LmtpError."""
+    """The address and the parameters of MAIL or RCPT. Raises LmtpError."""
     if argument[: len(prefix)].upper() != prefix:
         raise malformed(f"{prefix}<address> expected")
     try:
@@ -4892,6 +4984,43 @@ def parse_argument(argument: str, prefix: str) -> tuple[Address | None, dict[str
         return address, parse_parameters(rest)
     except ValueError as error:
         raise malformed(str(error)) from None
+
+
+def parse_mail_parameters(parameters: dict[str, str | None], config: Config) -> tuple[bool, int]:
+    """Whether SMTPUTF8 is asked for, and the announced size in octets, 0 without. Raises LmtpError.
+
+    Source: RFC 6531 section 3.4, RFC 1870 section 6, RFC 6152 section 3, RFC 4954 section 5.
+    """
+    utf8, size = False, 0
+    for keyword, value in parameters.items():
+        if keyword == "SMTPUTF8" and value is None:
+            utf8 = True
+        elif keyword == "SIZE":
+            size = parse_size(value, config.maxmessagesize)
+        elif keyword == "BODY":
+            if (value or "").upper() not in BODY_TYPES:
+                raise malformed(f"BODY must be one of {', '.join(BODY_TYPES)}")
+        elif keyword == "AUTH":
+            log.info("submitter", auth=decode_xtext(value))
+        else:
+            raise unsupported(keyword)
+    return utf8, size
+
+
+def parse_size(value: str | None, limit: int) -> int:
+    """The octets that MAIL's SIZE parameter announces. limit: the most allowed; 0 for no limit. Raises LmtpError."""
+    if not value or not DECIMAL.issuperset(value):
+        raise malformed("SIZE must be a number")
+    size = int(value[:SIZE_DIGITS])
+    if 0 < limit < size:
+        raise LmtpError(Reply(552, "5.2.3", f"Messages may have at most {limit} octets"))
+    return size
+
+
+def check_characters(address: Address | None, utf8: bool, config: Config) -> None:
+    """Raises LmtpError for an address beyond ASCII without SMTPUTF8, unless lmtp_strict_rfc2821 is off."""
+    if config.lmtp_strict_rfc2821 and not utf8 and not str(address).isascii():
+        raise LmtpError(NOT_ASCII)
 
 
 def decode_xtext(value: str | None) -> str:
@@ -4905,8 +5034,15 @@ def decode_xtext(value: str | None) -> str:
     return "".join(decoded)
 
 
+def decode_response(response: bytes) -> bytes:
+    """The octets of a SASL response (RFC 4954 section 4). Raises ValueError, and LmtpError for one that cancels."""
+    if response == b"*":
+        raise LmtpError(CANCELLED)
+    return b"" if response == b"=" else from_base64(response)
+
+
 def parse_chunk_size(argument: str) -> tuple[int, bool]:
-    """The size of a BDAT chunk and whether it is the last. Raises LmtpError, which ends the session."""
+    """The size of a BDAT chunk in octets, and whether it is the last. Raises LmtpError, which ends the session."""
     size, _, keyword = argument.partition(" ")
     if not 0 < len(size) <= SIZE_DIGITS or not DECIMAL.issuperset(size) or keyword.upper() not in ("", "LAST"):
         raise LmtpError(BAD_CHUNK)
@@ -4972,8 +5108,8 @@ class Server:
                 log.warning("connection refused", peer=peer.name, cause=error)
                 return
         trusted = self._trusts_internet or not peer.internet
-        authenticator = Authenticator(self.config, self.service, peer.address)
-        Session(connection, peer, trusted, authenticator, self._agent, self.stop, self.config).serve()
+        authenticator = Authenticator(self.config, self.service, peer, trusted)
+        Session(connection, peer, authenticator, self._agent, self.stop, self.config).serve()
         authenticator.close()
 
     def _leave_if_told(self) -> None:

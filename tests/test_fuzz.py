@@ -270,8 +270,8 @@ class Scene:
         try:
             connection = lmtpd.Connection(lmtpd.Wire(source, sink, 5, 0, self.stop.wakeup.fd), 5)
             peer = lmtpd.Peer("a test")
-            authenticator = lmtpd.Authenticator(self.config, "lmtp")
-            lmtpd.Session(connection, peer, self.trusted, authenticator, self.store, self.stop, self.config).serve()
+            authenticator = lmtpd.Authenticator(self.config, "lmtp", peer, self.trusted)
+            lmtpd.Session(connection, peer, authenticator, self.store, self.stop, self.config).serve()
             authenticator.close()
             return os.pread(sink, 1 << 24, 0)
         finally:
@@ -340,7 +340,7 @@ def scenes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Sce
         Scene(log, **free, allowplaintext="yes", admins="a", **password_of_a),
     ]
     scenes[-1].trusted = False
-    monkeypatch.setattr(lmtpd.log, "_emit", lambda _level, line: log.append(line))
+    lmtpd.log.send_to(lambda _level, line: log.append(line))
     monkeypatch.setattr(time, "sleep", lambda _: None)
     yield scenes
     for scene in scenes:

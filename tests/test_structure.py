@@ -14,6 +14,7 @@ MODULE = Path(__file__).parent.parent / "lmtpd.py"
 SOURCE = MODULE.read_text()
 BANNER = re.compile(r"^# ={70}\n# (.+)\n#\n((?:# .+\n)+)# ={70}$", re.MULTILINE)
 MAP_ROW = re.compile(r"^# (\S+(?: \S+)*)  +\S.*$", re.MULTILINE)
+SECTION_LINES, CLASS_LINES = 720, 200
 
 
 @functools.cache
@@ -121,3 +122,11 @@ def test_the_map_lists_the_sections_in_order() -> None:
 def test_each_banner_says_what_its_section_owns_and_must_not_know() -> None:
     for title, text in BANNER.findall(SOURCE):
         assert re.match(r"# Owns .+\n(?:# .+\n)*# Must not know .+\.\n", text), title
+
+
+def test_no_section_and_no_class_is_too_long() -> None:
+    long_sections = {title: len(lines) for title, lines in sections().items() if len(lines) > SECTION_LINES}
+    classes = [node for node in ast.parse(SOURCE).body if isinstance(node, ast.ClassDef)]
+    sizes = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in classes}
+    assert long_sections == {}
+    assert {name: size for name, size in sizes.items() if size > CLASS_LINES} == {}
