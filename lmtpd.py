@@ -49,7 +49,7 @@ import stat
 import sys
 import time
 
-TYPE_CHECKING = False  # A type checker takes any constant of this name for True.
+TYPE_CHECKING = False  # type checkers take a constant of this name for True
 if TYPE_CHECKING:
     import signal
     import socket
@@ -61,8 +61,8 @@ if TYPE_CHECKING:
     T = TypeVar("T")
     Mechanism = Generator[bytes, bytes, str]
 else:
-    # What the modules signal and socket are made of. These put enumerations of all constants around it, and making
-    # them takes a process more than half of the time that the interpreter itself takes to start.
+    # The modules signal and socket add enumerations of all constants to these two. Making the enumerations takes more
+    # than half of the time that the interpreter itself takes to start.
     import _signal as signal
     import _socket as socket
 
@@ -72,7 +72,7 @@ PRODUCT = f"lmtpd {__version__}"
 CRLF, LF = b"\r\n", b"\n"
 READ_SIZE = 65536  # octets read at a time
 FOREVER = float("inf")  # a deadline that never comes
-# What docopt makes of an empty command line, which it takes some time for.
+# docopt's result for an empty command line, written out because importing docopt is slow.
 NO_ARGUMENTS = {
     "-C": "/etc/imapd.conf",
     "-U": "250",
@@ -105,15 +105,15 @@ XLIST = "xlist-"  # before the special use, in the name of an option
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used; the text says where and what to do."""
+    """The configuration cannot be used. The text says where, and what to do."""
 
 
 # The types of options. Each takes the text of a value and returns the value, or
-# raises ValueError with a text that continues "'value' …".
+# raises ValueError with a text that continues "'value' ...".
 
 
 def as_text(value: str) -> str:
-    """A string, as it stands."""
+    """A string, as it is."""
     return value
 
 
@@ -125,7 +125,7 @@ def as_path(value: str) -> str:
 
 
 def as_file(value: str) -> str:
-    """The path of a file, or the name of a credential of systemd (systemd.exec(5), LoadCredential=); "" for none."""
+    """The path of a file, or the name of a systemd credential (systemd.exec(5), LoadCredential=); "" for none."""
     folder = os.environ.get("CREDENTIALS_DIRECTORY")
     if value.startswith("/") or not value:
         return value
@@ -135,7 +135,7 @@ def as_file(value: str) -> str:
 
 
 def optional(parse: Callable[[str], str]) -> Callable[[str], str]:
-    """The same type, or "" for none."""
+    """The same type, but "" is allowed and means none."""
 
     def parse_optional(value: str) -> str:
         return parse(value) if value else ""
@@ -145,19 +145,19 @@ def optional(parse: Callable[[str], str]) -> Callable[[str], str]:
 
 
 def as_delimiters(value: str) -> str:
-    """Characters of which any may divide user and detail, such as + or +-."""
+    """Characters, each of which may divide user and detail, such as + or +-."""
     if not value.isascii() or not value.isprintable() or any(c.isalnum() or c in ' "@/.<>' for c in value):
         raise ValueError("must be punctuation that may stand in an address, such as + or -")
     return value
 
 
 def as_names(value: str) -> tuple[str, ...]:
-    """Names divided by white space."""
+    """Names with white space between them."""
     return tuple(value.split())
 
 
 def as_folders(value: str) -> tuple[str, ...]:
-    """Names of folders divided by |, which may have white space in them."""
+    """Names of folders with | between them. They may contain white space."""
     return tuple(name.strip() for name in value.split("|") if name.strip())
 
 
@@ -176,7 +176,7 @@ def as_number(value: str) -> int:
 
 
 def limited(parse: Callable[[str], int], low: str, high: str) -> Callable[[str], int]:
-    """The same type, but only values from low to high, which are given as they would be in the file."""
+    """The same type, but only values from low to high, which are written as in the file."""
 
     def parse_limited(value: str) -> int:
         if not parse(low) <= (result := parse(value)) <= parse(high):
@@ -208,7 +208,7 @@ def as_duration(value: str) -> int:
 
 
 def as_octets(value: str) -> int:
-    """Octets: 1000, 64K, 20M, 1G; the units are powers of 1024, a B after them is allowed."""
+    """Octets: 1000, 64K, 20M, 1G. The units are powers of 1024, and a B may follow them."""
     digits = value.lower().rstrip("kmgtb")
     unit = value.lower()[len(digits) :]
     factor = OCTETS.get(unit.removesuffix("b"))
@@ -218,7 +218,7 @@ def as_octets(value: str) -> int:
 
 
 def as_kibioctets(value: str) -> int:
-    """A size in units of 1024 octets, or with a unit of its own such as 20M, as octets; -1 for none."""
+    """Octets, given in units of 1024 octets, or with a unit such as 20M; -1 for none."""
     if value == "-1":
         return -1
     return as_octets(f"{value}K" if value.isdigit() else value)
@@ -230,7 +230,7 @@ def as_count_or_none(value: str) -> int:
 
 
 def as_choice(*allowed: str) -> Callable[[str], str]:
-    """One of the words given, in any case."""
+    """One of the words allowed, in any case."""
 
     def parse(value: str) -> str:
         if value.lower() not in allowed:
@@ -241,7 +241,7 @@ def as_choice(*allowed: str) -> Callable[[str], str]:
 
 
 def as_words(*allowed: str) -> Callable[[str], tuple[str, ...]]:
-    """Words of those given, in any case, divided by white space."""
+    """Some of the words allowed, in any case, with white space between them."""
 
     def parse(value: str) -> tuple[str, ...]:
         words = tuple(value.lower().split())
@@ -252,11 +252,11 @@ def as_words(*allowed: str) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
-def as_template(letters: str) -> Callable[[str], str]:
-    """An absolute path in which %X stands for something, for each X of letters, and %% for a %."""
+def as_template(variables: str) -> Callable[[str], str]:
+    """An absolute path in which %X is a variable, for each letter X of variables, and %% is a %."""
 
     def parse(value: str) -> str:
-        expand(value, dict.fromkeys(letters, ""))
+        expand(value, dict.fromkeys(variables, ""))
         if not value.startswith(("/", "%p/", "%h/")):
             raise ValueError("must be an absolute path")
         return value
@@ -265,7 +265,7 @@ def as_template(letters: str) -> Callable[[str], str]:
 
 
 def expand(template: str, values: dict[str, str]) -> str:
-    """The template with every %X replaced by values["X"] and %% by %; ValueError for any other %."""
+    """The template with values["X"] in place of each %X, and % in place of %%. Raises ValueError for any other %."""
     literal, *places = template.replace("%%", "\0").split("%")
     parts = [literal]
     for place in places:
@@ -276,19 +276,19 @@ def expand(template: str, values: dict[str, str]) -> str:
 
 
 def template_variables(template: str) -> set[str]:
-    """The letters that stand for something in a template, see expand()."""
+    """The letters of the variables in a template, see expand()."""
     return {place[:1] for place in template.replace("%%", "").split("%")[1:]}
 
 
 def as_command(value: str) -> str:
-    """A shell command in which %s, %d and %s stand for the program, the process id and the service, and %% for a %."""
+    """A shell command in which %s, %d and %s are the program, the process id and the service, and %% is a %."""
     if debug_command(value, "", 0, "") is None:
         raise ValueError("may contain %s, %d and %s, in this order, and %%, but no other conversion")
     return value
 
 
 def debug_command(template: str, program: str, pid: int, service: str) -> str | None:
-    """The template of debug_command filled in; None if it has other conversions than it may."""
+    """The command of the template debug_command; None if the template has a conversion that it must not have."""
     literal, *places = template.replace("%%", "\0").split("%")
     arguments = [("s", program), ("d", str(pid)), ("s", service)]
     if len(places) > len(arguments):
@@ -301,97 +301,101 @@ def debug_command(template: str, program: str, pid: int, service: str) -> str | 
 
 
 class Option:
-    """One row of the table: the type, the default as text (None: must be set), the meaning."""
+    """One row of the table: the type, the default as text (None: it must be set), and the meaning."""
 
     def __init__(self, parse: Callable[[str], object], default: str | None, meaning: str) -> None:
         self.parse, self.default, self.meaning = parse, default, meaning
 
 
 def option(parse: Callable[[str], T], default: str | None, meaning: str) -> T:
-    """An Option, for a type checker the value that a Config holds in its place."""
+    """An Option. A type checker sees the value that a Config has in its place."""
     return Option(parse, default, meaning)  # type: ignore[return-value]
 
 
 class Config:
-    """The options of imapd.conf(5) as typed attributes; the class body is the table of them."""
+    """The options of imapd.conf(5) as typed attributes. The class body is their table."""
 
-    admins = option(as_names, "", "the users who may deliver when they have authenticated")
-    allowplaintext = option(as_switch, "no", "take passwords in the clear without TLS")
-    allowstarttls = option(as_switch, "no", "offer STARTTLS to clients that are not trusted")
-    autocreate_inbox_folders = option(as_folders, "", "the folders that a new Maildir gets")
-    autocreate_post = option(as_switch, "no", "make the Maildir of an unknown user when mail for him arrives")
+    admins = option(as_names, "", "the users who may deliver after authentication")
+    allowplaintext = option(as_switch, "no", "accept plaintext passwords without TLS")
+    allowstarttls = option(as_switch, "no", "offer STARTTLS to untrusted clients")
+    autocreate_inbox_folders = option(as_folders, "", "the folders of a new Maildir")
+    autocreate_post = option(as_switch, "no", "make the Maildir of an unknown user when mail arrives")
     autocreate_quota = option(as_kibioctets, "-1", "the quota of a new Maildir in units of 1024 octets; -1: none")
-    autocreate_quota_messages = option(as_count_or_none, "-1", "the messages that a new Maildir may have; -1: no limit")
-    autocreate_subscribe_folders = option(as_folders, "", "those of its folders to which a new user is subscribed")
-    autocreate_users = option(as_names, "anyone", "whose Maildirs are made: userids, group:NAME, anyone")
+    autocreate_quota_messages = option(as_count_or_none, "-1", "the most messages of a new Maildir; -1: no limit")
+    autocreate_subscribe_folders = option(as_folders, "", "the folders to which a new user is subscribed")
+    autocreate_users = option(as_names, "anyone", "users whose Maildirs are made: userids, group:NAME, anyone")
     chatty = option(as_switch, "no", "log every command")
-    configdirectory = option(as_path, None, "the folder for what lmtpd itself keeps")
+    configdirectory = option(as_path, None, "the folder for files of lmtpd itself")
     cyrus_user = option(as_text, "", "the account to run as when started by root")
-    debug = option(as_switch, "no", "log what helps to find a fault")
-    debug_command = option(as_command, "", "the command that -D runs, given the program, process id and service")
-    default_quota = option(as_octets, "0", "the quota of Maildirs for which nobody has set one; 0: none")
-    default_quota_messages = option(as_number, "0", "the messages that such Maildirs may have; 0: no limit")
-    defaultdomain = option(as_text, "", "the domain whose users are known without a domain")
+    debug = option(as_switch, "no", "log details that help to find a fault")
+    debug_command = option(as_command, "", "the command that -D runs")
+    default_quota = option(as_octets, "0", "the quota of a Maildir that has none of its own, in octets; 0: none")
+    default_quota_messages = option(as_number, "0", "the most messages of such a Maildir; 0: no limit")
+    defaultdomain = option(as_text, "", "the domain whose userids have no domain")
     defaultpartition = option(as_text, "", "the partition of the Maildirs; needed only when there are several")
     duplicate_db_path = option(
-        optional(as_path), "", "the database of messages delivered; by default deliver.db in configdirectory"
+        optional(as_path), "", "the database of delivered messages; by default deliver.db in configdirectory"
     )
-    duplicate_expiry = option(as_duration, "3d", "how long a message that was delivered is remembered")
-    duplicatesuppression = option(as_switch, "yes", "do not store a message that the mailbox has got already")
-    lmtp_catchall_mailbox = option(as_text, "", "the user who gets mail for unknown users")
+    duplicate_expiry = option(as_duration, "3d", "how long a delivered message is remembered")
+    duplicatesuppression = option(as_switch, "yes", "do not store a message that the mailbox already has")
+    lmtp_catchall_mailbox = option(as_text, "", "the user who gets the mail of unknown users")
     lmtp_command_timeout = option(
-        limited(as_duration, "1s", "1d"), "360s", "how long a client may take to send a line or read a reply"
+        limited(as_duration, "1s", "1d"), "360s", "the time for a client to send a line or read a reply"
     )
     lmtp_detail_create = option(as_switch, "no", "make the folder that a sub-address names")
-    lmtp_downcase_rcpt = option(as_switch, "yes", "lower the user part of recipients")
+    lmtp_downcase_rcpt = option(as_switch, "yes", "put the user part of recipients into lower case")
     lmtp_exclude_specialuse = option(
-        as_names, r"\Drafts \Scheduled \Snoozed", "special uses of folders to which no sub-address leads"
+        as_names, r"\Drafts \Scheduled \Snoozed", "special uses of folders that no sub-address reaches"
     )
-    lmtp_fuzzy_mailbox_match = option(
-        as_switch, "no", "let a sub-address lead to the folder with the most similar name, or to its parent"
-    )
-    lmtp_max_bad_commands = option(as_number, "50", "malformed commands that a client may send; 0: no limit")
+    lmtp_fuzzy_mailbox_match = option(as_switch, "no", "deliver a sub-address to the folder with the most similar name")
+    lmtp_max_bad_commands = option(as_number, "50", "the most malformed commands of a session; 0: no limit")
     lmtp_max_idle_commands = option(
-        as_number, "1000", "commands between messages that bring no message nearer; 0: no limit"
+        as_number, "1000", "the most commands between two messages that begin none; 0: no limit"
     )
-    lmtp_max_recipients = option(limited(as_number, "1", "999999"), "1000", "recipients that a transaction may have")
-    lmtp_maxchild = option(limited(as_number, "1", "100000"), "50", "connections that a listening lmtpd serves at once")
-    lmtp_over_quota_perm_failure = option(as_switch, "no", "refuse mail for a full mailbox for good (552), not for now")
-    lmtp_prefork = option(as_number, "0", "idle workers that a listening lmtpd keeps ready")
-    lmtp_session_timeout = option(as_duration, "0", "how long a session may take; 0: no limit")
+    lmtp_max_recipients = option(limited(as_number, "1", "999999"), "1000", "the most recipients of a transaction")
+    lmtp_maxchild = option(
+        limited(as_number, "1", "100000"), "50", "the most connections that a listening lmtpd serves at once"
+    )
+    lmtp_over_quota_perm_failure = option(
+        as_switch, "no", "refuse mail for a full mailbox permanently (552), not temporarily"
+    )
+    lmtp_prefork = option(as_number, "0", "idle workers that a listening lmtpd keeps")
+    lmtp_session_timeout = option(as_duration, "0", "the longest time of a session; 0: no limit")
     lmtp_strict_quota = option(
-        as_switch, "no", "refuse what would make a mailbox too full, not only mail for a full one"
+        as_switch, "no", "refuse a message that would not fit into the quota, not only mail for a full mailbox"
     )
-    lmtp_strict_rfc2821 = option(as_switch, "yes", "refuse 8-bit addresses where SMTPUTF8 was not asked for")
-    maildir_path = option(as_template("pundh"), "%p/%u", "where a user's Maildir is")
-    maxmessagesize = option(as_octets, "0", "the largest message taken; 0: no limit")
+    lmtp_strict_rfc2821 = option(as_switch, "yes", "refuse addresses beyond ASCII without SMTPUTF8")
+    maildir_path = option(as_template("pundh"), "%p/%u", "the path of a user's Maildir")
+    maxmessagesize = option(as_octets, "0", "the largest message accepted, in octets; 0: no limit")
     munge8bit = option(as_switch, "no", "write X over 8-bit octets in message headers")
-    passwd_min_uid = option(as_number, "1000", "accounts with a lower number have no mailbox in userdb: passwd")
-    postmaster = option(as_text, "postmaster", "the user who gets mail for postmaster")
+    passwd_min_uid = option(as_number, "1000", "with userdb: passwd, accounts with a lower user id have no mailbox")
+    postmaster = option(as_text, "postmaster", "the user who gets the mail of postmaster")
     postuser = option(as_text, "", "the user part of addresses of shared folders")
-    quota_exclude_deleted = option(as_switch, "no", "whether messages marked as deleted do not count in a quota")
+    quota_exclude_deleted = option(as_switch, "no", "do not count messages that are marked as deleted in a quota")
     quota_exclude_folders = option(as_folders, "", "folders that do not count in a quota")
     recipient_delimiter = option(as_delimiters, "+", "characters that divide the user from the detail of an address")
     reject8bit = option(as_switch, "no", "refuse messages with 8-bit octets in the header")
     sasl_auth_socket_path = option(
         as_path, "/run/dovecot/auth-client", "the socket of Dovecot's authentication service"
     )
-    sasl_mech_list = option(as_names, "", "the mechanisms to offer, of those that are possible; by default all")
+    sasl_mech_list = option(as_names, "", "the mechanisms to offer; by default all that are possible")
     sasl_minimum_layer = option(
-        as_number, "0", "the bits that a TLS cipher must have before AUTH is taken; 0: no TLS needed"
+        as_number, "0", "the fewest bits of a TLS cipher with which AUTH is accepted; 0: no TLS needed"
     )
     sasl_password_file = option(as_file, "", "the file of users and password verifiers")
     sasl_pwcheck_method = option(
-        as_choice("saslauthd", "dovecot", "file", "auxprop"), "saslauthd", "who checks passwords"
+        as_choice("saslauthd", "dovecot", "file", "auxprop"), "saslauthd", "what checks passwords"
     )
     sasl_saslauthd_path = option(as_path, "/run/saslauthd/mux", "the socket of saslauthd")
-    serverinfo = option(as_choice("on", "min", "off"), "on", "what greeting and trace header say of the product")
+    serverinfo = option(
+        as_choice("on", "min", "off"), "on", "whether the greeting and the trace header show the product"
+    )
     servername = option(as_text, "", "the name of this host in replies and headers; by default the system's")
-    shared_maildir = option(optional(as_path), "", "the Maildir whose folders are those that are shared")
+    shared_maildir = option(optional(as_path), "", "the Maildir of the shared folders")
     singleinstancestore = option(as_switch, "yes", "store a message as one file with hard links for its recipients")
-    soft_noauth = option(as_switch, "yes", "refuse unauthenticated clients for now (430), not for good (530)")
+    soft_noauth = option(as_switch, "yes", "refuse unauthenticated clients temporarily (430), not permanently (530)")
     syslog_facility = option(as_choice(*FACILITIES), "mail", "the facility of lines sent to syslog")
-    syslog_prefix = option(as_text, "", "put before the name lmtpd in syslog, with a slash")
+    syslog_prefix = option(as_text, "", "a prefix of the name lmtpd in syslog, followed by a slash")
     tcp_keepalive = option(as_switch, "no", "probe silent internet connections")
     tcp_keepalive_cnt = option(
         limited(as_number, "0", "127"), "0", "unanswered probes that end a connection; 0: the system's default"
@@ -402,27 +406,29 @@ class Config:
     tcp_keepalive_intvl = option(
         limited(as_duration, "0", "32767"), "0", "time between probes; 0: the system's default"
     )
-    tls_ciphers = option(as_text, "", "the ciphers for TLS 1.2, as OpenSSL names them; by default OpenSSL's")
-    tls_client_ca_dir = option(as_file, "", "the folder of certificates that sign those of clients")
-    tls_client_ca_file = option(as_file, "", "the file of certificates that sign those of clients")
-    tls_client_certs = option(as_choice("off", "optional", "require"), "optional", "whether clients show certificates")
+    tls_ciphers = option(as_text, "", "the ciphers for TLS 1.2, in OpenSSL's form; by default OpenSSL's")
+    tls_client_ca_dir = option(as_file, "", "the folder of CA certificates for those of clients")
+    tls_client_ca_file = option(as_file, "", "the file of CA certificates for those of clients")
+    tls_client_certs = option(
+        as_choice("off", "optional", "require"), "optional", "whether clients are asked for certificates"
+    )
     tls_crl_file = option(as_file, "", "the file of revoked client certificates")
-    tls_required = option(as_switch, "no", "take nothing from clients that are not trusted before STARTTLS")
-    tls_server_cert = option(as_file, "", "the file of this server's certificate and those that sign it")
-    tls_server_key = option(as_file, "", "the file of the certificate's private key, if it is another one")
+    tls_required = option(as_switch, "no", "accept no mail from untrusted clients before STARTTLS")
+    tls_server_cert = option(as_file, "", "the file of this server's certificate and its chain")
+    tls_server_key = option(as_file, "", "the file of the certificate's private key, if it is a file of its own")
     tls_versions = option(
         as_words(*TLS_VERSIONS), "tls1_2 tls1_3", "the versions of TLS; those before 1.2 are never used"
     )
     umask = option(limited(as_octal, "0", "777"), "077", "the file creation mask")
-    unixhierarchysep = option(as_switch, "yes", "whether / divides the parts of a folder's name; if not, a dot does")
-    userdb = option(as_choice("maildir", "passwd", "dovecot"), "maildir", "who knows the users")
+    unixhierarchysep = option(as_switch, "yes", "whether a slash divides the levels of a folder's name, and not a dot")
+    userdb = option(as_choice("maildir", "passwd", "dovecot"), "maildir", "the user database")
     userdb_socket_path = option(as_path, "/run/dovecot/auth-userdb", "the socket of Dovecot's user database")
-    virtdomains = option(as_choice("off", "userid", "on"), "off", "whether the domain belongs to the userid")
+    virtdomains = option(as_choice("off", "userid", "on"), "off", "whether the domain is a part of the userid")
 
-    files: tuple[str, ...]  # the configuration file, and those it includes
-    partition: str  # the folder that all Maildirs are in
-    special_uses: dict[str, str]  # special uses (RFC 6154) and the folders that have them, from the options xlist-USE
-    unknown: list[str]  # settings that are not of lmtpd, each "file:line: name"
+    files: tuple[str, ...]  # the configuration file, and those that it includes
+    partition: str  # the directory of all Maildirs
+    special_uses: dict[str, str]  # special uses (RFC 6154) and their folders, from the options xlist-USE
+    unknown: list[str]  # options that lmtpd does not know, each "file:line: name"
 
     @classmethod
     def table(cls) -> dict[str, Option]:
@@ -431,7 +437,7 @@ class Config:
 
     @classmethod
     def load(cls, file: str, service: str = "lmtp") -> Config:
-        """Reads file for the service of that name, whose prefixed options override the others.
+        """Reads a file. Options with the prefix of the service override those without.
 
         Raises ConfigError. Source: imapd.conf(5).
         """
@@ -458,7 +464,7 @@ class Config:
 
 
 def default_partition(config: Config, settings: dict[str, tuple[str, str]], service: str, file: str) -> str:
-    """The folder that all Maildirs are in: the partition, or what maildir_path begins with. Raises ConfigError."""
+    """The directory of all Maildirs: the partition, or the beginning of maildir_path. Raises ConfigError."""
     if "p" not in template_variables(config.maildir_path):
         return os.path.dirname(config.maildir_path.partition("%")[0])
     names = [name for name in settings if name.startswith("partition-")]
@@ -481,7 +487,10 @@ def parsed(parse: Callable[[str], T], name: str, setting: tuple[str, str]) -> T:
 
 
 def read_settings(file: str) -> tuple[dict[str, tuple[str, str]], list[str]]:
-    """What file and the files it includes set: name to (value, "file:line"); and these files. Raises ConfigError."""
+    """The settings of a file and the files that it includes: name to (value, "file:line"); and these files.
+
+    Raises ConfigError.
+    """
     settings: dict[str, tuple[str, str]] = {}
     seen: list[str] = []
 
@@ -512,7 +521,7 @@ def read_settings(file: str) -> tuple[dict[str, tuple[str, str]], list[str]]:
 
 
 def read_lines(file: str) -> Iterator[tuple[str, str, str]]:
-    """Each line of file that sets something, as ("file:line", key, value). Raises ConfigError and OSError."""
+    """Each setting in a file, as ("file:line", key, value). Raises ConfigError and OSError."""
     with open(file, "rb") as stream:
         lines = enumerate(stream.read().split(LF), 1)
     for number, physical_line in lines:
@@ -542,14 +551,14 @@ def read_lines(file: str) -> Iterator[tuple[str, str, str]]:
 # ======================================================================
 # Logging
 #
-# Owns where a log line goes and what it looks like: "event key=value ...".
+# Owns where a log line goes and its form: "event key=value ...".
 # Must not know what happened.
 # ======================================================================
 
 LOG_ERR, LOG_WARNING, LOG_INFO, LOG_DEBUG = 3, 4, 6, 7  # syslog(3)
 SYSLOG_SOCKET = "/dev/log"
 FIELD_LIMIT = 1000  # characters of a value; syslog(3) may lose lines of more than 8 KiB
-BARE = frozenset(map(chr, range(33, 127))) - frozenset('"=\\')  # characters of values that need no quotes
+BARE = frozenset(map(chr, range(33, 127))) - frozenset('"=\\')  # characters that need no quotes in a value
 
 
 class Log:
@@ -709,7 +718,7 @@ log = Log()
 # ======================================================================
 # Replies
 #
-# Owns replies and how they are written on the wire.
+# Owns replies and their form on the wire.
 # Must not know when they are given.
 # ======================================================================
 
@@ -769,8 +778,8 @@ class LmtpError(Exception):
         return f"{self.reply} {self.reply.text}"
 
 
-TIMED_OUT = Reply(421, "4.4.2", "Nothing heard for too long, closing the connection")
-SESSION_TOO_LONG = Reply(421, "4.4.2", "The session takes too long, closing the connection")
+TIMED_OUT = Reply(421, "4.4.2", "Timeout, closing the connection")
+SESSION_TOO_LONG = Reply(421, "4.4.2", "Session time limit reached, closing the connection")
 SHUTTING_DOWN = Reply(421, "4.3.2", "Shutting down, try again later")
 INTERNAL_ERROR = Reply(421, "4.3.0", "Internal error, try again later")
 LINE_TOO_LONG = Reply(500, "5.5.2", "Line too long")
@@ -917,15 +926,15 @@ class Interruptible:
 # ======================================================================
 # Connection
 #
-# Owns octets in and out on two file descriptors, their deadlines, TLS, and who
-# the peer is.
+# Owns octets in and out on two descriptors, deadlines, the ends of lines, TLS,
+# the PROXY header, and who the peer is.
 # Must not know LMTP.
 # ======================================================================
 
-WRITE_SIZE = 4096  # what a descriptor that polls writable takes without blocking, pipe(7)
+WRITE_SIZE = 4096  # octets that a writable pipe takes without blocking, pipe(7)
 OUTPUT_LIMIT = 65536
 LINE_LIMIT = 8192  # octets of a command line with its end
-LINGER = 2.0  # seconds
+LINGER = 2.0  # seconds to wait for the client to close its side
 PROXY_V1_LIMIT = 105  # octets of the longest header without its end
 PROXY_V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 PROXY_V2_LOCAL, PROXY_V2_PROXY = 0x20, 0x21
@@ -1027,7 +1036,7 @@ class Wire:
 
     def _wait_to_write(self) -> None:
         if not self._wait(self._writable, min(self._timeout, self._end + LINGER - time.monotonic())):
-            raise Disconnected("the client does not read our replies")
+            raise Disconnected("the client does not read the replies")
 
     def _wait(self, poll: select.poll, timeout: float) -> bool:
         """Whether the descriptor is ready within so many seconds."""
@@ -1043,6 +1052,105 @@ class Wire:
             if ready - {self._wakeup}:
                 return True
         return False
+
+
+class Tls:
+    """TLS as the server, on a wire. It reads and writes octets in the clear, as a Wire does.
+
+    protocol, cipher, bits: those of the session. identity: the common name in the client's verified certificate; "" if
+    the client has shown none. Every method raises Disconnected when TLS fails or ends.
+    """
+
+    def __init__(self, wire: Wire, context: SSLContext, timeout: float) -> None:
+        """Does the handshake, which may take so many seconds."""
+        import ssl
+
+        self._wire = wire
+        self._errors = ssl.SSLError
+        self._wants_more = ssl.SSLWantReadError
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._encrypted = bytearray()  # a part of it may have been sent, and then the rest must follow
+        self._ended = False
+        self._shake_hands(time.monotonic() + timeout)
+        self.protocol = self._tls.version() or ""
+        self.cipher, _, self.bits = self._tls.cipher() or ("", "", 0)
+        subject: Any = (self._tls.getpeercert() or {}).get("subject", ())
+        names = [value for attributes in subject for name, value in attributes if name == "commonName"]
+        self.identity = names[0] if names else ""
+
+    def binding(self) -> bytes:
+        """The channel binding tls-unique (RFC 5929 section 3); b"" where it is not defined, as for TLS 1.3."""
+        if self.protocol == "TLSv1.3":
+            return b""
+        return self._tls.get_channel_binding("tls-unique") or b""
+
+    def read(self, timeout: float) -> bytes:
+        """See Wire.read()."""
+        if self._ended:
+            raise Disconnected("end of file")
+        self._incoming.write(self._wire.read(timeout))
+        return self.decrypted()
+
+    def write(self, data: bytearray) -> None:
+        """See Wire.write()."""
+        if data:
+            try:
+                self._tls.write(bytes(data))
+            except self._errors as error:
+                raise self._failure(error) from None
+            data.clear()
+        self._send()
+
+    def decrypted(self) -> bytes:
+        """The octets that have arrived already; b"" for none."""
+        parts = []
+        try:
+            while data := self._tls.read(READ_SIZE):
+                parts.append(data)
+        except self._wants_more:
+            return b"".join(parts)
+        except self._errors as error:
+            if not parts:
+                raise self._failure(error) from None
+        if not parts:
+            raise Disconnected("end of file")
+        self._ended = True
+        return b"".join(parts)
+
+    def end(self) -> None:
+        """Tells the client that no more octets follow (close_notify)."""
+        try:
+            self._tls.unwrap()
+        except self._errors:
+            pass  # the client has not sent its close_notify yet, and perhaps never will
+        self._send()
+
+    def _shake_hands(self, deadline: float) -> None:
+        try:
+            while not self._has_shaken_hands():
+                self._send()
+                self._incoming.write(self._wire.read(deadline - time.monotonic()))
+        except LmtpError:
+            raise Disconnected("TLS: the handshake takes too long") from None
+        finally:
+            self._send()
+
+    def _has_shaken_hands(self) -> bool:
+        try:
+            self._tls.do_handshake()
+        except self._wants_more:
+            return False
+        except self._errors as error:
+            raise self._failure(error) from None
+        return True
+
+    def _send(self) -> None:
+        self._encrypted += self._outgoing.read()
+        self._wire.write(self._encrypted)
+
+    def _failure(self, error: OSError) -> Disconnected:
+        return Disconnected(f"TLS: {getattr(error, 'reason', None) or error}")
 
 
 class Connection:
@@ -1171,109 +1279,10 @@ class Connection:
         self._input += self._stream.read(deadline - time.monotonic())
 
 
-class Tls:
-    """TLS as the server, on a wire. It reads and writes octets in the clear, as a Wire does.
+def load_tls_context(config: Config) -> SSLContext | None:
+    """The settings for STARTTLS; None if it is off or impossible, and the log says why.
 
-    protocol, cipher, bits: those of the session. identity: the common name in the client's verified certificate; "" if
-    the client has shown none. Every method raises Disconnected when TLS fails or ends.
-    """
-
-    def __init__(self, wire: Wire, context: SSLContext, timeout: float) -> None:
-        """Does the handshake, which may take so many seconds."""
-        import ssl
-
-        self._wire = wire
-        self._errors = ssl.SSLError
-        self._wants_more = ssl.SSLWantReadError
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._encrypted = bytearray()  # a part of it may have been sent, and then the rest must follow
-        self._ended = False
-        self._shake_hands(time.monotonic() + timeout)
-        self.protocol = self._tls.version() or ""
-        self.cipher, _, self.bits = self._tls.cipher() or ("", "", 0)
-        subject: Any = (self._tls.getpeercert() or {}).get("subject", ())
-        names = [value for attributes in subject for name, value in attributes if name == "commonName"]
-        self.identity = names[0] if names else ""
-
-    def binding(self) -> bytes:
-        """The channel binding tls-unique (RFC 5929 section 3); b"" where it is not defined, as for TLS 1.3."""
-        if self.protocol == "TLSv1.3":
-            return b""
-        return self._tls.get_channel_binding("tls-unique") or b""
-
-    def read(self, timeout: float) -> bytes:
-        """See Wire.read()."""
-        if self._ended:
-            raise Disconnected("end of file")
-        self._incoming.write(self._wire.read(timeout))
-        return self.decrypted()
-
-    def write(self, data: bytearray) -> None:
-        """See Wire.write()."""
-        if data:
-            try:
-                self._tls.write(bytes(data))
-            except self._errors as error:
-                raise self._failure(error) from None
-            data.clear()
-        self._send()
-
-    def decrypted(self) -> bytes:
-        """The octets that have arrived already; b"" for none."""
-        parts = []
-        try:
-            while data := self._tls.read(READ_SIZE):
-                parts.append(data)
-        except self._wants_more:
-            return b"".join(parts)
-        except self._errors as error:
-            if not parts:
-                raise self._failure(error) from None
-        if not parts:
-            raise Disconnected("end of file")
-        self._ended = True
-        return b"".join(parts)
-
-    def end(self) -> None:
-        """Tells the client that no more octets follow (close_notify)."""
-        try:
-            self._tls.unwrap()
-        except self._errors:
-            pass  # the client has not sent its close_notify yet, and perhaps never will
-        self._send()
-
-    def _shake_hands(self, deadline: float) -> None:
-        try:
-            while not self._has_shaken_hands():
-                self._send()
-                self._incoming.write(self._wire.read(deadline - time.monotonic()))
-        except LmtpError:
-            raise Disconnected("TLS: the handshake takes too long") from None
-        finally:
-            self._send()
-
-    def _has_shaken_hands(self) -> bool:
-        try:
-            self._tls.do_handshake()
-        except self._wants_more:
-            return False
-        except self._errors as error:
-            raise self._failure(error) from None
-        return True
-
-    def _send(self) -> None:
-        self._encrypted += self._outgoing.read()
-        self._wire.write(self._encrypted)
-
-    def _failure(self, error: OSError) -> Disconnected:
-        return Disconnected(f"TLS: {getattr(error, 'reason', None) or error}")
-
-
-def tls_context(config: Config) -> SSLContext | None:
-    """The settings for STARTTLS; None if it is not to be offered, or cannot be, and then the log says why.
-
-    Raises ConfigError when it cannot be offered but tls_required is on.
+    Raises ConfigError if it is impossible but tls_required is on.
     """
     problem = "set allowstarttls and tls_server_cert"
     if config.allowstarttls and config.tls_server_cert:
@@ -1289,7 +1298,7 @@ def tls_context(config: Config) -> SSLContext | None:
 
 
 def make_tls_context(config: Config) -> SSLContext:
-    """The settings for STARTTLS. Raises OSError (also ssl.SSLError) and ValueError."""
+    """The settings for STARTTLS. Raises OSError (ssl.SSLError among them) and ValueError."""
     import ssl
 
     if not {"tls1_2", "tls1_3"}.intersection(config.tls_versions):
@@ -1297,7 +1306,7 @@ def make_tls_context(config: Config) -> SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2 if "tls1_2" in config.tls_versions else ssl.TLSVersion.TLSv1_3
     context.maximum_version = ssl.TLSVersion.TLSv1_3 if "tls1_3" in config.tls_versions else ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION  # a session is as long as a connection
+    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION  # a TLS session ends with its connection
     context.num_tickets = 0
     if config.tls_ciphers:
         context.set_ciphers(config.tls_ciphers)
@@ -1316,20 +1325,21 @@ def make_tls_context(config: Config) -> SSLContext:
 
 
 def files_for_tls(config: Config) -> list[str]:
-    """The files that were read for STARTTLS."""
+    """The files that load_tls_context() reads."""
     files = (config.tls_server_cert, config.tls_server_key, config.tls_client_ca_file, config.tls_crl_file)
     return [file for file in files if file]
 
 
 def no_password() -> str:
-    """For a key that is encrypted, so that OpenSSL asks nobody at a terminal. Raises ValueError."""
+    """Keeps OpenSSL from asking for a password at a terminal. Raises ValueError."""
     raise ValueError("the private key is encrypted; a server needs one that is not")
 
 
 class Peer:
-    """Who is at the other end.
+    """The client, or the proxy that stands before it.
 
-    name: for the trace header and the log. internet: whether it came over a network. address: "" if it is not known.
+    name: for the trace header and the log. internet: whether the connection crosses a network. address: the internet
+    address; "" if it is not known.
     """
 
     def __init__(self, name: str, internet: bool = False, address: str = "") -> None:
@@ -1337,7 +1347,7 @@ class Peer:
 
     @classmethod
     def of(cls, fd: int) -> Peer:
-        """The peer of the descriptor, which may be no socket."""
+        """The peer of a descriptor, which may be no socket."""
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             return cls("standard input")
         with Socket(fileno=os.dup(fd)) as sock:
@@ -1345,7 +1355,7 @@ class Peer:
 
     @classmethod
     def of_socket(cls, sock: socket.socket) -> Peer:
-        """The peer of the socket: its address, or for a unix socket its credentials (unix(7), SO_PEERCRED)."""
+        """The peer of a socket: its address, or its credentials on a unix socket (unix(7), SO_PEERCRED)."""
         if sock.family == socket.AF_UNIX:
             credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)  # ints: pid, uid, gid
             return cls(f"unix socket, uid {int.from_bytes(credentials[4:8], sys.byteorder)}")
@@ -1362,10 +1372,10 @@ class Peer:
 
 
 def read_proxy_header(connection: Connection, proxy: Peer) -> Peer:
-    """Whom the proxy speaks for: the source address in the PROXY header, versions 1 and 2, that comes first.
+    """The client that a PROXY header, version 1 or 2, names; the proxy itself for a health check.
 
-    That is the proxy itself when the header says so (a health check). Source: the PROXY protocol specification.
-    Raises LmtpError when no header comes in time, and Disconnected, also when it is no such header.
+    Source: the PROXY protocol specification. Raises LmtpError when no header arrives in time, and Disconnected, also
+    for a malformed header.
     """
     start = connection.read_octets(len(PROXY_V2_SIGNATURE))
     if start == PROXY_V2_SIGNATURE:
@@ -1411,7 +1421,7 @@ def proxied_peer_v2(version: int, family: int, address: bytes, proxy: Peer) -> P
 # Local services
 #
 # Owns how daemons on this host are asked over unix sockets.
-# Must not know what about.
+# Must not know what they are asked.
 # ======================================================================
 
 SERVICE_TIMEOUT = 30  # seconds that a daemon may take to answer
@@ -1420,7 +1430,7 @@ DOVECOT_ESCAPES = {"0": "\0", "1": "\1", "t": "\t", "r": "\r", "n": "\n"}
 
 
 class Unavailable(Exception):
-    """It cannot be found out now. The text says why, to the log and not to the client."""
+    """Something that is needed cannot be used now. The text says why, for the log and not for the client."""
 
 
 class Closed(Unavailable):
@@ -1431,27 +1441,12 @@ class Silent(Unavailable):
     """The daemon does not answer in time."""
 
 
-class Backoff:
-    """After a failure, do not try again for BACKOFF seconds: nobody waits for what has just failed."""
-
-    def __init__(self) -> None:
-        self._end = 0.0
-
-    def start(self) -> None:
-        """Starts it now."""
-        self._end = time.monotonic() + BACKOFF
-
-    def is_active(self) -> bool:
-        """Whether it is too early for another try."""
-        return time.monotonic() < self._end
-
-
 def connect_to_service(path: str) -> socket.socket:
-    """A connection to a local daemon. Raises Unavailable."""
-    from socket import socket as buffered_socket  # one with makefile()
+    """A connection to a daemon on this host. Raises Unavailable."""
+    from socket import socket as buffered_socket  # it has makefile()
 
     sock = buffered_socket(socket.AF_UNIX)
-    # With settimeout(), connect() would fail at once where others wait to be accepted, see unix(7).
+    # With settimeout(), connect() would fail at once while the queue of the listener is full, see unix(7).
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, SERVICE_TIMEOUT.to_bytes(8, sys.byteorder) + bytes(8))
     try:
         sock.connect(path)
@@ -1463,7 +1458,7 @@ def connect_to_service(path: str) -> socket.socket:
 
 
 class DovecotService:
-    """A connection to one of Dovecot's daemons, which are asked in lines of fields divided by tabs.
+    """A connection to one of Dovecot's daemons, whose protocols are lines of fields with tabs between them.
 
     Everything raises Unavailable. Source: Dovecot's documentation of its authentication protocol.
     """
@@ -1506,11 +1501,26 @@ def unescaped(value: str) -> str:
     return first + "".join(DOVECOT_ESCAPES.get(part[:1], part[:1]) + part[1:] for part in rest)
 
 
+class Backoff:
+    """After a failure, do not try again for BACKOFF seconds: nobody waits for what has just failed."""
+
+    def __init__(self) -> None:
+        self._end = 0.0
+
+    def start(self) -> None:
+        """Starts it now."""
+        self._end = time.monotonic() + BACKOFF
+
+    def is_active(self) -> bool:
+        """Whether it is too early for another try."""
+        return time.monotonic() < self._end
+
+
 # ======================================================================
 # Addresses
 #
-# Owns the syntax of paths and parameters, and which part of a recipient is
-# user, detail and domain.
+# Owns the syntax of paths and parameters, and the user, detail and domain of a
+# recipient.
 # Must not know folders.
 # ======================================================================
 
@@ -1518,19 +1528,19 @@ PATH_LIMIT = 900  # octets; RFC 5321 section 4.5.3.1.3 asks for 256, a header li
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DIGITS = "0123456789"
 DOT_STRING = frozenset(LETTERS + DIGITS + "!#$%&'*+-/=?^_`{|}~.")  # RFC 5322 atext, and the dot
-DOMAIN = frozenset(LETTERS + DIGITS + "-._")  # the underscore is no host's, but is in use
+DOMAIN = frozenset(LETTERS + DIGITS + "-._")  # no host name may have an underscore, but some have
 KEYWORD = frozenset(LETTERS + DIGITS + "-")
 OTHER_SPACES = dict.fromkeys((0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000), " ")  # Unicode's Zs
 DECIMAL = frozenset(DIGITS)
 
 
 def is_printable(text: str) -> bool:
-    """Whether text has no control characters and the like. Spaces of other scripts are text (RFC 6531 section 3.3)."""
+    """Whether text has no control characters. Spaces of other scripts are allowed (RFC 6531 section 3.3)."""
     return text.isprintable() or text.translate(OTHER_SPACES).isprintable()
 
 
 class Address:
-    """A mailbox of RFC 5321 section 4.1.2; local: the local-part without quotes, domain: "" if there is none."""
+    """A mailbox of RFC 5321 section 4.1.2. local: the local-part without quotes. domain: "" if there is none."""
 
     __slots__ = ("domain", "local")
 
@@ -1545,7 +1555,7 @@ class Address:
 
 
 def is_made_of(word: str, alphabet: frozenset[str]) -> bool:
-    """Whether word is not empty and has only these characters and printable ones beyond ASCII (RFC 6531)."""
+    """Whether the word is not empty and has only these characters, and printable ones beyond ASCII (RFC 6531)."""
     if not word.isascii():
         if not is_printable(word):
             return False
@@ -1554,11 +1564,11 @@ def is_made_of(word: str, alphabet: frozenset[str]) -> bool:
 
 
 def parse_path(argument: str) -> tuple[Address | None, str]:
-    """Takes "<path> parameters" apart: the address (None for <>), and the parameters.
+    """The address in "<path> parameters", None for <>, and the parameters.
 
-    A source route is dropped. The domain may be missing, as local delivery often has it. Dots may
-    stand anywhere in a local-part, as they do in the world.
-    Raises ValueError, with a text for the client. Source: RFC 5321 section 4.1.2, RFC 6531 section 3.3.
+    A source route is dropped. The domain may be missing, as it often is in local delivery. Dots may stand anywhere in a
+    local-part, as some addresses in use have them.
+    Raises ValueError with a text for the client. Source: RFC 5321 section 4.1.2, RFC 6531 section 3.3.
     """
     if not argument.startswith("<"):
         raise ValueError("the address must be in angle brackets")
@@ -1584,7 +1594,7 @@ def parse_path(argument: str) -> tuple[Address | None, str]:
 
 
 def end_of_source_route(argument: str) -> int:
-    """Where the mailbox begins in "<path>". Raises ValueError."""
+    """The index in "<path>" where the mailbox begins. Raises ValueError."""
     if not argument.startswith("<@"):
         return 1
     route, colon, _ = argument[1:].partition(":")
@@ -1595,7 +1605,7 @@ def end_of_source_route(argument: str) -> int:
 
 
 def scan_local_part(argument: str, start: int) -> tuple[str, int]:
-    """The local-part that begins there, without quotes, and where it ends. Raises ValueError."""
+    """The local-part that begins at an index, without quotes, and the index of its end. Raises ValueError."""
     if argument.startswith('"', start):
         return scan_quoted_string(argument, start + 1)
     end = first_of("@>", argument, start)
@@ -1606,12 +1616,15 @@ def scan_local_part(argument: str, start: int) -> tuple[str, int]:
 
 
 def first_of(characters: str, text: str, start: int = 0) -> int:
-    """Where the first of these characters is, from there on; the end of the text if there is none."""
+    """The index of the first of these characters, from start on; the length of the text if there is none."""
     return min([place for c in characters if (place := text.find(c, start)) >= 0], default=len(text))
 
 
 def scan_quoted_string(argument: str, start: int) -> tuple[str, int]:
-    """What the quotes hold, from behind the first, and where the second ends. Raises ValueError."""
+    """The content of a quoted string, and the index of its end. start: the index after the first quote.
+
+    Raises ValueError.
+    """
     characters: list[str] = []
     rest = iter(argument[start:])
     for character in rest:
@@ -1626,7 +1639,7 @@ def scan_quoted_string(argument: str, start: int) -> tuple[str, int]:
 
 
 def scan_domain(argument: str, start: int) -> tuple[str, int]:
-    """The domain or address literal that begins there, and where it ends. Raises ValueError."""
+    """The domain or address literal that begins at an index, and the index of its end. Raises ValueError."""
     if argument.startswith("[", start):
         end = argument.find("]", start) + 1
         literal = argument[start + 1 : end - 1]
@@ -1643,7 +1656,7 @@ def scan_domain(argument: str, start: int) -> tuple[str, int]:
 def parse_parameters(text: str) -> dict[str, str | None]:
     """ESMTP parameters " KEYWORD KEYWORD=value ..." as a dictionary, with keywords in upper case.
 
-    Raises ValueError, with a text for the client. Source: RFC 5321 section 4.1.2.
+    Raises ValueError with a text for the client. Source: RFC 5321 section 4.1.2.
     """
     parameters: dict[str, str | None] = {}
     for word in text.split():
@@ -1658,11 +1671,11 @@ def parse_parameters(text: str) -> dict[str, str | None]:
 
 
 class Recipient:
-    """Whom a forward-path means here.
+    """The meaning of a forward-path on this host.
 
-    user, detail: the local-part before and after the first delimiter. domain: "" where it does not belong to the
-    userid. address: as the client gave it. is_postmaster: whether it is the address that every host must have
-    (RFC 5321 section 4.5.1). is_shared: whether the detail names a shared folder, and not a user's.
+    user, detail: the local-part before and after the first delimiter. domain: "" if it is not a part of the userid.
+    address: as the client gave it. is_postmaster: whether it is the address that every host must have (RFC 5321 section
+    4.5.1). is_shared: whether the detail names a shared folder, and not one of a user.
     """
 
     __slots__ = ("address", "detail", "domain", "is_postmaster", "is_shared", "user")
@@ -1681,26 +1694,26 @@ class Recipient:
 
     @property
     def userid(self) -> str:
-        """The name by which the mailstore knows the user."""
+        """The user's name in the mailstore."""
         return f"{self.user}@{self.domain}" if self.domain else self.user
 
 
 # ======================================================================
 # Files
 #
-# Owns identities, guarded paths, drafts, and files and directories that are
-# made durable.
+# Owns identities, guarded paths, drafts, and the making of durable files and
+# directories.
 # Must not know mail.
 # ======================================================================
 
 NAME_LIMIT = 255  # octets of a name in a file system
 NAMES_MADE = itertools.count(1)
-HOST = socket.gethostname().replace("/", "\\057").replace(":", "\\072")  # as maildir(5) writes it
-WRITEBACK_SIZE = 1 << 20  # octets
+HOST = socket.gethostname().replace("/", "\\057").replace(":", "\\072")  # escaped as in maildir(5)
+WRITEBACK_SIZE = 1 << 20  # octets after which the disk starts to write
 LINK_IMPOSSIBLE = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP)
 OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-EXISTING_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a user may have put a FIFO there
+EXISTING_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # the user may have put a FIFO there
 
 
 class Identity:
@@ -1993,7 +2006,7 @@ def make_directory(parent: str, name: str, guarded: bool) -> None:
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Writes all of data to a file. Raises OSError, also if it takes nothing and does not say why."""
+    """Writes all of data to a file. Raises OSError, also for a write that takes nothing and gives no error."""
     while data:
         written = os.write(fd, data)
         if not written:
@@ -2010,15 +2023,94 @@ def unique_name() -> str:
 # ======================================================================
 # Message
 #
-# Owns what comes after DATA or BDAT and the header fields that are added to it.
+# Owns what comes after DATA or BDAT: decoding, limits, header and body, trace
+# and added fields.
 # Must not know who gets it.
 # ======================================================================
 
-MEMORY_LIMIT = 256 * 1024  # octets of a message kept in memory, and of a header looked at
+MEMORY_LIMIT = 256 * 1024  # octets of a message that is kept in memory, and of a header that is parsed
 OBSOLETE_SPACE = 64  # octets of white space before a field's colon, RFC 5322 section 4.5.8
-FIRST_LINE_LIMIT = 1024  # octets of the first line looked at, for whether it is a field
+FIRST_LINE_LIMIT = 1024  # octets of the first line that are examined: is it a field?
 FIELD_NAME = frozenset(set(range(33, 127)) - {ord(":")})  # RFC 5322 section 2.2
 EIGHT_BIT_TO_X = bytes(range(128)) + b"X" * 128
+
+NUL_IN_MESSAGE = Reply(554, "5.6.0", "The message contains a NUL octet")
+EIGHT_BIT_HEADER = Reply(554, "5.6.0", "The message has 8-bit octets in its header")
+TOO_LARGE = Reply(552, "5.3.4", "The message is larger than this server takes")
+
+
+class DotDecoder:
+    """Decodes a message that DATA sends: the dots, and the end. The octets may be cut anywhere.
+
+    Only the line "." ends the message, and lines end as those of the whole session do. So a bare LF, a bare CR and any
+    mixture of them with a dot is a part of the message.
+    ended: whether the last line has arrived. rest: the octets after it.
+    Source: RFC 5321 sections 2.3.8, 4.1.1.4 and 4.5.2.
+    """
+
+    def __init__(self, eol: bytes = CRLF) -> None:
+        self.ended = False
+        self.rest = b""
+        self._eol = eol
+        self._dot, self._end = eol + b".", eol + b"." + eol
+        self._held = eol  # as if a line ended before the message
+        self._skip = 1
+
+    def decode(self, data: bytes) -> bytes:
+        """The octets of the message in data, with LF at the end of lines."""
+        data = self._held + data
+        dot = data.find(self._dot)
+        end = data.find(self._end, dot) if dot >= 0 else -1
+        if end >= 0:
+            self.ended = True
+            self.rest = data[end + len(self._end) :]
+            data = data[: end + len(self._eol)]
+        else:
+            end = len(data) - overlap(data, self._end)
+            self._held = data[end:]
+            data = data[:end]
+        if dot >= 0:
+            data = data.replace(self._dot, self._eol)
+        decoded = with_lf(data, self._eol)
+        if self._skip and decoded:
+            self._skip, decoded = 0, decoded[1:]
+        return decoded
+
+
+def with_lf(data: bytes, eol: bytes) -> bytes:
+    """data.replace(eol, LF), in two thirds of the time if data has no lone CR."""
+    if eol == LF:
+        return data
+    without_cr = data.replace(b"\r", b"")
+    has_lone_cr = data.count(CRLF) < len(data) - len(without_cr)
+    return data.replace(CRLF, LF) if has_lone_cr else without_cr
+
+
+def overlap(data: bytes, pattern: bytes) -> int:
+    """The number of octets at the end of data that may be the beginning of the pattern."""
+    for size in range(len(pattern) - 1, 0, -1):
+        if data.endswith(pattern[:size]):
+            return size
+    return 0
+
+
+class ChunkDecoder:
+    """Decodes BDAT chunks: LF becomes the end of lines. The octets may be cut anywhere. Source: RFC 3030."""
+
+    def __init__(self, eol: bytes = CRLF) -> None:
+        self._eol = eol
+        self._held = b""
+
+    def decode(self, data: bytes) -> bytes:
+        """The octets of the message in data, but without those at its end that may be half of a line's end."""
+        data = self._held + data
+        end = len(data) - overlap(data, self._eol)
+        self._held = data[end:]
+        return with_lf(data[:end], self._eol)
+
+    def rest(self) -> bytes:
+        """The octets that are left after the last chunk."""
+        return self._held
 
 
 class Header:
@@ -2081,83 +2173,11 @@ class Header:
         return end or len(self.octets)
 
 
-NUL_IN_MESSAGE = Reply(554, "5.6.0", "The message contains a NUL octet")
-EIGHT_BIT_HEADER = Reply(554, "5.6.0", "The message has 8-bit octets in its header")
-TOO_LARGE = Reply(552, "5.3.4", "The message is larger than this server takes")
-
-
-class DotDecoder:
-    """Undoes what DATA does to a message, however the octets are cut into reads.
-
-    The message ends with the line "." and with nothing else: lines end as the whole session's do, so
-    a bare LF, a bare CR and any mixture of them with a dot is a part of the message.
-    ended: whether the last line was seen; rest: what came after it.
-    Source: RFC 5321 sections 2.3.8, 4.1.1.4, 4.5.2.
-    """
-
-    def __init__(self, eol: bytes = CRLF) -> None:
-        self.ended = False
-        self.rest = b""
-        self._eol = eol
-        self._dot, self._end = eol + b".", eol + b"." + eol
-        self._held = eol  # as if the message stood on lines of its own
-        self._skip = 1
-
-    def decode(self, data: bytes) -> bytes:
-        """The octets of the message in data, with LF at the end of lines."""
-        data = self._held + data
-        dot = data.find(self._dot)
-        end = data.find(self._end, dot) if dot >= 0 else -1
-        if end >= 0:
-            self.ended = True
-            self.rest = data[end + len(self._end) :]
-            data = data[: end + len(self._eol)]
-        else:
-            end = len(data) - overlap(data, self._end)
-            self._held = data[end:]
-            data = data[:end]
-        if dot >= 0:
-            data = data.replace(self._dot, self._eol)
-        decoded = with_lf(data, self._eol)
-        if self._skip and decoded:
-            self._skip, decoded = 0, decoded[1:]
-        return decoded
-
-
-def with_lf(data: bytes, eol: bytes) -> bytes:
-    """data.replace(eol, LF), in two thirds of the time where no CR stands alone."""
-    if eol == LF:
-        return data
-    without_cr = data.replace(b"\r", b"")
-    has_lone_cr = data.count(CRLF) < len(data) - len(without_cr)
-    return data.replace(CRLF, LF) if has_lone_cr else without_cr
-
-
-def overlap(data: bytes, pattern: bytes) -> int:
-    """How many octets at the end of data may be the beginning of pattern."""
-    for size in range(len(pattern) - 1, 0, -1):
-        if data.endswith(pattern[:size]):
-            return size
-    return 0
-
-
-class ChunkDecoder:
-    """Gives the octets of BDAT chunks LF at the end of lines, however they are cut. Source: RFC 3030."""
-
-    def __init__(self, eol: bytes = CRLF) -> None:
-        self._eol = eol
-        self._held = b""
-
-    def decode(self, data: bytes) -> bytes:
-        """The octets of the message in data, save those at its end that may be half of a line end."""
-        data = self._held + data
-        end = len(data) - overlap(data, self._eol)
-        self._held = data[end:]
-        return with_lf(data[:end], self._eol)
-
-    def rest(self) -> bytes:
-        """What is left when the last chunk has been decoded."""
-        return self._held
+def is_field(line: bytes) -> bool:
+    """Whether a header section may begin with this line: a field (RFC 5322 section 2.2), or mbox's From line."""
+    name, colon, _ = line.partition(b":")
+    name = name.rstrip(b" \t")
+    return bool(colon and name and FIELD_NAME.issuperset(name)) or line.startswith((b"From ", b">From "))
 
 
 class Message:
@@ -2359,13 +2379,6 @@ def count_of_lf(data: bytes) -> int:
     return len(data) - len(data.replace(LF, b""))
 
 
-def is_field(line: bytes) -> bool:
-    """Whether a header section may begin with this line: a field (RFC 5322 section 2.2), or mbox's From line."""
-    name, colon, _ = line.partition(b":")
-    name = name.rstrip(b" \t")
-    return bool(colon and name and FIELD_NAME.issuperset(name)) or line.startswith((b"From ", b">From "))
-
-
 def date_time() -> str:
     """The time now, as RFC 5322 section 3.3 writes it."""
     return time.strftime("%a, %d %b %Y %H:%M:%S %z")  # in English: this program never sets a locale
@@ -2423,10 +2436,89 @@ def trace_header(origin: Origin, reverse_path: Address | None, recipient: Addres
 
 INBOX = ""
 QUOTA_FILE, KEYWORD_FILE, LOCK_FILE = "maildirsize", "dovecot-keywords", "dovecot-uidlist.lock"
-QUOTA_FILE_LIMIT = 5120  # octets after which it is written anew
-QUOTA_STALE = 15 * 60  # seconds after which it is not reason enough to refuse mail
-RECOUNTS = 3  # times that a Maildir is counted which changes meanwhile
-APPENDS = 3  # times that a line is appended to a file which is replaced meanwhile
+QUOTA_FILE_LIMIT = 5120  # octets; a larger file is replaced by a new count
+QUOTA_STALE = 15 * 60  # seconds; an older file is counted anew before mail is refused for it
+RECOUNTS = 3  # counts of a Maildir that changes meanwhile
+APPENDS = 3  # appends to a file that is replaced meanwhile
+FLAG_LETTERS = {r"\draft": "D", r"\flagged": "F", r"\answered": "R", r"\seen": "S", r"\deleted": "T"}
+KEYWORD_ATOM = frozenset(map(chr, range(33, 127))) - frozenset('(){%*"\\]')  # RFC 3501 section 9, flag-keyword
+KEYWORD_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+LOCK_PATIENCE, LOCK_STALE = 30, 120  # seconds to wait for a lock, and to respect one
+
+
+def folder_parts(name: str, config: Config) -> tuple[str, ...]:
+    """The levels of a folder's name as people write it; () for the INBOX.
+
+    Raises ValueError for a name that no folder can have.
+    """
+    if name.upper() == "INBOX":
+        return ()
+    parts = tuple(name.split("/" if config.unixhierarchysep else "."))
+    for part in parts:
+        if not part or not is_printable(part) or "/" in part or "." in part:
+            raise ValueError(f"{name!r} cannot be a folder's name")
+    if len(folder_directory(parts)) > NAME_LIMIT:
+        raise ValueError(f"{name!r} is too long for a folder's name")
+    return parts
+
+
+def folder_directory(parts: Sequence[str]) -> str:
+    """The directory of a folder in a Maildir++; "" for the INBOX."""
+    return "".join(f".{to_modified_utf7(part)}" for part in parts)
+
+
+def folder_spellings(name: str, config: Config) -> list[str]:
+    """The directories that a folder may have: in modified UTF-7, and in UTF-8 as Courier writes it.
+
+    Raises ValueError for a name that no folder can have.
+    """
+    folder = folder_directory(folder_parts(name, config))
+    return sorted({folder, from_modified_utf7(folder)}, key=len, reverse=True)
+
+
+def similar_name(folder: str) -> tuple[str, ...]:
+    """The levels of a folder's name, without the differences of case and of hyphen, underscore and space."""
+    parts = [from_modified_utf7(part) for part in folder.split(".")[1:]]
+    return tuple(part.casefold().replace("-", " ").replace("_", " ") for part in parts)
+
+
+def to_modified_utf7(text: str) -> str:
+    """Text in the ASCII that IMAP uses for folder names. Source: RFC 3501 section 5.1.3."""
+    encoded, foreign = [], ""
+    for character in f"{text}\0":
+        if character == "\0" or " " <= character <= "~":
+            if foreign:
+                encoded.append(f"&{modified_base64(foreign)}-")
+                foreign = ""
+            encoded.append("&-" if character == "&" else character)
+        else:
+            foreign += character
+    return "".join(encoded)[:-1]
+
+
+def modified_base64(text: str) -> str:
+    """The UTF-16 of a text in the base64 of RFC 3501 section 5.1.3."""
+    from binascii import b2a_base64
+
+    octets = text.encode("utf-16-be", "surrogatepass")
+    return b2a_base64(octets, newline=False).decode("ascii").rstrip("=").replace("/", ",")
+
+
+def from_modified_utf7(text: str) -> str:
+    """The text that to_modified_utf7() has encoded; what is malformed stays as it is."""
+    from binascii import a2b_base64
+
+    first, *rest = text.split("&")
+    decoded = [first]
+    for part in rest:
+        encoded, _, after = part.partition("-")
+        padding = "=" * (-len(encoded) % 4)
+        try:
+            octets = a2b_base64(encoded.replace(",", "/") + padding)
+            decoded.append((octets.decode("utf-16-be") if encoded else "&") + after)
+        except ValueError:
+            decoded.append(f"&{part}")
+    return "".join(decoded)
 
 
 class QuotaUsage:
@@ -2652,6 +2744,15 @@ class QuotaFile:
             os.close(fd)
 
 
+def size_of(message: os.DirEntry[str]) -> int:
+    """The octets of a message file, from ",S=octets" in its name if a Maildir++ writer named it. Raises OSError."""
+    after = message.name.partition(",S=")[2]
+    digits = after[: len(after) - len(after.lstrip(DIGITS))]
+    if digits and after[len(digits) :][:1] in ("", ",", ":"):
+        return int(digits)
+    return message.stat(follow_symlinks=False).st_size
+
+
 class KeywordFile:
     """The file dovecot-keywords of a folder, by which Dovecot gives each keyword a letter.
 
@@ -2701,98 +2802,8 @@ class KeywordFile:
         return {name.lower(): (number, name) for number, name in numbered if number < len(KEYWORD_LETTERS)}, changed
 
 
-FLAG_LETTERS = {r"\draft": "D", r"\flagged": "F", r"\answered": "R", r"\seen": "S", r"\deleted": "T"}
-KEYWORD_ATOM = frozenset(map(chr, range(33, 127))) - frozenset('(){%*"\\]')  # RFC 3501 section 9, flag-keyword
-KEYWORD_LETTERS = "abcdefghijklmnopqrstuvwxyz"
-LOCK_PATIENCE, LOCK_STALE = 30, 120  # seconds
-
-
-def folder_parts(name: str, config: Config) -> tuple[str, ...]:
-    """The levels of a folder's name as people write it; () for the INBOX.
-
-    Raises ValueError for a name that no folder can have.
-    """
-    if name.upper() == "INBOX":
-        return ()
-    parts = tuple(name.split("/" if config.unixhierarchysep else "."))
-    for part in parts:
-        if not part or not is_printable(part) or "/" in part or "." in part:
-            raise ValueError(f"{name!r} cannot be a folder's name")
-    if len(folder_directory(parts)) > NAME_LIMIT:
-        raise ValueError(f"{name!r} is too long for a folder's name")
-    return parts
-
-
-def folder_directory(parts: Sequence[str]) -> str:
-    """The directory of a folder in a Maildir++; "" for the INBOX."""
-    return "".join(f".{to_modified_utf7(part)}" for part in parts)
-
-
-def folder_spellings(name: str, config: Config) -> list[str]:
-    """The directories that a folder may have: in modified UTF-7, and in UTF-8 as Courier writes it.
-
-    Raises ValueError for a name that no folder can have.
-    """
-    folder = folder_directory(folder_parts(name, config))
-    return sorted({folder, from_modified_utf7(folder)}, key=len, reverse=True)
-
-
-def similar_name(folder: str) -> tuple[str, ...]:
-    """The levels of a folder's name, without the differences of case and of hyphen, underscore and space."""
-    parts = [from_modified_utf7(part) for part in folder.split(".")[1:]]
-    return tuple(part.casefold().replace("-", " ").replace("_", " ") for part in parts)
-
-
-def to_modified_utf7(text: str) -> str:
-    """Text in the ASCII that IMAP uses for folder names. Source: RFC 3501 section 5.1.3."""
-    encoded, foreign = [], ""
-    for character in f"{text}\0":
-        if character == "\0" or " " <= character <= "~":
-            if foreign:
-                encoded.append(f"&{modified_base64(foreign)}-")
-                foreign = ""
-            encoded.append("&-" if character == "&" else character)
-        else:
-            foreign += character
-    return "".join(encoded)[:-1]
-
-
-def modified_base64(text: str) -> str:
-    """The UTF-16 of a text in the base64 of RFC 3501 section 5.1.3."""
-    from binascii import b2a_base64
-
-    octets = text.encode("utf-16-be", "surrogatepass")
-    return b2a_base64(octets, newline=False).decode("ascii").rstrip("=").replace("/", ",")
-
-
-def from_modified_utf7(text: str) -> str:
-    """The text that to_modified_utf7() has encoded; what is malformed stays as it is."""
-    from binascii import a2b_base64
-
-    first, *rest = text.split("&")
-    decoded = [first]
-    for part in rest:
-        encoded, _, after = part.partition("-")
-        padding = "=" * (-len(encoded) % 4)
-        try:
-            octets = a2b_base64(encoded.replace(",", "/") + padding)
-            decoded.append((octets.decode("utf-16-be") if encoded else "&") + after)
-        except ValueError:
-            decoded.append(f"&{part}")
-    return "".join(decoded)
-
-
-def size_of(message: os.DirEntry[str]) -> int:
-    """The octets of a message file, which its name has as ",S=octets" if a Maildir++ writer gave it. Raises OSError."""
-    after = message.name.partition(",S=")[2]
-    digits = after[: len(after) - len(after.lstrip(DIGITS))]
-    if digits and after[len(digits) :][:1] in ("", ",", ":"):
-        return int(digits)
-    return message.stat(follow_symlinks=False).st_size
-
-
 class DovecotLock:
-    """The lock by which Dovecot's processes keep each other from changing a folder; as a context, held while it lasts.
+    """Dovecot's lock on a folder, by which its processes keep each other from changing it; held during a "with" block.
 
     Raises OSError, TimeoutError among them.
     """
@@ -2811,7 +2822,7 @@ class DovecotLock:
 
     def __exit__(self, *_: object) -> None:
         try:
-            if self._holder()[0] == str(os.getpid()):  # else it took too long, and another has taken it away
+            if self._holder()[0] == str(os.getpid()):  # else this took too long, and another has removed it
                 os.unlink(LOCK_FILE, dir_fd=self._place)
         finally:
             os.close(self._place)
@@ -2837,7 +2848,7 @@ class DovecotLock:
                 return
 
     def _holder(self, name: str = LOCK_FILE) -> tuple[str, str, float]:
-        """The process and host that hold the lock, "" if nobody does, and the seconds since it was taken."""
+        """The process and the host that hold the lock, "" if nobody does, and the age of the lock in seconds."""
         try:
             fd = os.open(name, os.O_RDONLY | EXISTING_FILE, dir_fd=self._place)
         except FileNotFoundError:
@@ -2850,12 +2861,12 @@ class DovecotLock:
         return process, host, age
 
     def _is_stale(self, name: str = LOCK_FILE) -> bool:
-        """Whether the lock is of a process that is no more, or that has not been heard of for too long."""
+        """Whether the process that holds the lock has ended, or has held it for too long."""
         process, host, age = self._holder(name)
-        return age > LOCK_STALE or (host == socket.gethostname() and process.isdigit() and is_gone(int(process)))
+        return age > LOCK_STALE or (host == socket.gethostname() and process.isdigit() and has_ended(int(process)))
 
     def _break_if_stale(self) -> None:
-        """Removes a stale lock; aside first, for meanwhile another may have removed it and taken its own."""
+        """Removes a stale lock. It is moved aside first: another process may have replaced it meanwhile."""
         if not self._is_stale():
             return
         aside = f"{LOCK_FILE}.{unique_name()}"
@@ -2870,13 +2881,13 @@ class DovecotLock:
             else:
                 os.link(aside, LOCK_FILE, src_dir_fd=self._place, dst_dir_fd=self._place, follow_symlinks=False)
         except FileExistsError:
-            return  # a third one has taken it
+            return  # a third process has taken the lock
         finally:
             os.unlink(aside, dir_fd=self._place)
 
 
-def is_gone(process: int) -> bool:
-    """Whether there is no such process; one of somebody else may be hidden in /proc."""
+def has_ended(process: int) -> bool:
+    """Whether there is no process with that id. Those of other users may be hidden in /proc, so it is not asked."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -2893,7 +2904,7 @@ def is_gone(process: int) -> bool:
 # Must not know LMTP or Sieve.
 # ======================================================================
 
-ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)  # errors that say that there is no such folder
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)  # errors that mean that a folder does not exist
 
 
 class StoreError(Exception):
@@ -3206,12 +3217,12 @@ class Maildir:
 # ======================================================================
 # Users
 #
-# Owns the user databases: Maildirs, the accounts of the host, Dovecot's.
+# Owns the user databases: Maildirs, the accounts of this host, Dovecot's.
 # Must not know LMTP.
 # ======================================================================
 
-NOBODY = 65534  # the user id of who has no other
-PASSWD_SIZE = 512  # octets, more than a struct passwd has anywhere
+NOBODY = 65534  # the user id of the account nobody
+PASSWD_SIZE = 512  # octets, more than a struct passwd has on any system
 
 
 class Account:
@@ -3408,7 +3419,7 @@ def maildir_in_dovecot_fields(fields: dict[str, str], home: str) -> str:
 
 
 def parse_quota_rule(rule: str) -> tuple[int, int]:
-    """The octets and messages of a rule such as "*:storage=1G:messages=1000", where storage counts in KiB.
+    """The octets and messages of a rule such as "*:storage=1G:messages=1000", in which storage counts in KiB.
 
     Raises ValueError. Source: Dovecot's documentation of its plugin quota.
     """
@@ -3428,7 +3439,7 @@ def parse_quota_rule(rule: str) -> tuple[int, int]:
 # ======================================================================
 # Mailstore
 #
-# Owns the way from a recipient to a mailbox.
+# Owns the way from a recipient to a mailbox, and the interface of a store.
 # Must not know LMTP.
 # ======================================================================
 
@@ -3570,12 +3581,12 @@ def is_safe_name(name: str) -> bool:
 # Records
 #
 # Owns the database of what has been delivered already.
-# Must not know what follows from that.
+# Must not know what follows from a record.
 # ======================================================================
 
-DATABASE_PATIENCE = 5.0  # seconds that the database of duplicates may be locked
+DATABASE_PATIENCE = 5.0  # seconds to wait for the lock of the duplicate database
 DAY = 86400  # seconds
-EXPIRED_AT_ONCE = 10  # records that are dropped at most for each message
+EXPIRED_AT_ONCE = 10  # expired records that are deleted for each message, at most
 
 
 class Duplicates:
@@ -3671,7 +3682,8 @@ class Duplicates:
 # ======================================================================
 # Delivery
 #
-# Owns what happens to one message and all its recipients.
+# Owns what happens to one message and all its recipients. Errors of the store
+# become replies here.
 # Must not know the wire.
 # ======================================================================
 
@@ -4049,31 +4061,32 @@ def log_delivery(delivery: Delivery, reply: Reply, message: Message, envelope: E
 
 
 def recipient_of(userid: str, config: Config) -> Recipient:
-    """The recipient that an option names."""
+    """The recipient whose userid an option gives."""
     local, _, domain = userid.partition("@")
     return Recipient(Address(local, domain.lower()), config)
 
 
 def is_identified(message: Message) -> bool:
-    """Whether the message came with an identification by which it can be known again."""
-    says_something = bool(message.message_id.strip("<> "))  # broken senders give all their messages an empty one
+    """Whether the client sent a Message-ID by which the message is known when it comes again."""
+    says_something = bool(message.message_id.strip("<> "))  # broken senders give every message an empty one
     return message.has_message_id and says_something and len(message.message_id) <= MESSAGE_ID_LIMIT
 
 
 # ======================================================================
 # Authentication
 #
-# Owns SASL mechanisms, and who checks passwords.
+# Owns SASL mechanisms, password checks, what is offered, and who may deliver.
 # Must not know mail.
 # ======================================================================
 
 # A mechanism is a generator: it yields challenges, is sent responses, and returns the
 # user's name. It raises AuthenticationFailed, Unavailable or ValueError,
-# the last for a response that is malformed.
+# the last for a malformed response.
+
 PLAINTEXT_MECHANISMS = ("PLAIN", "LOGIN")
 SCRAM_MECHANISMS = ("SCRAM-SHA-256", "SCRAM-SHA-1")
 SALT_MINIMUM, ITERATIONS_MINIMUM = 12, 4096  # octets, and RFC 7677 section 4
-TRUSTED_USER = "postman"  # who a client on a trusted connection is to Cyrus
+TRUSTED_USER = "postman"  # Cyrus' name for a client on a trusted connection
 
 
 class AuthenticationFailed(Exception):
@@ -4480,7 +4493,7 @@ RESPONSE_LIMIT = 12_290  # octets of a SASL response with its end, RFC 4954 sect
 MECHANISM_LIMIT = 20  # characters of a mechanism's name, RFC 4422 section 3.1
 MECHANISM = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ-_" + DIGITS)
 FAILURES_ALLOWED = 3
-BAD_COMMAND_CODES = (500, 501, 555)  # codes of replies to commands that count as bad
+BAD_COMMAND_CODES = (500, 501, 555)  # reply codes that make a command count as bad
 TRANSACTION_VERBS = (b"MAIL", b"RCPT", b"DATA", b"BDAT")  # do not count as idle when they succeed
 
 OK = Reply(250, "2.0.0", "Ok")
@@ -4495,7 +4508,7 @@ BAD_CHUNK = Reply(501, "5.5.4", "BDAT needs a size, then LAST or nothing; closin
 NO_TRANSACTION = Reply(503, "5.5.1", "Need MAIL command")
 NO_RECIPIENTS = Reply(503, "5.5.1", "No recipients")
 NESTED_MAIL = Reply(503, "5.5.1", "Nested MAIL command")
-CHUNKING_BEGUN = Reply(503, "5.5.1", "BDAT has begun this message, only BDAT can go on")
+CHUNKING_BEGUN = Reply(503, "5.5.1", "This message has begun with BDAT, and must go on with it")
 TOO_MANY_RECIPIENTS = Reply(452, "4.5.3", "Too many recipients, send the message to the others separately")
 TOO_MANY_ERRORS = Reply(421, "4.7.0", "Too many bad commands, closing the connection")
 NOT_ASCII = Reply(553, "5.6.7", "Addresses beyond ASCII need the SMTPUTF8 parameter of MAIL")
@@ -4506,7 +4519,7 @@ AUTHENTICATION_DOWN = Reply(454, "4.7.0", "Authentication is not possible now, t
 RESPONSE_TOO_LONG = Reply(500, "5.5.6", "Authentication exchange line is too long")
 MALFORMED_RESPONSE = Reply(501, "5.5.2", "Malformed response")
 CANCELLED = Reply(501, "5.7.0", "Authentication cancelled")
-NOT_NOW = Reply(503, "5.5.1", "Not within a transaction, and once only")
+NOT_NOW = Reply(503, "5.5.1", "Allowed once, and not in a transaction")
 UNKNOWN_MECHANISM = Reply(504, "5.5.4", "Mechanism not available")
 TLS_FIRST = Reply(530, "5.7.0", "Must issue a STARTTLS command first")
 FAILED = Reply(535, "5.7.8", "Authentication failed")
@@ -4722,7 +4735,7 @@ class MailDialogue(Dialogue):
     def do_data(self, argument: str) -> None:
         """RFC 5321 section 4.1.1.4, RFC 2033 section 4.2"""
         if argument:
-            raise malformed("DATA takes none")
+            raise malformed("DATA takes no parameters")
         transaction = self._transaction
         if not transaction or not transaction.destinations:
             raise LmtpError(NO_RECIPIENTS)
@@ -4750,7 +4763,7 @@ class MailDialogue(Dialogue):
     def do_rset(self, argument: str) -> None:
         """RFC 5321 section 4.1.1.5"""
         if argument:
-            raise malformed("RSET takes none")
+            raise malformed("RSET takes no parameters")
         self._reset()
         self.reply(Reply(250, "2.0.0", f"Ok SESSIONID=<{self.id}>"))
 
@@ -4867,7 +4880,7 @@ class Session(MailDialogue):
         if not context or self._authenticator.trusted:
             raise LmtpError(BAD_SYNTAX)
         if argument:
-            raise malformed("STARTTLS takes none")
+            raise malformed("STARTTLS takes no parameters")
         if self._connection.tls or self._transaction:
             raise LmtpError(NOT_NOW)
         self.reply(READY_FOR_TLS)
@@ -4934,7 +4947,7 @@ class Session(MailDialogue):
     def do_quit(self, argument: str) -> None:
         """RFC 5321 section 4.1.1.10"""
         if argument:
-            raise malformed("QUIT takes none")
+            raise malformed("QUIT takes no parameters")
         self.reply(BYE)
 
     VERBS: dict[str, Callable[[Any, str], None]] = {
@@ -5052,113 +5065,133 @@ def parse_chunk_size(argument: str) -> tuple[int, bool]:
 # ======================================================================
 # Service
 #
-# Owns where connections come from, and when a process ends.
+# Owns where connections come from, and how many a process serves.
 # Must not know LMTP.
 # ======================================================================
 
-COUNT_LIMIT = 1_000_000  # twice so many seconds are what epoll_wait(2) can wait
-RELOAD_PATIENCE = 5  # seconds that a pool gives its connections after SIGHUP, for nobody is served meanwhile
+COUNT_LIMIT = 1_000_000  # seconds; epoll_wait(2) can wait twice as long, but not much longer
+RELOAD_PATIENCE = 5  # seconds that a pool gives its connections after SIGHUP: no other is served meanwhile
 MASTER_STATUS_FD, MASTER_LISTEN_FD = 3, 4  # Cyrus master(8)
-AVAILABLE, UNAVAILABLE, CONNECTED = 1, 2, 3  # what a worker tells master(8), or our own parent
+AVAILABLE, UNAVAILABLE, CONNECTED = 1, 2, 3  # messages of a worker to master(8), or to our own parent
 EPOLLEXCLUSIVE = 1 << 28  # epoll_ctl(2): a connection wakes one worker, not all
 PR_SET_DUMPABLE, PR_SET_PTRACER, PR_SET_PTRACER_ANY = 4, 0x59616D61, -1  # prctl(2)
 
 
 class UsageError(Exception):
-    """The command line cannot be understood; the text says why."""
+    """The command line has an error, which the text names."""
 
 
-class Server:
-    """How this process serves a connection, and what it was told on its command line.
+class Arguments:
+    """The command line.
 
-    uses: connections that a process serves. timeout: seconds it waits for another, 0 for ever.
-    service: the name under which it was started. tls: the settings for STARTTLS, if it is to be had.
+    config_file: -C. uses: -U, the connections that a process serves. timeout: -T, the seconds that it waits for another
+    connection; 0 for ever. debugs: -D. expects_proxy: -H. trusts_internet: -a.
     """
 
-    def __init__(self, config: Config, options: dict[str, Any], service: str, tls: SSLContext | None) -> None:
-        self.config, self.service = config, service
-        self._tls = tls
-        self.uses: int = options["-U"]
-        self.timeout: float = options["-T"]
-        self.stop = Stop(ShutdownFile(f"{config.configdirectory}/msg/shutdown"))
-        self.stop.listen()
-        self._trusts_internet, self._proxied, self._debug = options["-a"], options["-H"], options["-D"]
-        if self._debug and not config.debug_command:
-            raise ConfigError("-D needs the option debug_command")
-        self._agent = DeliveryAgent(config)
-        self._files = (__file__, *config.files, *(files_for_tls(config) if tls else ()))
-        self._versions = versions(self._files)
-
-    def prepare(self) -> None:
-        """Gets ready for many connections, in a process that will fork."""
-        self._agent.prepare()
-
-    def serve(self, peer: Peer) -> None:
-        """Serves the connection that standard input and output are: a socket, pipe, file or terminal."""
-        timeout, limit = self.config.lmtp_command_timeout, self.config.lmtp_session_timeout
-        wire = Wire(0, 1, timeout, limit, self.stop.wakeup.fd)
-        connection = Connection(wire, timeout, self._tls)
-        if peer.internet and self.config.tcp_keepalive:
-            keep_alive(0, self.config)
-        if self._proxied:
-            wire.on_wakeup = self._leave_if_told
-            try:
-                peer = read_proxy_header(connection, peer)
-            except (Disconnected, LmtpError) as error:
-                log.warning("connection refused", peer=peer.name, cause=error)
-                return
-        trusted = self._trusts_internet or not peer.internet
-        authenticator = Authenticator(self.config, self.service, peer, trusted)
-        Session(connection, peer, authenticator, self._agent, self.stop, self.config).serve()
-        authenticator.close()
-
-    def _leave_if_told(self) -> None:
-        self.stop.wakeup.drain()
-        if self.stop.requested:
-            raise Disconnected("terminated")
-
-    def is_outdated(self) -> bool:
-        """Whether the program, its configuration or its certificates have been changed since they were read."""
-        return versions(self._files) != self._versions
-
-    def debug(self) -> None:
-        """With -D, runs debug_command on this process and waits for it."""
-        if not self._debug:
-            return
-        import ctypes
-        import subprocess
-
-        prctl = ctypes.CDLL(None).prctl
-        prctl(PR_SET_DUMPABLE, 1)  # a process that has changed its user can't be traced otherwise
-        prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY)
-        command = debug_command(self.config.debug_command, sys.executable, os.getpid(), self.service) or ""
-        null = subprocess.DEVNULL
-        try:
-            with self.stop.interruptible():
-                result = subprocess.run(command, shell=True, check=False, stdin=null, stdout=null, stderr=null)
-            log.info("debugger", command=command, status=result.returncode)
-        except Interrupted:
-            log.info("debugger", command=command, status="interrupted")
+    def __init__(self, options: dict[str, Any]) -> None:
+        """options: as docopt returns them. Raises UsageError."""
+        self.config_file: str = options["-C"]
+        self.uses = parse_count(options["-U"], "-U")
+        self.timeout: float = parse_count(options["-T"], "-T")
+        self.debugs, self.expects_proxy, self.trusts_internet = options["-D"], options["-H"], options["-a"]
 
 
-def as_count(value: str, name: str) -> int:
-    """The argument of an option; below zero is zero. Raises UsageError."""
+def parse_count(value: str, name: str) -> int:
+    """The number that is the argument of an option; a negative one counts as 0. Raises UsageError."""
     try:
         return min(max(int(value), 0), COUNT_LIMIT)
     except ValueError:
         raise UsageError(f"{name} needs a number, not {value!r}") from None
 
 
-def versions(files: Sequence[str]) -> list[tuple[int, int, int] | None]:
-    """What changes when a file is changed, for each."""
-    found: list[tuple[int, int, int] | None] = []
-    for file in files:
-        try:
-            status = os.stat(file)
-            found.append((status.st_mtime_ns, status.st_size, status.st_ino))
-        except OSError:
-            found.append(None)
-    return found
+class Snapshot:
+    """The state of files on the disk, by which a change of one of them is noticed."""
+
+    def __init__(self, files: Iterable[str]) -> None:
+        self._files = tuple(files)
+        self._states = self._present_states()
+
+    def is_outdated(self) -> bool:
+        """Whether one of the files has changed since the snapshot."""
+        return self._present_states() != self._states
+
+    def _present_states(self) -> list[tuple[int, int, int] | None]:
+        states: list[tuple[int, int, int] | None] = []
+        for file in self._files:
+            try:
+                status = os.stat(file)
+                states.append((status.st_mtime_ns, status.st_size, status.st_ino))
+            except OSError:
+                states.append(None)
+        return states
+
+
+class ConnectionHandler:
+    """Serves one connection after the other on standard input and output.
+
+    arguments, config, stop: what the process was told. service: the name under which it was started.
+    snapshot: the files that it has read. tls_context: the settings for STARTTLS; None if there is no TLS.
+    """
+
+    def __init__(
+        self, config: Config, arguments: Arguments, service: str, tls_context: SSLContext | None, stop: Stop
+    ) -> None:
+        """Raises ConfigError."""
+        self.config, self.arguments, self.service, self.stop = config, arguments, service, stop
+        self.snapshot = Snapshot((__file__, *config.files, *(files_for_tls(config) if tls_context else ())))
+        self._tls_context = tls_context
+        self._agent = DeliveryAgent(config)
+
+    def prepare(self) -> None:
+        """Gets ready for many connections, before workers fork."""
+        self._agent.prepare()
+
+    def serve(self, peer: Peer) -> None:
+        """Serves the connection that standard input and output are: a socket, pipe, file or terminal."""
+        config, arguments = self.config, self.arguments
+        wire = Wire(0, 1, config.lmtp_command_timeout, config.lmtp_session_timeout, self.stop.wakeup.fd)
+        connection = Connection(wire, config.lmtp_command_timeout, self._tls_context)
+        if peer.internet and config.tcp_keepalive:
+            keep_alive(0, config)
+        if arguments.expects_proxy:
+            wire.on_wakeup = self._disconnect_if_stopped
+            try:
+                peer = read_proxy_header(connection, peer)
+            except (Disconnected, LmtpError) as error:
+                log.warning("connection refused", peer=peer.name, cause=error)
+                return
+        trusted = arguments.trusts_internet or not peer.internet
+        authenticator = Authenticator(config, self.service, peer, trusted)
+        Session(connection, peer, authenticator, self._agent, self.stop, config).serve()
+        authenticator.close()
+
+    def debug(self) -> None:
+        """With -D, runs debug_command on this process and waits for its end. See run_debugger()."""
+        if self.arguments.debugs:
+            command = debug_command(self.config.debug_command, sys.executable, os.getpid(), self.service) or ""
+            run_debugger(command, self.stop)
+
+    def _disconnect_if_stopped(self) -> None:
+        self.stop.wakeup.drain()
+        if self.stop.requested:
+            raise Disconnected("terminated")
+
+
+def run_debugger(command: str, stop: Stop) -> None:
+    """Runs a shell command that may trace this process, and waits for its end or for a signal."""
+    import ctypes
+    import subprocess
+
+    prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_DUMPABLE, 1)  # a process that has changed its user cannot be traced otherwise
+    prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY)
+    null = subprocess.DEVNULL
+    try:
+        with stop.interruptible():
+            result = subprocess.run(command, shell=True, check=False, stdin=null, stdout=null, stderr=null)
+        log.info("debugger", command=command, status=result.returncode)
+    except Interrupted:
+        log.info("debugger", command=command, status="interrupted")
 
 
 def keep_alive(fd: int, config: Config) -> None:
@@ -5175,7 +5208,7 @@ def keep_alive(fd: int, config: Config) -> None:
 
 
 def use_as_standard_io(fd: int) -> None:
-    """Makes standard input and output of a descriptor."""
+    """Makes a descriptor standard input and output."""
     os.dup2(fd, 0)
     os.dup2(fd, 1)
 
@@ -5183,62 +5216,62 @@ def use_as_standard_io(fd: int) -> None:
 class Worker:
     """Takes connections from listening sockets, one at a time, until it is time to leave.
 
-    reporter: told when the state changes. on_stock: whether it waits for its first connection as long as that
-    takes, and only for the others -T seconds. lock: a file whose holder alone waits for a connection, as the
-    processes of master(8) do; -1 where the kernel wakes only one.
+    reporter: told when the state changes. timeout: seconds to wait for a connection, 0 for ever. preforked: whether the
+    worker waits for ever for its first connection. lock: a file whose holder alone waits for a connection, as the
+    processes of master(8) do; -1 where the kernel wakes only one worker.
     """
 
     def __init__(
         self,
-        server: Server,
+        handler: ConnectionHandler,
         listeners: Sequence[Socket],
         reporter: Reporter,
-        on_stock: bool,
+        timeout: float,
+        preforked: bool,
         lock: int = -1,
     ) -> None:
-        self._server, self._listeners, self._lock = server, listeners, lock
+        self._handler, self._listeners, self._lock = handler, listeners, lock
+        self._stop, self._timeout, self._preforked = handler.stop, timeout, preforked
         self._report, self._parent = reporter.report, reporter.fd
-        self._on_stock = on_stock
         self._served = 0
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self._arrivals = select.epoll()
-        self._arrivals.register(server.stop.wakeup.fd, select.EPOLLIN)
-        self._arrivals.register(self._parent, 0)  # says only that nobody reads the other end any more
-        # With a lock only its holder waits, and has to be told of a connection that another did not take.
+        self._arrivals.register(self._stop.wakeup.fd, select.EPOLLIN)
+        self._arrivals.register(self._parent, 0)  # reports only that the other end is closed
+        # The holder of a lock waits alone, and has to hear of a connection that another worker did not take.
         exclusive = EPOLLEXCLUSIVE if lock < 0 else 0
         for listener in listeners:
             self._arrivals.register(listener, select.EPOLLIN | exclusive)
 
     def run(self) -> None:
-        """Serves until -U connections have been served, -T seconds pass without one, or it is told to stop."""
-        self._server.debug()
+        """Serves until -U connections have been served, no other arrives in time, or a signal ends it."""
+        self._handler.debug()
         while connection := self._next():
-            if self._lock >= 0:  # so says master(8); a pool has no use for it
+            if self._lock >= 0:  # master(8) wants it; a pool does not need it
                 self._report(UNAVAILABLE)
             with connection:
                 peer = Peer.of_socket(connection)
                 use_as_standard_io(connection.fileno())
             self._report(CONNECTED)
-            self._server.serve(peer)
+            self._handler.serve(peer)
             use_as_standard_io(self._null)
             self._served += 1
-            if self._served >= self._server.uses or self._server.stop.leaving:
+            if self._served >= self._handler.arguments.uses or self._stop.leaving:
                 return
             self._report(AVAILABLE)
         self._report(UNAVAILABLE)
 
     def _next(self) -> Socket | None:
         """The next connection; None when it is time to leave."""
-        timeout, is_new = self._server.timeout, self._on_stock and not self._served
-        deadline = FOREVER if is_new or not timeout else time.monotonic() + timeout
+        is_first = self._preforked and not self._served
+        deadline = FOREVER if is_first or not self._timeout else time.monotonic() + self._timeout
         if self._lock < 0:
             return self._accept(deadline)
         import fcntl
 
-        stop = self._server.stop
         try:
-            with stop.interruptible(deadline):
-                if not stop.leaving:
+            with self._stop.interruptible(deadline):
+                if not self._stop.leaving:
                     fcntl.lockf(self._lock, fcntl.LOCK_EX)
             return self._accept(deadline)
         except Interrupted:
@@ -5247,15 +5280,15 @@ class Worker:
             fcntl.lockf(self._lock, fcntl.LOCK_UN)
 
     def _accept(self, deadline: float) -> Socket | None:
-        stop = self._server.stop
+        stop = self._stop
         while not stop.leaving:
             patience = None if deadline == FOREVER else max(deadline - time.monotonic(), 0)
             ready = [fd for fd, _ in self._arrivals.poll(patience)]
             if stop.wakeup.fd in ready:
                 stop.wakeup.drain()
-            if not ready or self._parent in ready or self._server.is_outdated():
+            if not ready or self._parent in ready or self._handler.snapshot.is_outdated():
                 return None
-            turn = (os.getpid() + self._served) % len(self._listeners)  # else a busy first one would starve the others
+            turn = (os.getpid() + self._served) % len(self._listeners)  # no busy listener starves the others
             for listener in (*self._listeners[turn:], *self._listeners[:turn]):
                 if listener.fileno() in ready and (connection := accept(listener)):
                     return connection
@@ -5263,7 +5296,7 @@ class Worker:
 
 
 def accept(listener: Socket) -> Socket | None:
-    """A connection, None if another process was quicker or the client has gone."""
+    """A connection; None if another process took it, or the client has gone."""
     try:
         connection = listener._accept()[0]  # type: ignore[attr-defined]
         return Socket(listener.family, listener.type, listener.proto, connection)
@@ -5271,29 +5304,30 @@ def accept(listener: Socket) -> Socket | None:
         return None
     except OSError as error:
         log.error("accept failed", cause=error)
-        time.sleep(1)  # no descriptors or no memory: not a reason to leave, nor to spin
+        time.sleep(1)  # no descriptors or no memory: no reason to leave, or to spin
         return None
 
 
 class Pool:
-    """A small parent of workers, which plays master(8)'s part on the listening sockets of systemd or inetd.
+    """The parent of workers on the listening sockets of systemd or inetd; to them it is what master(8) is.
 
-    It forks a worker when a connection waits and no worker is ready, and accepts nothing itself. It
-    ends when it is told to, or when there has been nothing to do for -T seconds.
+    It forks a worker when a connection waits and no worker is ready, and accepts nothing itself. It ends when a signal
+    tells it to, or when there has been nothing to do for -T seconds.
     """
 
-    def __init__(self, server: Server, listeners: Sequence[Socket]) -> None:
-        self._server, self._listeners = server, listeners
-        self._notify = Notifier()
+    def __init__(self, handler: ConnectionHandler, listeners: Sequence[Socket]) -> None:
+        self._handler, self._listeners = handler, listeners
+        self._stop, self._timeout = handler.stop, handler.arguments.timeout
+        self._notifier = Notifier()
         self._workers: dict[int, int] = {}  # process id to the last message; 0 before the first
         self._served = 0
         self._busy_at = time.monotonic()
-        self._not_before = 0.0  # when the next worker may be started
+        self._not_before = 0.0  # back-off: the time of the next fork
         self._child_left = self._outdated = False
-        self._idle_one_left = False  # perhaps with a connection that the kernel woke no other for
+        self._idle_one_left = False  # perhaps with a connection for which the kernel woke no other
         self._reports, self._reported = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._events, self._arrivals = select.poll(), select.poll()
-        for fd in (server.stop.wakeup.fd, self._reports):
+        for fd in (self._stop.wakeup.fd, self._reports):
             self._events.register(fd, select.POLLIN)
             self._arrivals.register(fd, select.POLLIN)
         for listener in listeners:
@@ -5301,15 +5335,15 @@ class Pool:
             self._arrivals.register(listener, select.POLLIN)
 
     def run(self) -> None:
-        """Serves until it is time to leave; the workers have left then, too."""
+        """Serves until it is time to leave, and no worker is left."""
         signal.signal(signal.SIGCHLD, self._on_child)
-        self._server.prepare()
-        self._notify.send("READY=1")
+        self._handler.prepare()
+        self._notifier.send("READY=1")
         while not self._is_over():
-            self._keep_ready()
+            self._prefork()
             happened = self._wait(self._tell_status())
             if any(listener.fileno() in happened for listener in self._listeners):
-                self._start_worker(on_stock=False)
+                self._start_worker(preforked=False)
             if self._reports in happened:
                 self._read_reports()
             self._reap()
@@ -5319,23 +5353,23 @@ class Pool:
         self._child_left = True
 
     def _is_over(self) -> bool:
-        if self._server.stop.leaving:
+        if self._stop.leaving:
             return True
         if self._outdated:
             log.info("program, configuration or certificates changed, leaving")
             return True
         idle = time.monotonic() - self._busy_at
-        return not self._workers and 0 < self._server.timeout <= idle
+        return not self._workers and 0 < self._timeout <= idle
 
     def _ready(self) -> int:
         return sum(message in (0, AVAILABLE) for message in self._workers.values())
 
     def _may_start(self) -> bool:
-        return len(self._workers) < self._server.config.lmtp_maxchild and time.monotonic() >= self._not_before
+        return len(self._workers) < self._handler.config.lmtp_maxchild and time.monotonic() >= self._not_before
 
-    def _keep_ready(self) -> None:
-        while self._ready() < self._server.config.lmtp_prefork and self._may_start() and not self._outdated:
-            self._start_worker(on_stock=True)
+    def _prefork(self) -> None:
+        while self._ready() < self._handler.config.lmtp_prefork and self._may_start() and not self._outdated:
+            self._start_worker(preforked=True)
 
     def _wait(self, patience: float) -> set[int]:
         """Waits so many seconds for something to happen; the descriptors that have become readable.
@@ -5346,30 +5380,30 @@ class Pool:
         self._idle_one_left = self._idle_one_left and not wanted
         poll = self._arrivals if wanted else self._events
         happened = {fd for fd, _ in poll.poll(self._patience(patience) * 1000)}
-        if self._server.stop.wakeup.fd in happened:
-            self._server.stop.wakeup.drain()
+        if self._stop.wakeup.fd in happened:
+            self._stop.wakeup.drain()
         return happened
 
     def _patience(self, longest: float) -> float:
         """Seconds until something has to be done though nothing happens."""
         now = time.monotonic()
         waits = [longest]
-        if not self._workers and self._server.timeout:
-            waits.append(self._busy_at + self._server.timeout - now)
+        if not self._workers and self._timeout:
+            waits.append(self._busy_at + self._timeout - now)
         if self._not_before > now:
             waits.append(self._not_before - now)
         return max(min(waits), 0.001)
 
-    def _start_worker(self, on_stock: bool) -> None:
-        self._outdated = self._server.is_outdated()
+    def _start_worker(self, preforked: bool) -> None:
+        self._outdated = self._handler.snapshot.is_outdated()
         if self._outdated:
             return
         self._busy_at = time.monotonic()
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the worker can be told
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the worker handles them
         try:
             process = os.fork()
             if not process:
-                self._become_worker(on_stock)
+                self._become_worker(preforked)
             self._workers[process] = 0
         except OSError as error:
             log.error("worker not started", cause=error)
@@ -5377,15 +5411,16 @@ class Pool:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
-    def _become_worker(self, on_stock: bool) -> NoReturn:
+    def _become_worker(self, preforked: bool) -> NoReturn:
         status = os.EX_SOFTWARE
         try:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent passes it on
-            self._server.stop.resume()
+            self._stop.resume()
             os.close(self._reports)
             os.set_blocking(self._reported, True)
-            Worker(self._server, self._listeners, Reporter(self._reported, self._server.stop), on_stock).run()
+            reporter = Reporter(self._reported, self._stop)
+            Worker(self._handler, self._listeners, reporter, self._timeout, preforked).run()
             status = os.EX_OK
         except Exception:
             log.traceback("internal error")
@@ -5408,25 +5443,25 @@ class Pool:
             if not process:
                 return
             message = self._workers.pop(process, 0)
-            if message == CONNECTED:  # it left straight from its work
+            if message == CONNECTED:  # it left at the end of a connection
                 self._busy_at = time.monotonic()
             else:
                 self._idle_one_left = True
             if status:
                 log.error("worker died", worker=process, status=os.waitstatus_to_exitcode(status))
-                if not message:  # before its first connection, and so will the next
+                if not message:  # it died before its first connection, and the next one will, too
                     self._not_before = time.monotonic() + 1
 
     def _tell_status(self) -> float:
-        """Tells systemd how many workers there are; the seconds after which to tell it again."""
+        """Tells systemd the number of workers; the seconds after which to tell it again."""
         ready = self._ready()
         busy = len(self._workers) - ready
-        return self._notify.status(f"{ready} workers ready, {busy} busy, {self._served} connections served")
+        return self._notifier.status(f"{ready} workers ready, {busy} busy, {self._served} connections served")
 
     def _finish(self) -> None:
-        """Lets the workers finish what they are at; with less patience when the process is told again."""
-        stop = self._server.stop
-        self._notify.send("STOPPING=1")
+        """Lets the workers finish their connections; with less patience after another signal."""
+        stop = self._stop
+        self._notifier.send("STOPPING=1")
         deadline = time.monotonic() + RELOAD_PATIENCE
         urgency = -1
         while self._workers:
@@ -5437,16 +5472,16 @@ class Pool:
                     os.kill(process, signal.SIGTERM if urgency else signal.SIGHUP)
             poll = select.poll()
             poll.register(stop.wakeup.fd, select.POLLIN)
-            poll.poll(min(1.0, self._notify.interval / 2) * 1000)
+            poll.poll(min(1.0, self._notifier.interval / 2) * 1000)
             stop.wakeup.drain()
-            self._notify.alive()
+            self._notifier.alive()
             self._reap()
 
 
 class Reporter:
-    """Tells a parent the state of this worker, as master(8) wants to be told: two native ints, message and process.
+    """Tells the parent the state of this worker, in master(8)'s form: two native ints, message and process id.
 
-    fd: where it is told. A parent that is gone is a reason to leave.
+    fd: where it tells it. When the parent has died, the worker leaves.
     """
 
     INT_SIZE = 4
@@ -5455,7 +5490,7 @@ class Reporter:
         self.fd, self._stop = fd, stop
 
     def report(self, message: int) -> None:
-        """Tells it AVAILABLE, UNAVAILABLE or CONNECTED."""
+        """Tells AVAILABLE, UNAVAILABLE or CONNECTED."""
         numbers = (number.to_bytes(self.INT_SIZE, sys.byteorder) for number in (message, os.getpid()))
         try:
             os.write(self.fd, b"".join(numbers))
@@ -5465,14 +5500,17 @@ class Reporter:
 
     @classmethod
     def parse(cls, reports: bytes) -> Iterator[tuple[int, int]]:
-        """The messages that have come, each with the process that sent it."""
+        """The messages in a parent's input, each with the process id of its worker."""
         ends = range(cls.INT_SIZE, len(reports) + 1, cls.INT_SIZE)
         numbers = (int.from_bytes(reports[end - cls.INT_SIZE : end], sys.byteorder) for end in ends)
         return zip(numbers, numbers)
 
 
 class Notifier:
-    """Tells systemd how the service is, if systemd asked for it, see sd_notify(3). interval: seconds between signs."""
+    """Tells systemd the state of the service, if systemd asks for it, see sd_notify(3).
+
+    interval: seconds between signs of life.
+    """
 
     STATUS_INTERVAL = 1.0
 
@@ -5492,17 +5530,17 @@ class Notifier:
                 self.interval = microseconds / 2_000_000 if self._watched else self.interval
 
     def send(self, state: str) -> None:
-        """Says something of sd_notify(3)."""
+        """Sends a state of sd_notify(3)."""
         self._send(state)
 
     def alive(self) -> None:
-        """Says that the service is alive, when it is time to."""
+        """Sends a sign of life, when it is time."""
         if self._watched and time.monotonic() >= self._alive_at + self.interval / 2:
             self._alive_at = time.monotonic()
             self._send("WATCHDOG=1")
 
     def status(self, text: str) -> float:
-        """Says how the service is, not too often; the seconds after which to call again."""
+        """Sends the status, but not too often; the seconds after which to call again."""
         self.alive()
         if text == self._told:
             return self.interval
@@ -5514,44 +5552,44 @@ class Notifier:
         return self.interval
 
 
-def run(server: Server) -> None:
-    """Serves what this process was started with, until it is time to leave. Raises ConfigError."""
+def run(handler: ConnectionHandler) -> None:
+    """Serves what the process was started with, until it is time to leave. Raises ConfigError and OSError."""
     if "CYRUS_ID" in os.environ and is_listening(MASTER_LISTEN_FD):
-        run_under_master(server, os.environ["CYRUS_ID"])
+        run_under_master(handler, os.environ["CYRUS_ID"])
         return
     sockets = sockets_from_systemd() if "LISTEN_FDS" in os.environ else []
     if not sockets and is_listening(0):
         sockets = [socket_from_inetd()]
     if any(is_listening(sock.fileno()) for sock in sockets):
-        Pool(server, sockets).run()
+        Pool(handler, sockets).run()
         return
     for connection in sockets:
         use_as_standard_io(connection.fileno())
         connection.close()
-    if not sockets and not (sys.stdin and sys.stdout):  # they are None if they were closed when Python started
+    if not sockets and not (sys.stdin and sys.stdout):  # None if they were closed when Python started
         raise OSError(errno.EBADF, "standard input or output is closed")
-    server.debug()
-    server.serve(Peer.of(0))
+    handler.debug()
+    handler.serve(Peer.of(0))
 
 
-def run_under_master(server: Server, identity: str) -> None:
-    """Serves as a child of Cyrus master(8), which hands over the descriptors 3 and 4 and counts its children."""
+def run_under_master(handler: ConnectionHandler, identity: str) -> None:
+    """Serves as a child of Cyrus master(8), which passes the descriptors 3 and 4. identity: CYRUS_ID."""
     for fd in (MASTER_STATUS_FD, MASTER_LISTEN_FD):
         os.set_inheritable(fd, False)
-    path = f"{server.config.configdirectory}/socket/{server.service}-{identity}.lock"
+    path = f"{handler.config.configdirectory}/socket/{handler.service}-{identity}.lock"
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; configdirectory must be that of master(8)") from None
     import random
 
-    server.timeout *= 1 + random.random()  # so that its siblings do not leave all at once
-    reporter = Reporter(MASTER_STATUS_FD, server.stop)
-    Worker(server, [Socket(fileno=MASTER_LISTEN_FD)], reporter, on_stock=True, lock=lock).run()
+    timeout = handler.arguments.timeout * (1 + random.random())  # master's children must not leave all at once
+    reporter = Reporter(MASTER_STATUS_FD, handler.stop)
+    Worker(handler, [Socket(fileno=MASTER_LISTEN_FD)], reporter, timeout, preforked=True, lock=lock).run()
 
 
 def is_listening(fd: int) -> bool:
-    """Whether the descriptor is a socket that takes connections."""
+    """Whether the descriptor is a listening socket."""
     try:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             return False
@@ -5562,12 +5600,12 @@ def is_listening(fd: int) -> bool:
 
 
 def sockets_from_systemd() -> list[Socket]:
-    """The sockets that systemd passes: listening ones (Accept=no) or a connection (Accept=yes). Raises ConfigError."""
+    """The sockets that systemd passes: listening ones (Accept=no), or a connection (Accept=yes). Raises ConfigError."""
     try:
         from systemd import daemon
     except ImportError:
         raise ConfigError("systemd passes sockets, but the package systemd-python is not installed") from None
-    fds = daemon.listen_fds(False)  # the environment stays as it is for refuse_to_start()
+    fds = daemon.listen_fds(False)  # keeps the environment, which refuse_to_start() needs
     if not all(daemon.is_socket(fd, type=socket.SOCK_STREAM) for fd in fds):
         raise ConfigError("systemd passes something that is no stream socket: see ListenStream= in systemd.socket(5)")
     sockets = [Socket(fileno=fd) for fd in fds]
@@ -5592,7 +5630,7 @@ def inherited_sockets() -> Iterator[int]:
 
 
 def is_on_internet() -> bool:
-    """Whether this process was started with a socket that is none of unix(7)."""
+    """Whether this process was started with a socket that is no unix socket."""
     for fd in inherited_sockets():
         with Socket(fileno=os.dup(fd)) as sock:
             if sock.family != socket.AF_UNIX:
@@ -5601,7 +5639,7 @@ def is_on_internet() -> bool:
 
 
 def waiting_clients() -> Iterator[Socket]:
-    """The connections that wait on the listening sockets which this process was started with."""
+    """The connections that wait on the listening sockets that this process was started with."""
     for fd in inherited_sockets():
         sock = Socket(fileno=os.dup(fd))
         if is_listening(fd):
@@ -5613,7 +5651,7 @@ def waiting_clients() -> Iterator[Socket]:
 
 
 def socket_from_inetd() -> Socket:
-    """The listening socket that inetd's "wait" passes as the standard descriptors, which are freed of it."""
+    """The listening socket that inetd's "wait" passes as standard input; /dev/null takes its place there."""
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     listener = Socket(fileno=os.dup(0))
     use_as_standard_io(null)
@@ -5624,30 +5662,34 @@ def socket_from_inetd() -> Socket:
 # ======================================================================
 # Main
 #
-# Owns the order of a start: options, configuration, privileges, service, exit
-# status.
+# Owns the order of a start: command line, configuration, privileges, service,
+# exit status.
 # Must not know what is served.
 # ======================================================================
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs lmtpd with these arguments, by default the command line's; the exit status of sysexits(3)."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until Stop can handle them
+    """Runs lmtpd; the exit status of sysexits(3). arguments: by default those of the command line."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until Stop handles them
     fill_standard_descriptors()
-    keep_stderr_from_client()  # also from what Python says of its own accord when it imports
+    keep_stderr_from_client()  # also from what Python itself writes when it imports
     log.open()
     try:
         options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
         service = os.environ.get("CYRUS_SERVICE", "lmtp")
-        config = Config.load(options["-C"], service)
+        config = Config.load(options.config_file, service)
         log.open(config.syslog_prefix, config.syslog_facility, config.debug)
         for setting in config.unknown:
             log.debug("unknown option", where=setting)
-        may_need_tls = not options["-a"] and (options["-H"] or is_on_internet())
-        tls = tls_context(config) if may_need_tls else None  # before root, who alone may read the key, is gone
+        if options.debugs and not config.debug_command:
+            raise ConfigError("-D needs the option debug_command")
+        may_need_tls = not options.trusts_internet and (options.expects_proxy or is_on_internet())
+        tls_context = load_tls_context(config) if may_need_tls else None  # while root, who may read the key
         drop_privileges(config.cyrus_user, keep=config.userdb != "maildir")
         os.umask(config.umask)
-        run(Server(config, options, service, tls))
+        stop = Stop(ShutdownFile(f"{config.configdirectory}/msg/shutdown"))
+        stop.listen()
+        run(ConnectionHandler(config, options, service, tls_context, stop))
     except UsageError as error:
         log.startup_error("usage error", cause=error)
         return refuse_to_start(os.EX_USAGE, str(error))
@@ -5664,16 +5706,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """The command lmtpd. It leaves without the interpreter's tidying up, which the system does as well."""
+    """The command lmtpd. It leaves without the interpreter's clean-up, which takes time and does nothing for us."""
     status = main()
     if sys.stdout:
         sys.stdout.flush()
     os._exit(status)
 
 
-def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+def parse_arguments(arguments: Sequence[str]) -> Arguments:
     """The options of the command line. Raises UsageError, and SystemExit after --help and --version."""
-    options: dict[str, Any] = dict(NO_ARGUMENTS)
+    options: dict[str, Any] = NO_ARGUMENTS
     if arguments:
         from docopt import DocoptExit, docopt
 
@@ -5681,7 +5723,7 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
             options = docopt(__doc__, arguments, version=PRODUCT)
         except DocoptExit as error:
             raise UsageError(str(error)) from None
-    return {**options, **{name: as_count(options[name], name) for name in ("-U", "-T")}}
+    return Arguments(options)
 
 
 def refuse_to_start(status: int, text: str) -> int:
@@ -5699,16 +5741,14 @@ def refuse_to_start(status: int, text: str) -> int:
 
 
 def drop_privileges(user: str, keep: bool) -> None:
-    """Becomes user for good if started by root. Raises ConfigError.
+    """Becomes the user if root has started the process. Raises ConfigError.
 
-    keep: whether the process has to act as other users: then it stays able to.
+    keep: whether the process has to act as other users. If not, it cannot become root again.
     """
     if os.geteuid() != 0:
         return
     if not user:
-        raise ConfigError(
-            "started by root, which cyrus_user must prevent: set it to the account that owns the Maildirs"
-        )
+        raise ConfigError("refusing to run as root: set cyrus_user to the account that owns the Maildirs")
     import pwd
 
     try:

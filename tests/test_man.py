@@ -138,7 +138,7 @@ def test_every_choice_is_named() -> None:
 
 def test_letters_of_maildir_path_are_those_that_are_replaced() -> None:
     option = lmtpd.Config.table()["maildir_path"]
-    letters = inspect.getclosurevars(option.parse).nonlocals["letters"]
+    letters = inspect.getclosurevars(option.parse).nonlocals["variables"]
     text = option_items()[head_of("maildir_path", option)]
     assert set(re.findall(r"^\.It Cm %(.)$", text, re.MULTILINE)) == {*letters, "%"}
 

@@ -276,7 +276,7 @@ def test_a_silent_client_is_told_and_left(site: Site, before: bytes) -> None:
     client.send(before)
     while (reply := client.reply())[-1][:3] != "421":
         pass
-    assert reply == ["421 4.4.2 Nothing heard for too long, closing the connection"]
+    assert reply == ["421 4.4.2 Timeout, closing the connection"]
     assert client.reply() == []
     assert site.child.wait(PATIENCE) == 0
     assert site.files("jane") == site.files("jane", kind="tmp") == []
@@ -289,7 +289,7 @@ def test_a_client_that_does_not_read_is_left(site: Site) -> None:
     with pytest.raises((BrokenPipeError, ConnectionResetError, TimeoutError)):
         client.send(b"HELP\r\n" * 1_000_000)
     assert site.child.wait(PATIENCE) == 0
-    assert "does not read our replies" in site.log_text()
+    assert "does not read the replies" in site.log_text()
 
 
 # The end of DATA, and BDAT
