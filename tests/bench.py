@@ -78,8 +78,8 @@ if __name__ == "__main__" and "LMTPD_BENCH" not in os.environ:
 
 # These are there only after the set-up.
 from docopt import docopt  # noqa: E402
-from harness import PATIENCE, STORE_USER, Client, Site  # noqa: E402
-from peers import Cyrus, Dovecot, Peer, connect, program, wait_for  # noqa: E402
+from harness import PATIENCE, STORE_USER, Client, Site, connect, wait_for  # noqa: E402
+from peers import Cyrus, Dovecot, Peer, program  # noqa: E402
 
 from lmtpd import Config  # noqa: E402
 

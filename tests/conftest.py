@@ -1,9 +1,22 @@
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
+import container
 import pytest
+from container import Machine
 from harness import Site
+
+# The tests wait more than they compute.
+WORKERS_FOR_A_PROCESSOR = 2
+# The name, in the environment, of a folder that this process and the workers, which run the tests, have in common. It
+# is in memory: trusted attributes, which a machine's layers need, are not to be had everywhere.
+SHARED = "LMTPD_TEST_SHARED"
 
 
 @pytest.fixture
@@ -13,6 +26,40 @@ def site() -> Iterator[Site]:
     site.add_user("jane")
     yield site
     site.close()
+
+
+@pytest.fixture(scope="session")
+def installation() -> Path:
+    """What machines are booted from that have lmtpd and Postfix; made by the worker that comes first."""
+    layer = Path(os.environ[SHARED], "installation")
+    with (layer.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not layer.exists():
+            container.make_installation(layer)
+    return layer
+
+
+@pytest.fixture(scope="module")
+def installed(installation: Path) -> Iterator[Machine]:
+    """A machine of the module's own with lmtpd.socket enabled and Postfix in front of it, as the README leaves it."""
+    machine = Machine(installation)
+    yield machine
+    machine.close()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-seconds", type=float, default=15, help="how long sessions are mutated (default: 15)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if SHARED not in os.environ:
+        os.environ[SHARED] = tempfile.mkdtemp(prefix="lmtpd-test-", dir="/dev/shm")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(SHARED)))
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many workers "-n auto" means. A debugger needs the terminal, and so none."""
+    return 0 if config.option.usepdb else WORKERS_FOR_A_PROCESSOR * len(os.sched_getaffinity(0))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -9,11 +9,19 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar, Union
 
 from lmtpd import Config
 
+T = TypeVar("T")
+# The path of a unix socket, or a host and port.
+Address = Union[str, tuple[str, int]]
+
 LMTPD = str(Path(sys.executable).parent / "lmtpd")
+IMPATIENT = str(Path(__file__).parent / "impatient.py")
 AS_ROOT = os.geteuid() == 0
 # The account that owns the store when the tests run as root; every Debian has it.
 STORE_USER = "mail"
@@ -27,6 +35,74 @@ def config_of(**options: str) -> Config:
         file.write("".join(f"{name}: {value}\n" for name, value in options.items()))
         file.flush()
         return Config.load(file.name)
+
+
+def wait_for(condition: Callable[[], T], what: str, log: Path | None = None, patience: float = PATIENCE) -> T:
+    """What condition() returns, as soon as that is true; looks at it again and again until then."""
+    end = time.monotonic() + patience
+    while not (result := condition()):
+        if time.monotonic() > end:
+            tail = log.read_text(errors="replace")[-4000:] if log and log.exists() else ""
+            raise AssertionError(f"waited {patience:.0f} s for {what}\n{tail}")
+        time.sleep(0.02)
+    return result
+
+
+def connect(address: Address) -> socket.socket:
+    """A connection to a unix socket or to a host and port."""
+    sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
+    try:
+        sock.settimeout(PATIENCE)
+        sock.connect(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+PORTS_IN_BLOCK = 50
+
+
+def reserved_ports() -> Iterator[int]:
+    """Ports of loopback, each of which nobody else gets from here as long as this process lives.
+
+    They are outside the range from which the system takes ports for clients. A block of them belongs to the process
+    that has bound a socket in the abstract namespace to its name, which is known wherever the ports are, and is free
+    again when the process has ended in whatever way.
+    """
+    lowest, highest = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    blocks = []
+    for ports in (range(10_000, lowest), range(max(highest + 1, 10_000), 65_536)):
+        for start in range(0, len(ports), PORTS_IN_BLOCK):
+            block = socket.socket(socket.AF_UNIX)
+            try:
+                block.bind(f"\0lmtpd-tests-ports-{ports[start]}")
+            except OSError:
+                block.close()
+                continue
+            blocks.append(block)
+            yield from filter(is_free, ports[start : start + PORTS_IN_BLOCK])
+    raise RuntimeError("no port is left outside net.ipv4.ip_local_port_range")
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody listens on the port, at any address: there are other programs than the tests."""
+    with socket.socket(socket.AF_INET6) as probe:
+        probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("::", port))
+        except OSError:
+            return False
+        return True
+
+
+RESERVED_PORTS = reserved_ports()
+
+
+def free_port() -> int:
+    """A port on loopback for a program that cannot be handed a socket that is bound already."""
+    return next(RESERVED_PORTS)
 
 
 class Client:
@@ -88,7 +164,10 @@ class Client:
 
 
 class Site:
-    """A scratch folder with an imapd.conf, a mail spool and users, and lmtpd run on it."""
+    """A scratch folder with an imapd.conf, a mail spool and users, and lmtpd run on it.
+
+    figures: constants of lmtpd that are others for it, for a test that would have to wait for too long.
+    """
 
     def __init__(self, **options: str) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="lmtpd-test-"))
@@ -99,6 +178,7 @@ class Site:
         self.log = self.root / "log"
         self.log.touch()
         self._children: list[subprocess.Popen[bytes]] = []
+        self.figures: dict[str, float] = {}
         for folder in (self.spool, self.configdirectory):
             folder.mkdir()
             self.give(folder)
@@ -140,7 +220,9 @@ class Site:
         return maildir
 
     def command(self, *arguments: str) -> list[str]:
-        return [LMTPD, "-C", str(self.conf), *arguments]
+        settings = [f"{name}={value}" for name, value in self.figures.items()]
+        program = [sys.executable, "-I", IMPATIENT, *settings, "--"] if settings else [LMTPD]
+        return [*program, "-C", str(self.conf), *arguments]
 
     def pipe(self, session: bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
         """Runs a whole session through pipes, as a shell would; log lines go to the file log."""

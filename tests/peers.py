@@ -17,12 +17,11 @@ import subprocess
 import sys
 import sysconfig
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, Union
+from typing import Any, TypeVar
 
-from harness import AS_ROOT, LMTPD, PATIENCE, STORE_USER, Client, Site
+from harness import AS_ROOT, LMTPD, PATIENCE, STORE_USER, Address, Client, Site, connect, free_port, wait_for
 
 PASSWORD = "secret"
 
@@ -65,44 +64,12 @@ INETD_CONF = """\
 /run/lmtpd.sock stream unix nowait.6000 mail /usr/local/bin/lmtpd lmtpd -C /etc/imapd.conf
 """
 
-Address = Union[str, tuple[str, int]]
-T = TypeVar("T")
 P = TypeVar("P", bound="Peer")
 L = TypeVar("L", bound="Listener")
 
 
 class PeerError(AssertionError):
     """A peer could not be started, or did not do its part; its log says why."""
-
-
-def free_port() -> int:
-    """A port on 127.0.0.1 that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def connect(address: Address) -> socket.socket:
-    """A connection to a unix socket (a path) or to a host and port."""
-    sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
-    try:
-        sock.connect(address)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def wait_for(condition: Callable[[], T], what: str, log: Path | None = None, patience: float = PATIENCE) -> T:
-    """What condition() returns, as soon as that is true; looks at it again and again until then."""
-    end = time.monotonic() + patience
-    while not (result := condition()):
-        if time.monotonic() > end:
-            tail = log.read_text(errors="replace")[-4000:] if log and log.exists() else ""
-            raise PeerError(f"waited {patience:.0f} s for {what}\n{tail}")
-        time.sleep(0.02)
-    return result
 
 
 def answers(address: Address) -> bool:
@@ -654,7 +621,11 @@ namespace inbox {{
 """
 
     def start(self) -> None:
-        self.run([program("dovecot"), "-F", "-c", str(self.conf)], lambda: answers(self.address))
+        self.run([program("dovecot"), "-F", "-c", str(self.conf)], self.is_up)
+
+    def is_up(self) -> bool:
+        """Whether all that clients connect to is there; it is not at once."""
+        return answers(self.address)
 
     def login(self, user: str) -> imaplib.IMAP4:
         """An IMAP connection, logged in."""

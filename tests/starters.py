@@ -13,7 +13,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Union
 
-from harness import PATIENCE, Client
+from harness import Client, connect, free_port, wait_for
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -35,13 +34,6 @@ USER = pwd.getpwuid(os.geteuid()).pw_name
 
 # A port of 127.0.0.1, or the path of a unix socket.
 Address = Union[int, str]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def listening(address: Address) -> bool:
@@ -69,23 +61,19 @@ class Starter:
             self.process = subprocess.Popen(
                 self.command_line(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        deadline = time.monotonic() + PATIENCE
-        while not listening(self.address):
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{type(self).__name__} does not listen:\n{self.close()}")
-            time.sleep(0.01)
+        try:
+            wait_for(lambda: self.process.poll() is not None or listening(self.address), "it to listen")
+            assert self.process.poll() is None, "it has ended"
+        except BaseException:
+            print(f"{type(self).__name__}:\n{self.close()}")
+            raise
 
     def command_line(self) -> list[str]:
         """Writes the configuration; the command that reads it."""
         raise NotImplementedError
 
     def connect(self) -> Client:
-        if isinstance(self.address, str):
-            sock = socket.socket(socket.AF_UNIX)
-            sock.settimeout(PATIENCE)
-            sock.connect(self.address)
-            return Client(sock)
-        return Client(socket.create_connection(("127.0.0.1", self.address), timeout=PATIENCE))
+        return Client(connect(self.address if isinstance(self.address, str) else ("127.0.0.1", self.address)))
 
     def children(self) -> list[int]:
         """The processes that it has started and that are still there."""

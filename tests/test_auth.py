@@ -493,6 +493,9 @@ class AuthDovecot(Dovecot):
         )
         self.folder.chmod(0o755)
 
+    def is_up(self) -> bool:
+        return super().is_up() and answers(self.path)
+
 
 @pytest.fixture
 def saslauthd(auth_site: Site, dovecot: AuthDovecot) -> Iterator[Saslauthd]:

@@ -14,14 +14,13 @@ import test_systemd
 import test_tls
 from authority import Authority
 from container import Machine, readme_blocks
-from harness import PATIENCE, Client, Site
+from harness import PATIENCE, Client, Site, wait_for
 from peers import PASSWORD as EVERYBODYS
-from peers import Exim, LoggedListener, Postfix, libraries, program, unpacked, wait_for
+from peers import Exim, LoggedListener, Postfix, libraries, program, unpacked
 from test_auth import PASSWORD, AuthDovecot, encoded
 
 authority = test_tls.authority
 tls_site = test_tls.tls_site
-installed = test_systemd.installed
 
 # Nothing needs to be added to it, and its lines are those that clients like to get wrong.
 MESSAGE = (
@@ -364,7 +363,7 @@ class TestPostfix:
             self.submit(postfix)
             entry = f'"delay_reason": "{reason}'
             wait_for(lambda: re.search(entry, postfix.queued()), "the reason in the queue", postfix.log)
-            assert " status=deferred (" in postfix.log.read_text()
+            wait_for(lambda: " status=deferred (" in postfix.log.read_text(), "the same in the log", postfix.log)
 
     def test_the_server_has_to_be_verified(self, tls_site: Site, listener: LoggedListener, stranger: Authority) -> None:
         postfix = self.postfix(listener, stranger, "sha256")

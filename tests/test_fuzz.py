@@ -1,6 +1,6 @@
 """Real sessions, mutated: whatever a client sends, the session keeps to a few rules that a small model knows.
 
-LMTPD_FUZZ_SECONDS in the environment is how long it goes on, 60 by default.
+It goes on for so many seconds: tests/run --fuzz-seconds 600 -k test_fuzz
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from scramp import ScramMechanism
 
 import lmtpd
 
-SECONDS = float(os.environ.get("LMTPD_FUZZ_SECONDS", "60"))
 USERS = ("jane", "joe")
 BEGIN = b"MAIL FROM:<a@example.com>\r\nRCPT TO:<jane>\r\n"
 CORPUS = [
@@ -347,7 +346,8 @@ def scenes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Sce
         scene.close()
 
 
-def test_mutated_sessions(scenes: list[Scene], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutated_sessions(scenes: list[Scene], monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
+    seconds: float = pytestconfig.getoption("fuzz_seconds")
     sessions = messages = 0
 
     @settings(max_examples=2000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -361,8 +361,8 @@ def test_mutated_sessions(scenes: list[Scene], monkeypatch: pytest.MonkeyPatch) 
         messages += scene.check(sent, on_socket and len(sent) < 100_000)  # what a socket's buffer holds
         sessions += 1
 
-    end = time.monotonic() + SECONDS
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         run()
-    print(f"{sessions} sessions with {messages} messages in {SECONDS:.0f} s")
-    assert messages > SECONDS
+    print(f"{sessions} sessions with {messages} messages in {seconds:.0f} s")
+    assert messages > seconds

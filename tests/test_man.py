@@ -56,6 +56,43 @@ def printed(page: Path, title: str) -> list[str]:
     return [line.strip() for line in found[1].splitlines() if line.strip()]
 
 
+# Figures
+
+
+@pytest.mark.parametrize(
+    ("page", "text", "name", "unit"),
+    [
+        (LMTPD_8, "or the end of (.*) seconds, ends the process at once", "GRACE", 1),
+        (LMTPD_8, "after (.*) seconds only for their transactions", "RELOAD_PATIENCE", 1),
+        (LMTPD_8, "for these not longer than (.*) seconds more", "GRACE", 1),
+        (LMTPD_8, "A command line has at most (.*) octets with its end", "LINE_LIMIT", 1),
+        (LMTPD_8, "An address has at most (.*) octets", "PATH_LIMIT", 1),
+        (LMTPD_8, "A reply line has at most (.*) octets", "REPLY_LINE_LIMIT", 1),
+        (LMTPD_8, "(.*) KiB of it are kept in memory", "MEMORY_LIMIT", 1024),
+        (LMTPD_8, "A message of more than (.*) KiB is, while it arrives", "MEMORY_LIMIT", 1024),
+        (LMTPD_8, "Of a header larger than (.*) KiB only the beginning", "MEMORY_LIMIT", 1024),
+        (LMTPD_8, "what is longer than (.*) octets, and what would", "QUOTA_FILE_LIMIT", 1),
+        (LMTPD_8, "older than (.*) minutes, is counted anew", "QUOTA_STALE", 60),
+        (LMTPD_8, "a name of more than (.*) octets", "NAME_LIMIT", 1),
+        (LMTPD_8, "a value of more than (.*) characters is cut", "FIELD_LIMIT", 1),
+        (LMTPD_8, "it is not tried again for (.*) seconds", "BACKOFF", 1),
+        (LMTPD_8, "1 to (.*) letters, digits, dots, hyphens and underscores", "TRACE_ID_LIMIT", 1),
+        (IMAPD_CONF_5, "or is locked for more than (.*) seconds, every message is stored", "DATABASE_PATIENCE", 1),
+    ],
+)
+def test_figures_are_the_programs(page: Path, text: str, name: str, unit: int) -> None:
+    found = re.findall(text.replace("(.*)", r"(\d+)"), page.read_text().replace("\n", " "))
+    assert [int(figure) * unit for figure in found] == [getattr(lmtpd, name)]
+
+
+def test_a_figure_that_is_not_there_is_not_changed_in_vain(site: Site) -> None:
+    site.figures = {"GRACE": 1, "NOWHERE": 1}
+    done = site.pipe(b"QUIT\r\n")
+    assert done.returncode == 1
+    assert done.stdout == b""
+    assert "NOWHERE" in site.log_text()
+
+
 # Reading the program
 
 

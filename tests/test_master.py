@@ -16,8 +16,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from harness import PATIENCE, STORE_USER, Client, Site
-from peers import Cyrus, connect, lmtpd_for_others, program, wait_for
+from harness import PATIENCE, STORE_USER, Client, Site, connect, wait_for
+from peers import Cyrus, lmtpd_for_others, program
 from test_man import LMTPD_8, section
 
 PREFORK = 2

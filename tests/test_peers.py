@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import peers
 import pytest
-from harness import LMTPD, PATIENCE, Client, Site
-from peers import Address, Dovecot, Inetd, Listener, Postfix, SystemdSocketActivate, connect, program, wait_for
+from harness import LMTPD, PATIENCE, Address, Client, Site, connect, wait_for
+from peers import Dovecot, Inetd, Listener, Postfix, SystemdSocketActivate, program
 
 MESSAGE = b"From: sender@example.com\r\nTo: jane@example.com\r\nSubject: a subject\r\n\r\nA line.\r\n"
 # Lines with dots, white space at the ends, a line of the longest length allowed, and none at all.

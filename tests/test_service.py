@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -18,20 +19,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from harness import LMTPD, PATIENCE, Client, Site
-from peers import Peer, connect, free_port, lmtpd_for_others, program, wait_for
+from harness import PATIENCE, Client, Site, connect, free_port, wait_for
+from peers import Peer, lmtpd_for_others, program
 from starters import Inetd, SocketActivate, Starter, Xinetd
 
 BODY = "Subject: a subject\r\n\r\nA body.\r\n."
 GONE = "421 4.3.2"
 
 
-def logged(site: Site, *arguments: str, lmtpd: str = LMTPD) -> list[str]:
+def logged(site: Site, *arguments: str, lmtpd: str = "") -> list[str]:
     """The command of lmtpd whose log lines go to the site's, whatever its starter does with standard error."""
+    command = [lmtpd, "-C", str(site.conf)] if lmtpd else site.command()
     script = site.root / "lmtpd"
     script.write_text(
         f"#!/bin/sh\nexport JOURNAL_STREAM={site.journal()['JOURNAL_STREAM']}\n"
-        f'exec {lmtpd} -C {site.conf} "$@" 2>>{site.log}\n'
+        f'exec {shlex.join(command)} "$@" 2>>{site.log}\n'
     )
     script.chmod(0o755)
     return [str(script), *arguments]

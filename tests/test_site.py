@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from container import Machine, install, readme_blocks
-from harness import PATIENCE
+from container import Machine, readme_blocks
+from harness import PATIENCE, wait_for
 
 SITE = "### A whole site"
 SPOOL = "var/spool/lmtpd"
@@ -41,21 +39,16 @@ for number in imap.search(None, "ALL")[1][0].split():
 
 
 @pytest.fixture(scope="module")
-def site() -> Iterator[Machine]:
+def site(installed: Machine) -> Machine:
     """A machine after the README's commands, save the last: those for a catch-all."""
-    machine = Machine()
-    try:
-        install(machine, "## Install", "### systemd and Postfix")
-        prepare, users, connect, _ = readme_blocks(SITE)
-        [dovecot] = readme_blocks(SITE, "")
-        # Dovecot is in the machine already, where no network is to install it from.
-        machine.shell(prepare.replace("apt-get install -y dovecot-imapd\n", ""))
-        (machine.root / "etc/dovecot/local.conf").write_text(dovecot)
-        machine.shell(users + connect)
-        machine.shell("postconf -e smtpd_authorized_xclient_hosts=127.0.0.1\npostfix reload")
-        yield machine
-    finally:
-        machine.close()
+    prepare, users, connect, _ = readme_blocks(SITE)
+    [dovecot] = readme_blocks(SITE, "")
+    # Dovecot is in the machine already, where no network is to install it from.
+    installed.shell(prepare.replace("apt-get install -y dovecot-imapd\n", ""))
+    (installed.root / "etc/dovecot/local.conf").write_text(dovecot)
+    installed.shell(users + connect)
+    installed.shell("postconf -e smtpd_authorized_xclient_hosts=127.0.0.1\npostfix reload")
+    return installed
 
 
 def submit(machine: Machine, subject: str, *recipients: str, size: int = 0) -> list[str]:
@@ -67,7 +60,7 @@ def submit(machine: Machine, subject: str, *recipients: str, size: int = 0) -> l
 def add_user(machine: Machine, name: str, extra: str = "") -> None:
     """Adds a user as the README does. Dovecot looks at the file once a second."""
     machine.shell(f'echo "{name}:$(doveadm pw -p {PASSWORD})::::::{extra}" >>/etc/dovecot/users')
-    wait_for(name, lambda: machine.run("doveadm", "user", name, check=False).returncode == 0)
+    wait_for(lambda: machine.run("doveadm", "user", name, check=False).returncode == 0, name)
 
 
 def codes(replies: list[str]) -> list[str]:
@@ -80,14 +73,7 @@ def subjects(machine: Machine, user: str, folder: str = "INBOX") -> list[str]:
 
 
 def wait_for_mail(machine: Machine, subject: str, user: str, folder: str = "INBOX") -> None:
-    wait_for(f"{subject} in {folder} of {user}", lambda: f"Subject: {subject}" in subjects(machine, user, folder))
-
-
-def wait_for(what: str, condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"Waited in vain for {what}"
-        time.sleep(0.2)
+    wait_for(lambda: f"Subject: {subject}" in subjects(machine, user, folder), f"{subject} in {folder} of {user}")
 
 
 def test_mail_to_a_user_is_in_the_inbox(site: Machine) -> None:
@@ -143,7 +129,7 @@ def test_a_user_over_quota_is_put_off_until_there_is_room(site: Machine) -> None
     assert codes(submit(site, "the last straw", "full@example.com", size=1_500_000)) == ["250", "250"]
     wait_for_mail(site, "the last straw", "full")
     submit(site, "waits", "full@example.com")
-    wait_for("the refusal", lambda: "452 4.2.2" in site.run("postqueue", "-p").stdout)
+    wait_for(lambda: "452 4.2.2" in site.run("postqueue", "-p").stdout, "the refusal")
     assert subjects(site, "full") == ["Subject: the last straw"]
     for path in (site.root / SPOOL / "full").glob("*/*,S=*"):
         path.unlink()
@@ -164,14 +150,14 @@ def test_a_new_user_is_known_at_once(site: Machine) -> None:
     """Also when mail for him was refused a moment ago: not for longer than Postfix remembers that."""
     assert codes(submit(site, "too early", "newcomer@example.com")) == ["550"]
     add_user(site, "newcomer")
-    wait_for("Postfix to ask again", lambda: codes(submit(site, "welcome", "newcomer@example.com")) == ["250", "250"])
+    wait_for(lambda: codes(submit(site, "welcome", "newcomer@example.com")) == ["250", "250"], "Postfix to ask again")
     wait_for_mail(site, "welcome", "newcomer")
 
 
 def test_while_dovecot_restarts_no_mail_is_lost(site: Machine) -> None:
     site.run("systemctl", "stop", "dovecot.socket", "dovecot.service", check=False)
     assert codes(submit(site, "patience", "jane@example.com")) == ["250", "250"]
-    wait_for("the deferral", lambda: "451" in site.run("postqueue", "-p").stdout)
+    wait_for(lambda: "451" in site.run("postqueue", "-p").stdout, "the deferral")
     site.run("systemctl", "start", "dovecot")
     site.run("postqueue", "-f")
     wait_for_mail(site, "patience", "jane")

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from harness import Client, Site
-from peers import Postfix, connect
+from harness import Client, Site, connect
+from peers import Postfix
 from test_message import FALSE_ENDS
 
 SMUGGLED = b"MAIL FROM:<>\r\nRCPT TO:<jane@example.com>\r\nDATA\r\nSubject: smuggled %d\r\n\r\nsmuggled\r\n.\r\n"

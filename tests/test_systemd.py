@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import re
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from container import TOP, Machine, install, readme_blocks
-from harness import PATIENCE, Client
+from container import TOP, Machine, readme_blocks
+from harness import PATIENCE, Client, wait_for
+from harness import connect as connect_to
 
-README_SECTIONS = ("## Install", "### systemd and Postfix")
 UNITS = ["lmtpd.socket", "lmtpd@.service", "lmtpd-pool.socket", "lmtpd-pool.service"]
 UNIT_FOLDER = "/etc/systemd/system/"
 MAILDIR = "var/spool/lmtpd/jane"
+SESSION = "LHLO x\nMAIL FROM:<>\nRCPT TO:<jane>\nDATA\n{}\n\nx\n.\nQUIT\n"
 MESSAGE = b"From: <sender@example.com>\r\nSubject: one\r\n\r\nHello.\r\n"
-
-
-@pytest.fixture(scope="module")
-def installed() -> Iterator[Machine]:
-    """A machine with lmtpd.socket enabled and Postfix in front of it, as the README leaves it."""
-    machine = Machine()
-    try:
-        install(machine, *README_SECTIONS)
-        yield machine
-    finally:
-        machine.close()
 
 
 @pytest.fixture
@@ -74,13 +63,6 @@ def reset(machine: Machine, service: str, listener: str) -> None:
     machine.run("systemctl", "reset-failed")
 
 
-def wait_for(what: str, condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"Waited in vain for {what}"
-        time.sleep(0.05)
-
-
 def messages(machine: Machine, folder: str = "new") -> list[Path]:
     return list((machine.root / MAILDIR / folder).iterdir())
 
@@ -92,9 +74,7 @@ def send(machine: Machine, *options: str, to: str = "jane@example.com") -> None:
 
 def connect(machine: Machine) -> Client:
     """A client on lmtpd's unix socket: from outside, and as root, who may."""
-    sock = socket.socket(socket.AF_UNIX)
-    sock.connect(str(machine.root / "run/lmtpd/lmtp"))
-    return Client(sock)
+    return Client(connect_to(str(machine.root / "run/lmtpd/lmtp")))
 
 
 def start_message(client: Client) -> None:
@@ -115,9 +95,29 @@ def services(machine: Machine) -> list[str]:
 # --- the units ---
 
 
+def imported(machine: Machine, *command: str, stdin: str = "") -> tuple[set[str], str]:
+    """The modules that Python imports for the command, run cold as the account of the service, and what it prints."""
+    run = machine.run("runuser", "-u", "lmtpd", "--", "env", "PYTHONPROFILEIMPORTTIME=1", *command, stdin=stdin)
+    lines = [line for line in run.stderr.splitlines() if line.startswith("import time:")]
+    return {line.rpartition("|")[2].strip() for line in lines}, run.stdout
+
+
 def test_the_command_starts_cheaply(installed: Machine) -> None:
-    """The scripts that installers make of an entry point import more than it takes to deliver a message."""
-    assert "\nimport lmtpd\n\nlmtpd.command()\n" in installed.run("cat", "/usr/local/bin/lmtpd").stdout
+    """All that it takes to deliver a message is a few modules, most of them built into Python.
+
+    The scripts that installers make of an entry point import more than that.
+    """
+    command = "/usr/local/bin/lmtpd"
+    [python] = re.findall(r"\A#!(\S+)\n", installed.run("cat", command).stdout)
+    nothing, _ = imported(installed, python, "-c", "pass")
+    plain, said = imported(installed, command, stdin=SESSION.format("Subject: x"))
+    assert said.count("\n250 2.1.5 ") == 2
+    assert plain - nothing == {"__future__", "_socket", "errno", "itertools", "lmtpd", "select", "syslog"}
+    # What has an id is looked up in a database.
+    database, _ = imported(installed, python, "-c", "import sqlite3")
+    named, said = imported(installed, command, stdin=SESSION.format("Message-ID: <cold@example.com>"))
+    assert said.count("\n250 2.1.5 ") == 2
+    assert named - plain == database - nothing - plain
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -145,7 +145,7 @@ def test_each_weakness_of_the_sandbox_is_explained(installed: Machine, unit: str
 
 def test_mail_through_postfix(machine: Machine) -> None:
     send(machine)
-    wait_for("the message", lambda: messages(machine))
+    wait_for(lambda: messages(machine), "the message")
     (message,) = messages(machine)
     text = message.read_text()
     assert text.startswith("Return-Path: <jane@example.com>\n")
@@ -157,8 +157,8 @@ def test_mail_through_postfix(machine: Machine) -> None:
 def test_the_journal_shows_the_delivery(machine: Machine) -> None:
     before = machine.journal("--identifier=lmtpd", "--output=cat")
     send(machine)
-    wait_for("the message", lambda: messages(machine))
-    wait_for("the end of the session", lambda: not services(machine))
+    wait_for(lambda: messages(machine), "the message")
+    wait_for(lambda: not services(machine), "the end of the session")
     new = machine.journal("--identifier=lmtpd")[len(before) :]
     assert re.search(r'delivered session=\S+ .* recipient=<jane@example.com> .* reply="250 2.1.5"', new), new
     warnings = machine.journal("--identifier=lmtpd", "--priority=warning")
@@ -167,7 +167,7 @@ def test_the_journal_shows_the_delivery(machine: Machine) -> None:
 
 def test_postfix_learns_who_is_unknown(machine: Machine) -> None:
     send(machine, to="nobody-here@example.com")
-    wait_for("the bounce", lambda: messages(machine))
+    wait_for(lambda: messages(machine), "the bounce")
     (bounce,) = messages(machine)
     assert "550 5.1.1" in bounce.read_text()
 
@@ -201,10 +201,10 @@ def test_a_burst_leaves_the_socket_open(machine: Machine) -> None:
         connect(machine).close()
     assert time.monotonic() < deadline
     assert machine.properties("lmtpd.socket", "ActiveState") == {"ActiveState": "active"}
-    wait_for("the end of the burst", lambda: is_quiet(machine))
+    wait_for(lambda: is_quiet(machine), "the end of the burst")
     send(machine)
     # A connection too many is dropped, and then Postfix would wait for minutes if it were not asked to try again.
-    wait_for("the message", lambda: machine.run("postqueue", "-f") and messages(machine))
+    wait_for(lambda: machine.run("postqueue", "-f") and messages(machine), "the message")
 
 
 def is_quiet(machine: Machine) -> bool:
@@ -217,9 +217,9 @@ def is_quiet(machine: Machine) -> bool:
 
 def test_much_mail(machine: Machine) -> None:
     send(machine, "-s", "10", "-m", "100")
-    wait_for("all messages", lambda: len(messages(machine)) == 100)
+    wait_for(lambda: len(messages(machine)) == 100, "all messages")
     assert not messages(machine, "tmp")
-    wait_for("an empty queue", lambda: "empty" in machine.run("mailq").stdout)
+    wait_for(lambda: "empty" in machine.run("mailq").stdout, "an empty queue")
 
 
 def test_stop_lets_the_message_in_hand_be_finished(machine: Machine) -> None:
@@ -227,7 +227,7 @@ def test_stop_lets_the_message_in_hand_be_finished(machine: Machine) -> None:
     start_message(client)
     (service,) = services(machine)
     stop = machine.start("systemctl", "stop", service)
-    wait_for("the stop", lambda: machine.properties(service, "ActiveState") == {"ActiveState": "deactivating"})
+    wait_for(lambda: machine.properties(service, "ActiveState") == {"ActiveState": "deactivating"}, "the stop")
     client.send(b".\r\n")
     assert client.reply()[-1].startswith("250")
     assert client.command("NOOP")[:9] in ("421 4.3.2", "")
@@ -245,7 +245,7 @@ def test_no_half_message_after_a_second_stop(machine: Machine) -> None:
     time.sleep(0.5)
     assert services(machine) == [service]
     machine.run("systemctl", "kill", "--kill-whom=main", service)
-    wait_for("the end", lambda: not services(machine))
+    wait_for(lambda: not services(machine), "the end")
     reply = client.reply()
     assert not reply or reply[0].startswith("421")
     client.close()
@@ -260,7 +260,7 @@ def test_a_broken_configuration_defers_the_mail(machine: Machine) -> None:
         client = connect(machine)
         assert client.reply()[-1].startswith("421 4.3.0")
         client.close()
-        wait_for("the end", lambda: not services(machine))
+        wait_for(lambda: not services(machine), "the end")
         assert "status=78/CONFIG" in machine.journal("--unit=lmtpd@*")
     finally:
         conf.write_text(good)
@@ -292,17 +292,17 @@ def pool_options(machine: Machine, options: str, more: str = "") -> None:
 
 
 def wait_for_state(machine: Machine, state: str) -> None:
-    wait_for(state, lambda: machine.properties("lmtpd-pool.service", "ActiveState") == {"ActiveState": state})
+    wait_for(lambda: machine.properties("lmtpd-pool.service", "ActiveState") == {"ActiveState": state}, state)
 
 
 def test_pool_mail_through_postfix(pool: Machine) -> None:
     send(pool)
-    wait_for("the message", lambda: messages(pool))
+    wait_for(lambda: messages(pool), "the message")
     first = pool_pid(pool)
     send(pool, "-s", "10", "-m", "200")
-    wait_for("all messages", lambda: len(messages(pool)) == 201)
+    wait_for(lambda: len(messages(pool)) == 201, "all messages")
     assert not messages(pool, "tmp")
-    wait_for("an empty queue", lambda: "empty" in pool.run("mailq").stdout)
+    wait_for(lambda: "empty" in pool.run("mailq").stdout, "an empty queue")
     assert pool_pid(pool) == first
     assert "jane" in pool.journal("--unit=lmtpd-pool.service")
 
@@ -363,7 +363,7 @@ def test_pool_reload_takes_the_new_configuration(pool: Machine) -> None:
     try:
         pool.run("systemctl", "reload", "lmtpd-pool.service")
         client.close()
-        wait_for("the old pool's end", lambda: pool_pid(pool) != first)
+        wait_for(lambda: pool_pid(pool) != first, "the old pool's end")
         client = connect(pool)
         assert client.reply()[0].startswith("220")
         assert pool_pid(pool) not in (0, first)
@@ -419,7 +419,7 @@ def test_pool_watchdog(pool: Machine) -> None:
     time.sleep(5)
     assert pool_pid(pool) == first, "the watchdog bit a healthy parent"
     pool.run("kill", "-STOP", str(first))
-    wait_for("the restart", lambda: pool_pid(pool) not in (0, first))
+    wait_for(lambda: pool_pid(pool) not in (0, first), "the restart")
     assert "Watchdog timeout" in pool.journal("--unit=lmtpd-pool.service")
     client = connect(pool)
     client.hello()
@@ -437,11 +437,11 @@ def test_pool_with_a_broken_configuration_recovers(pool: Machine) -> None:
         for _ in range(8):
             connect(pool).close()
         send(pool)
-        wait_for("the mail to be deferred", lambda: "status=deferred" in pool.journal("--identifier=postfix/lmtp"))
+        wait_for(lambda: "status=deferred" in pool.journal("--identifier=postfix/lmtp"), "the mail to be deferred")
         assert pool.properties("lmtpd-pool.socket", "ActiveState") == {"ActiveState": "active"}
     finally:
         conf.write_text(good)
-    wait_for("a good start", lambda: pool.run("postqueue", "-f") and messages(pool))
+    wait_for(lambda: pool.run("postqueue", "-f") and messages(pool), "a good start")
 
 
 # --- the container itself ---

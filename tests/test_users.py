@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from container import Machine, install, readme_blocks
-from harness import PATIENCE, STORE_USER, Client, Site
-from peers import Peer, answers, program, wait_for
+from container import Machine, readme_blocks
+from harness import PATIENCE, STORE_USER, Client, Site, connect, wait_for
+from peers import Peer, answers, program
 
 MESSAGE = b"Subject: x\r\n\r\nA body.\r\n"
 # Too large to be kept in memory: it is spooled into a draft.
@@ -783,6 +783,7 @@ def exchange(one: Path, other: Path) -> None:
 WITH_KEYWORD = """\
 import os, resource, sys
 import lmtpd
+lmtpd.LOCK_PATIENCE = min(1, lmtpd.LOCK_PATIENCE)
 resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
 config = lmtpd.Config.load(sys.argv[1])
 lmtpd.drop_privileges(config.cyrus_user, keep=True)
@@ -869,12 +870,9 @@ def test_a_home_that_root_has_moved_is_found(many_homes: Homes) -> None:
 
 
 @pytest.fixture(scope="module")
-def machine() -> Iterator[Machine]:
+def machine(installed: Machine) -> Machine:
     """A machine with lmtpd, which root runs, for the accounts of the system; mail is in the homes."""
-    machine = Machine()
-    try:
-        install(machine, "## Install", "### systemd and Postfix")
-        machine.shell("""
+    installed.shell("""
 cat >/etc/imapd.conf <<END
 configdirectory: /var/lib/lmtpd
 cyrus_user: lmtpd
@@ -888,9 +886,7 @@ useradd -m -K HOME_MODE=0700 -G team joe
 useradd -m -K HOME_MODE=0700 -u 500 service
 useradd -m ann.b
 """)
-        yield machine
-    finally:
-        machine.close()
+    return installed
 
 
 def deliver_in(machine: Machine, *names: str) -> list[str]:
@@ -1008,9 +1004,7 @@ cd /root/lmtpd
         + readme_blocks("### Mail in the homes of the host's accounts")[0]
     )
     count = len(machine.shell("ls /home/jane/Maildir/new").split())
-    sock = socket.socket(socket.AF_UNIX)
-    sock.connect(str(machine.root / "run/lmtpd/lmtp"))
-    client = Client(sock)
+    client = Client(connect(str(machine.root / "run/lmtpd/lmtp")))
     client.hello()
     for name in ("nobody-here", "service"):
         client.command("MAIL FROM:<>")
