@@ -11,12 +11,19 @@ import container
 import pytest
 from container import Machine
 from harness import Site
+from hypothesis import HealthCheck, settings
 
 # The tests wait more than they compute.
 WORKERS_FOR_A_PROCESSOR = 2
+# The files that take longest, the longest first.
+LONGEST = ("service", "users", "auth", "systemd", "clients", "master", "site", "hostile", "quota", "tls")
 # The name, in the environment, of a folder that this process and the workers, which run the tests, have in common. It
 # is in memory: trusted attributes, which a machine's layers need, are not to be had everywhere.
 SHARED = "LMTPD_TEST_SHARED"
+
+# What is found must not depend on how fast it is looked for.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture
@@ -60,6 +67,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """How many workers "-n auto" means. A debugger needs the terminal, and so none."""
     return 0 if config.option.usepdb else WORKERS_FOR_A_PROCESSOR * len(os.sched_getaffinity(0))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first, so that no worker is left with one when the others have nothing to do any more."""
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -206,11 +206,12 @@ def test_the_database_may_be_elsewhere(site: Site) -> None:
 
 
 def test_after_the_expiry_it_is_stored_again(site: Site) -> None:
-    site.configure(duplicate_expiry="2s")
+    site.configure(duplicate_expiry="1h")
     deliver(site, message(), "jane")
     deliver(site, message(), "jane")
     assert len(site.messages("jane")) == 1
-    time.sleep(3.1)
+    with opened(site) as connection, connection:
+        assert connection.execute("UPDATE delivered SET at = at - 3601").rowcount == 1
     deliver(site, message(), "jane")
     assert len(site.messages("jane")) == 2
     # And this is remembered in its turn.
@@ -252,14 +253,12 @@ def test_a_mountain_of_old_records_is_taken_away_in_small_parts(site: Site) -> N
     client = site.connect()
     client.hello()
     for number in range(1, 11):
-        started = time.monotonic()
         client.deliver(message(number), "jane")
-        assert time.monotonic() - started < 2
         counts.append(records(site))
     client.close()
     taken = [before - after for before, after in zip(counts, counts[1:])]
     assert counts[-1] < counts[0]
-    assert max(taken) <= mountain // 20
+    assert max(taken) <= 20
 
 
 # Many at once
@@ -401,18 +400,17 @@ def test_a_database_that_was_removed_is_made_again(site: Site) -> None:
 
 def test_a_database_that_somebody_has_locked_stops_no_mail(site: Site) -> None:
     deliver(site, message(0), "jane")
+    site.figures = {"DATABASE_PATIENCE": 1, "BACKOFF": 1000}
     with opened(site) as connection:
         connection.execute("BEGIN EXCLUSIVE")
         client = site.connect()
         client.hello()
-        started = time.monotonic()
         for number in range(1, 5):
             assert client.deliver(message(number), "jane", "joe")[0].startswith("250")
-        waited = time.monotonic() - started
         connection.rollback()
-    assert waited < 60
     assert len(site.messages("joe")) == 4
-    assert any("locked" in line for line in site.log_text().splitlines())
+    # The wait for it was in vain once, and not for each message.
+    assert site.log_text().count("locked") == 1
     client.close()
     # From now on, it works again.
     for _ in range(2):

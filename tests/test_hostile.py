@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import select
 import socket
 import struct
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,9 +27,9 @@ def nothing_stays_in_tmp(site: Site) -> Iterator[None]:
 
 
 def peak_memory(site: Site) -> int:
-    """The most memory that the process on the last connection has had, in KiB."""
-    status = Path(f"/proc/{site.child.pid}/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0])
+    """The most memory that the process on the last connection has had, in KiB; 0 when it has ended."""
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", Path(f"/proc/{site.child.pid}/status").read_text(), re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 def over_tcp(site: Site) -> Client:
@@ -83,20 +85,20 @@ def trickle(client: Client, data: bytes) -> list[bytes]:
 
 def test_a_line_that_never_ends_is_not_waited_for_octet_by_octet(site: Site) -> None:
     site.configure(lmtp_command_timeout="1s")
+    begin = time.monotonic()
     client = site.connect()
     client.hello()
-    begin = time.monotonic()
     assert trickle(client, b"NOOP " + b"x" * 100) == [b"421 4.4.2 Timeout, closing the connection"]
-    assert 0.9 < time.monotonic() - begin < 3
+    assert 1 <= time.monotonic() - begin < 20  # all of it would take 30 seconds
     assert site.child.wait(PATIENCE) == 0
 
 
 @pytest.mark.parametrize("start", [b"NOOP\r\n" * 30, b"DATA\r\n", b"BDAT 100 LAST\r\n"])
 def test_a_session_has_a_limit_of_its_own(site: Site, start: bytes) -> None:
     site.configure(lmtp_command_timeout="1s", lmtp_session_timeout="2s")
+    begin = time.monotonic()
     client = site.connect()
     client.hello()
-    begin = time.monotonic()
     if start.startswith(b"NOOP"):
         while client.command("NOOP") == "250 2.0.0 Ok":
             time.sleep(0.1)
@@ -110,7 +112,7 @@ def test_a_session_has_a_limit_of_its_own(site: Site, start: bytes) -> None:
             client.reply()
         last = [b"421 4.4.2 Session time limit reached, closing the connection"]
         assert trickle(client, b"x" * 100) == last
-    assert 1.5 < time.monotonic() - begin < 4
+    assert 2 <= time.monotonic() - begin < 20  # all of it would take 30 seconds
     assert site.child.wait(PATIENCE) == 0
     assert site.files("jane") == []
     assert 'reason="421 4.4.2 Session time limit reached, closing the connection"' in site.log_text()
@@ -123,10 +125,10 @@ def test_a_session_that_is_never_silent_has_its_limit_too(site: Site) -> None:
 
 
 def test_without_a_limit_a_session_goes_on(site: Site) -> None:
-    site.configure(lmtp_command_timeout="1s")
+    site.configure(lmtp_command_timeout="3s")
     client = site.connect()
     client.hello()
-    for _ in range(5):
+    for _ in range(7):
         time.sleep(0.5)
         assert client.command("NOOP") == "250 2.0.0 Ok"
 
@@ -139,12 +141,16 @@ def test_a_window_that_never_opens(site: Site, session_timeout: str) -> None:
         lmtp_max_idle_commands="0",
     )
     client = over_tcp(site)
-    client.sock.settimeout(1)
-    with pytest.raises((ConnectionError, TimeoutError)):
-        client.send(b"HELP\r\n" * 1_000_000)
-    memory = peak_memory(site)
+    client.sock.settimeout(0.05)
+    waiting = memoryview(b"HELP\r\n" * 1_000_000)
+    memory = 0
+    while now := peak_memory(site):
+        memory = now
+        with suppress(ConnectionError, TimeoutError):
+            waiting = waiting[client.sock.send(waiting) :]
     assert site.child.wait(PATIENCE) == 0
-    assert memory < MEMORY_LIMIT
+    assert 0 < memory < MEMORY_LIMIT
+    assert waiting, "it has taken all"
     assert 'reason="the client does not read the replies"' in site.log_text()
 
 

@@ -287,11 +287,11 @@ def test_an_idle_process_leaves(site: Site) -> None:
     with started(site, "-T", "1", prefork=0) as master:
         for _ in range(2):
             client = master.client()
-            [worker] = master.children()
+            assert len(master.children()) == 1
+            before = time.monotonic()
             leave(client)
-            time.sleep(0.8)
-            assert master.children() == [worker]
             wait_for(lambda: not master.children(), "the idle process to leave")
+            assert time.monotonic() - before >= 1
 
 
 def test_idle_processes_leave_though_others_have_the_lock(site: Site) -> None:
@@ -304,7 +304,7 @@ def test_idle_processes_leave_though_others_have_the_lock(site: Site) -> None:
             leave(client)
         # master keeps as many as it is told to, so that not all that leave are replaced.
         wait_for(lambda: not served.intersection(master.living()), "those that have served to leave")
-        assert 0.9 < time.monotonic() - before < 10
+        assert 1 <= time.monotonic() - before < 30
         wait_for(lambda: len(master.ready()) == PREFORK, "spare processes")
         master.load("-m", "5")
         assert len(site.files("jane")) == 5

@@ -154,8 +154,7 @@ class TestPool:
             finish(source(f"unix:{starter.address}", "-s", "20", "-m", "10000"), 90)
             assert len(list((fast_site.spool / "jane/new").iterdir())) == 10000
             assert not fast_site.files("jane", kind="tmp")
-            states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in live(starter)]
-            assert "Z" not in states
+            assert "Z" not in map(state_of, live(starter))
             # Those that have not served 50, and those that came too late to serve any, leave when it is quiet.
             assert starter.process.wait(PATIENCE) == 0
         served = sessions(fast_site)
@@ -221,17 +220,14 @@ class TestPool:
         with pool(site) as starter:
             open_session(starter).command("QUIT")
             parent = starter.process.pid
-            wait_for(lambda: len(children(parent)) >= 5, "the workers")
-            time.sleep(0.5)  # until each has got as far as to wait
             for _ in range(10):
+                wait_until_at_rest(parent, 6)
                 before = {worker: switches(worker) for worker in children(parent)}
                 client = open_session(starter)
                 woken = {worker for worker, count in before.items() if switches(worker) != count}
                 assert woken <= {server_of(client)}  # which may not have slept again yet
                 client.command("QUIT")
                 client.close()
-                wait_for(lambda: len(children(parent)) >= 5, "the workers")
-                time.sleep(0.2)
 
     def test_systemd_is_told_how_it_goes(self, site: Site) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
@@ -257,7 +253,8 @@ class TestPool:
         site.configure(lmtp_prefork="2")
         with pool(site) as starter:
             open_session(starter).command("QUIT")
-            family = [starter.process.pid, *children(starter.process.pid)]
+            wait_until_at_rest(starter.process.pid, 3)
+            family = live(starter)
             before = [cpu_ticks(process) for process in family]
             time.sleep(1)
             assert [cpu_ticks(process) for process in family] == before
@@ -288,9 +285,11 @@ class TestPool:
     def test_workers_that_die_at_their_start_are_not_started_all_the_time(self, site: Site) -> None:
         site.configure(debug_command=": %s; kill -9 %d")
         with pool(site, "-D") as starter:
+            begun = time.monotonic()
             client = starter.connect()
-            assert greets_not(client, 2.5)
-            assert 2 <= site.log_text().count("worker died") <= 4
+            wait_for(lambda: site.log_text().count("worker died") >= 3, "the third to die")
+            assert time.monotonic() - begun >= 2
+            assert greets_not(client)
             assert starter.process.poll() is None
             # It leaves as the changed configuration asks, and the connection is the next one's.
             starter.process.terminate()
@@ -333,10 +332,10 @@ class TestPool:
             wait_for(lambda: children(starter.process.pid) == [server_of(clients[2])], "the idle ones to leave")
             time.sleep(1.5)
             assert clients[2].command("NOOP").startswith("250")
-            leave(clients[2])
             begun = time.monotonic()
+            leave(clients[2])
             assert starter.process.wait(PATIENCE) == 0
-            assert time.monotonic() - begun > 0.9
+            assert time.monotonic() - begun >= 1
         assert "worker died" not in site.log_text()
 
     def test_zero_is_for_ever(self, site: Site) -> None:
@@ -355,6 +354,25 @@ def switches(process: int) -> int:
     found = re.search(r"^voluntary_ctxt_switches:\t(\d+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
     assert found
     return int(found[1])
+
+
+def wait_until_at_rest(parent: int, workers: int) -> None:
+    """Returns when there are that many workers and neither they nor their parent have anything to do."""
+
+    def seen() -> dict[int, tuple[str, int]]:
+        return {pid: (state_of(pid), switches(pid)) for pid in (parent, *children(parent))}
+
+    def at_rest() -> bool:
+        before = seen()
+        time.sleep(0.2)
+        return len(before) == 1 + workers and {state for state, _ in before.values()} == {"S"} and seen() == before
+
+    wait_for(at_rest, "the workers to wait")
+
+
+def state_of(process: int) -> str:
+    """In the letters of proc(5)."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def cpu_ticks(process: int) -> int:
@@ -562,11 +580,13 @@ class TestSignals:
         target.tell(signal.SIGTERM)
         assert rest(client) == b""
         assert target.process.wait(PATIENCE) == 0
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 20  # without the second it would have been given 30 seconds
         for kind in "new", "cur", "tmp":
             assert site.files("jane", kind=kind) == []
 
-    def test_a_transaction_gets_thirty_seconds(self, site: Site) -> None:
+    def test_a_transaction_gets_its_grace_and_no_more(self, site: Site) -> None:
+        grace = 5
+        site.figures = {"GRACE": grace}
         # Both at once, to take the time only once.
         with pool(site) as starter:
             targets = Target(site, starter), Target(site, None)
@@ -577,15 +597,14 @@ class TestSignals:
             begun = time.monotonic()
             for target in targets:
                 target.tell(signal.SIGTERM)
-            while time.monotonic() < begun + 28:
+            while time.monotonic() < begun + grace - 2:
                 for client in clients:
                     client.send(b"more\r\n")
-                time.sleep(0.5)
-            assert [target.process.poll() for target in targets] == [None, None]
+                time.sleep(0.2)
             for target, client in zip(targets, clients):
                 assert rest(client) == b""
+                assert time.monotonic() >= begun + grace
                 assert target.process.wait(PATIENCE) == 0
-            assert 29 < time.monotonic() - begun < 36
         for kind in "new", "cur", "tmp":
             assert site.files("jane", kind=kind) == []
 
@@ -615,6 +634,7 @@ class TestSignals:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
     def test_workers_just_started_are_told_too(self, site: Site, number: signal.Signals) -> None:
         site.configure(lmtp_prefork="20")
+        site.figures = {"RELOAD_PATIENCE": 30}
         for _ in range(5):
             with pool(site) as starter:
                 starter.connect().close()
@@ -622,7 +642,7 @@ class TestSignals:
                 begun = time.monotonic()
                 starter.process.send_signal(number)
                 assert starter.process.wait(PATIENCE) == 0
-                assert time.monotonic() - begun < 3
+                assert time.monotonic() - begun < 20
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
     def test_a_worker_that_is_told_leaves_alone(self, site: Site, number: signal.Signals) -> None:
@@ -788,6 +808,7 @@ global
 defaults
     mode tcp
     timeout connect 10s
+    timeout check 10s
     timeout client 30s
     timeout server 30s
 listen v1
@@ -854,7 +875,7 @@ class TestHaproxy:
 
     def test_health_checks_are_the_proxys_own(self, site: Site, haproxy: Haproxy) -> None:
         wait_for(lambda: site.log_text().count('peer="unix socket, uid') >= 4, "checks")
-        assert {"UP", "L7OK"} <= set(haproxy.statistics("checked"))
+        wait_for(lambda: {"UP", "L7OK"} <= set(haproxy.statistics("checked")), "haproxy to believe it")
         client = from_address("127.0.0.4", haproxy.checked)
         assert client.command("QUIT").startswith("221")
 
@@ -976,14 +997,14 @@ class TestProxyHeader:
         site.configure(lmtp_command_timeout="1s")
         begun = time.monotonic()
         silent, slow = site.connect("-H"), site.connect("-H")
-        for octet in b"PROXY TCP4 192.0.2.1":
+        for octet in b"PROXY TCP6 " + b"0" * 90:
             try:
                 slow.send(bytes([octet]))
             except OSError:
                 break
             time.sleep(0.1)
         assert rest(silent) == rest(slow) == b""
-        assert time.monotonic() - begun < 2.5
+        assert time.monotonic() - begun < 8  # all of it would take 10 seconds
         assert ">connected " not in site.log_text()
 
     @pytest.mark.parametrize("start", [b"", b"PROXY TCP4 ", SIGNATURE])
