@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import shutil
 import socket
 import subprocess
@@ -149,15 +150,42 @@ class Client:
         self.send(b"LHLO client.example\r\n")
         return self.reply()
 
-    def deliver(self, message: bytes, *recipients: str, sender: str = "sender@example.com") -> list[str]:
-        """One transaction with DATA; the replies to the final dot (or the first refusal)."""
-        assert self.command(f"MAIL FROM:<{sender}>").startswith("250")
-        accepted = [r for r in recipients if self.command(f"RCPT TO:<{r}>").startswith("250")]
-        if not (reply := self.command("DATA")).startswith("354"):
-            return [reply]
+    def deliver(
+        self,
+        message: bytes,
+        *recipients: str | bytes,
+        sender: str = "sender@example.com",
+        mail: str = "",
+        rcpt: str = "",
+    ) -> list[str]:
+        """One transaction with DATA; for each recipient the refusal, or the reply to the final dot.
+
+        mail, rcpt: what stands behind the addresses in these commands.
+        """
+        assert self.command(f"MAIL FROM:<{sender}> {mail}".rstrip()).startswith("250")
+        octets = [address if isinstance(address, bytes) else address.encode() for address in recipients]
+        replies = [self.command((b"RCPT TO:<%s> %s" % (address, rcpt.encode())).rstrip()) for address in octets]
+        accepted = [number for number, reply in enumerate(replies) if reply.startswith("250")]
+        if not accepted:
+            self.command("RSET")
+            return replies
+        assert self.command("DATA").startswith("354")
         stuffed = (b"\r\n" + message).replace(b"\r\n.", b"\r\n..")[2:]
         self.send(stuffed + (b".\r\n" if message.endswith(b"\r\n") else b"\r\n.\r\n"))
-        return [self.reply()[-1] for _ in accepted]
+        for number in accepted:
+            replies[number] = (self.reply() or [""])[-1]
+        return replies
+
+    def server(self) -> int:
+        """The process that serves this client, which its session's id names; the transaction is reset."""
+        found = re.search(r"SESSIONID=<lmtpd-(\d+)-", self.command("RSET"))
+        assert found
+        return int(found[1])
+
+    def leave(self) -> None:
+        """Ends the session as one should."""
+        assert self.command("QUIT").startswith("221")
+        self.close()
 
     def close(self) -> None:
         self.sock.close()

@@ -34,18 +34,9 @@ def quoted(local_part: str) -> str:
 
 
 def send(client: Client, address: str | bytes, message: bytes = b"", mail: str = "", rcpt: str = "") -> str:
-    """Delivers a message, by default a new one; the reply to the final dot, or the refusal.
-
-    mail, rcpt: what stands behind the addresses in these commands.
-    """
-    octets = address if isinstance(address, bytes) else address.encode()
-    assert client.command(f"MAIL FROM:<sender@example.com> SMTPUTF8 {mail}").startswith("250")
-    if not (reply := client.command(b"RCPT TO:<%s> %s" % (octets, rcpt.encode()))).startswith("250"):
-        client.command("RSET")
-        return reply
-    assert client.command("DATA").startswith("354")
-    client.send((message or letter()) + b".\r\n")
-    return client.reply()[-1]
+    """Delivers a message, by default a new one, to an address that may be of any characters; the last word to it."""
+    [reply] = client.deliver(message or letter(), address, mail=f"SMTPUTF8 {mail}", rcpt=rcpt)
+    return reply
 
 
 def messages_in(imap: imaplib.IMAP4, folder: str) -> int:

@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 
 from harness import AS_ROOT, LMTPD, PATIENCE, STORE_USER, Address, Client, Site, connect, free_port, wait_for
 
+import lmtpd
+
 PASSWORD = "secret"
 
 POSTFIX_MAIN_CF = """\
@@ -141,6 +143,21 @@ def lmtpd_for_others(site: Site) -> str:
     return str(folder / "lmtpd")
 
 
+def own_copy(site: Site) -> Path:
+    """A command of lmtpd, in a folder with a module of its own, lmtpd.py, which a test may change."""
+    installed = Path(lmtpd_for_others(site))
+    folder = site.root / "copy"
+    folder.mkdir()
+    shutil.copy(lmtpd.__file__, folder / "lmtpd.py")
+    start = installed.read_text().splitlines(keepends=True)
+    place = next(number for number, line in enumerate(start) if "import lmtpd" in line or "from lmtpd" in line)
+    start[place:place] = [f"import sys\nsys.path.insert(0, {str(folder)!r})\n"]
+    command = folder / "lmtpd"
+    command.write_text("".join(start))
+    command.chmod(0o755)
+    return command
+
+
 def recipe(text: str, site: Site, **paths: str) -> str:
     """A recipe of the README, with this site's paths and its owner in place of an installed system's."""
     replacements = {
@@ -152,6 +169,25 @@ def recipe(text: str, site: Site, **paths: str) -> str:
     for old, new in replacements.items():
         text = text.replace(old, new)
     return text
+
+
+def smtp_source(address: Address, *options: str, to: str = "jane@example.com") -> subprocess.Popen[bytes]:
+    """Starts Postfix's load generator, which reads every reply and gives up on one that is not expected."""
+    if isinstance(address, str):
+        place = f"unix:{address}"
+    else:
+        place = "inet:[{}]:{}".format(*address) if ":" in address[0] else "inet:{}:{}".format(*address)
+    command = [program("smtp-source"), "-L", "-f", "sender@example.com", "-t", to, *options, place]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def finish(load: subprocess.Popen[bytes], patience: float = PATIENCE) -> None:
+    """Waits until it has sent everything."""
+    try:
+        said = load.communicate(timeout=patience)[1]
+    finally:
+        load.kill()
+    assert load.returncode == 0, said
 
 
 class Peer:

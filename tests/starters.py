@@ -73,7 +73,12 @@ class Starter:
         raise NotImplementedError
 
     def connect(self) -> Client:
-        return Client(connect(self.address if isinstance(self.address, str) else ("127.0.0.1", self.address)))
+        return Client(connect(self.place))
+
+    @property
+    def place(self) -> str | tuple[str, int]:
+        """The address as others have it."""
+        return self.address if isinstance(self.address, str) else ("127.0.0.1", self.address)
 
     def children(self) -> list[int]:
         """The processes that it has started and that are still there."""

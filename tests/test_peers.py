@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import peers
 import pytest
 from harness import LMTPD, PATIENCE, Address, Client, Site, connect, wait_for
-from peers import Dovecot, Inetd, Listener, Postfix, SystemdSocketActivate, program
+from peers import Dovecot, Inetd, Listener, Postfix, SystemdSocketActivate, finish, program, smtp_source
 
 MESSAGE = b"From: sender@example.com\r\nTo: jane@example.com\r\nSubject: a subject\r\n\r\nA line.\r\n"
 # Lines with dots, white space at the ends, a line of the longest length allowed, and none at all.
@@ -58,41 +58,31 @@ def listener(site: Site, request: pytest.FixtureRequest) -> Iterator[Listener]:
         yield listener
 
 
-def postfix_name(address: Address) -> str:
-    return f"unix:{address}" if isinstance(address, str) else f"inet:{address[0]}:{address[1]}"
-
-
 class TestSmtpSource:
     """Postfix's load generator, which reads every reply and gives up on one that is not expected."""
 
-    def deliver(self, address: Address, *arguments: str) -> None:
-        run(
-            *[program("smtp-source"), "-L", *arguments],
-            *["-f", "sender@example.com", "-t", "jane@example.com", postfix_name(address)],
-        )
-
     def test_a_connection_for_each_message(self, site: Site, listener: Listener) -> None:
-        self.deliver(listener.address, "-m", "8")
+        finish(smtp_source(listener.address, "-m", "8"))
         assert len(site.messages("jane")) == 8
 
     def test_many_messages_on_one_connection(self, site: Site, listener: Listener) -> None:
-        self.deliver(listener.address, "-d", "-m", "200")
+        finish(smtp_source(listener.address, "-d", "-m", "200"))
         assert len(site.messages("jane")) == 200
 
     def test_parallel_sessions(self, site: Site, listener: Listener) -> None:
-        self.deliver(listener.address, "-s", "8", "-m", "32")
+        finish(smtp_source(listener.address, "-s", "8", "-m", "32"))
         assert len(site.messages("jane")) == 32
 
     def test_several_recipients(self, site: Site, listener: Listener) -> None:
         # It puts a number before or after the local part, depending on the version, and leaves one without in some.
         names = [*(f"{number}jane" for number in range(1, 6)), *(f"jane{number}" for number in range(50))]
         site.add_user(*names)
-        self.deliver(listener.address, "-r", "5", "-s", "2", "-m", "10", "-d")
+        finish(smtp_source(listener.address, "-r", "5", "-s", "2", "-m", "10", "-d"))
         assert sum(len(site.messages(name)) for name in ["jane", *names]) == 50
 
     @pytest.mark.parametrize("size", [1, 1000, 65536, 5_000_000])
     def test_sizes(self, site: Site, listener: Listener, size: int) -> None:
-        self.deliver(listener.address, "-m", "2", "-l", str(size))
+        finish(smtp_source(listener.address, "-m", "2", "-l", str(size)))
         for message in site.messages("jane"):
             # It counts its line ends as one octet or two, depending on the version.
             assert size * 0.9 <= len(message) <= size + 2000

@@ -5,12 +5,12 @@ from __future__ import annotations
 import grp
 import os
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import PATIENCE, Site
+from harness import Site
+from peers import finish, smtp_source
 from starters import USER, Inetd, SocketActivate, Starter, Xinetd
 
 UNITS = Path(__file__).parent.parent / "units"
@@ -80,20 +80,12 @@ class ShippedXinetd(Xinetd):
         return command
 
 
-def smtp_source(starter: Starter, *options: str) -> None:
-    """Has Postfix's load generator deliver to jane over LMTP; it fails at the first refusal."""
-    address = f"unix:{starter.address}" if isinstance(starter.address, str) else f"inet:127.0.0.1:{starter.address}"
-    command = ["smtp-source", "-L", "-f", "sender@example.com", "-t", "jane", *options, address]
-    source = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE, check=False)
-    assert source.returncode == 0, source.stderr
-
-
 def deliver_with(start: Start, site: Site, folder: Path) -> None:
     # On TCP only -a makes smtp-source trusted, which can't authenticate.
     with start(site.command("-a"), folder) as starter:
         # A connection for each message, four at once; then one connection for all.
-        smtp_source(starter, "-s", "4", "-m", "20")
-        smtp_source(starter, "-d", "-m", "10")
+        for options in (["-s", "4", "-m", "20"], ["-d", "-m", "10"]):
+            finish(smtp_source(starter.place, *options))
     assert len(site.messages("jane")) == 30
     assert not site.files("jane", kind="tmp")
 

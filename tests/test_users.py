@@ -147,19 +147,9 @@ class Homes(NamedTuple):
         """Delivers on a connection of its own; the code and enhanced code for each recipient, at whichever time."""
         client = self.client()
         try:
-            client.command("MAIL FROM:<sender@example.com>")
-            refusals = {}
-            for name in names:
-                reply = client.command(f"RCPT TO:<{name}>")
-                if not reply.startswith("250"):
-                    refusals[name] = reply[:9]
-            taken = [name for name in names if name not in refusals]
-            if taken:
-                assert client.command("DATA").startswith("354")
-                client.send(message + b".\r\n")
-                refusals.update((name, client.reply()[-1][:9]) for name in taken)
+            replies = client.deliver(message, *names)
             client.command("QUIT")
-            return [refusals[name] for name in names]
+            return [reply[:9] for reply in replies]
         finally:
             client.close()
 
@@ -505,49 +495,36 @@ def acts_of(lines: list[str]) -> list[tuple[int, str]]:
     return acts
 
 
-class Traced:
+class Traced(Client):
     """A client of an lmtpd whose system calls are written down."""
 
     def __init__(self, site: Site, calls: str) -> None:
-        self._site = site
         self._trace = site.root / "trace"
-        self._command = [program("strace"), "-f", "-y", "-s", "300", "-e", f"trace={calls}", "-o", str(self._trace)]
-
-    def __enter__(self) -> Traced:
+        command = [program("strace"), "-f", "-y", "-s", "300", "-e", f"trace={calls}", "-o", str(self._trace)]
         ours, theirs = socket.socketpair()
-        with theirs, self._site.log.open("ab") as log:
+        with theirs, site.log.open("ab") as log:
             self._child = subprocess.Popen(
-                [*self._command, *self._site.command()],
+                [*command, *site.command()],
                 stdin=theirs.fileno(),
                 stdout=theirs.fileno(),
                 stderr=log,
-                env=self._site.journal(),
+                env=site.journal(),
             )
-        self.client = Client(ours)
-        ours.settimeout(20)
-        self.client.hello()
-        return self
+        super().__init__(ours)
+        self.sock.settimeout(20)
 
-    def deliver(self, message: bytes, *names: str) -> list[str]:
-        """The replies to the final dot, or the refusal of all recipients."""
-        self.client.command("MAIL FROM:<sender@example.com>")
-        replies = [self.client.command(f"RCPT TO:<{name}>") for name in names]
-        taken = [reply for reply in replies if reply.startswith("250")]
-        if not taken:
-            self.client.command("RSET")
-            return replies
-        self.client.command("DATA")
-        self.client.send(message + b".\r\n")
-        return [self.client.reply()[-1] for _ in taken]
+    def __enter__(self) -> Traced:
+        self.hello()
+        return self
 
     def end(self) -> list[str]:
         """Ends the session; the system calls."""
-        self.client.command("QUIT")
+        self.command("QUIT")
         self._child.wait(PATIENCE)
         return self._trace.read_text().splitlines()
 
     def __exit__(self, *_: object) -> None:
-        self.client.close()
+        self.close()
         # strace ends when its lmtpd has, which has lost its client.
         self._child.wait(PATIENCE)
 
@@ -891,33 +868,18 @@ useradd -m ann.b
 
 def deliver_in(machine: Machine, *names: str) -> list[str]:
     """Delivers with an lmtpd that root starts; for each recipient the code and enhanced code, at whichever time."""
-    script = """\
-import socket, subprocess, sys
-ours, theirs = socket.socketpair()
-child = subprocess.Popen(["lmtpd"], stdin=theirs, stdout=theirs)
-theirs.close()
-lines = ours.makefile("rw", newline="\\r\\n")
-def ask(command=""):
-    if command:
-        lines.write(command + "\\n")
-        lines.flush()
-    while (line := lines.readline())[3] == "-":
-        pass
-    return line[:9]
-ask()
-ask("LHLO x")
-ask("MAIL FROM:<>")
-replies = [ask(f"RCPT TO:<{name}>") for name in sys.argv[1:]]
-taken = replies.count("250 2.1.5")
-if taken:
-    replies = [reply for reply in replies if reply != "250 2.1.5"]
-    ask("DATA")
-    replies += [ask("Subject: x\\n\\n.")] + [ask() for _ in range(taken - 1)]
-print(*replies, sep="\\n")
-ask("QUIT")
-child.wait()
-"""
-    return machine.run("python3", "-c", script, *names).stdout.splitlines()
+    ours, theirs = socket.socketpair()
+    with theirs:
+        child = machine.start("lmtpd", stdin=theirs, stdout=theirs)
+    client = Client(ours)
+    try:
+        client.hello()
+        replies = client.deliver(MESSAGE, *names, sender="")
+        client.command("QUIT")
+    finally:
+        client.close()
+        child.wait(PATIENCE)
+    return [reply[:9] for reply in replies]
 
 
 def shown(machine: Machine, path: str) -> str:
