@@ -14,7 +14,7 @@ from harness import Site
 from hypothesis import HealthCheck, settings
 
 # The tests wait more than they compute.
-WORKERS_FOR_A_PROCESSOR = 2
+WORKERS_FOR_A_PROCESSOR = 3
 # The files that take longest, the longest first.
 LONGEST = ("service", "users", "auth", "systemd", "clients", "master", "site", "hostile", "quota", "tls")
 # The name, in the environment, of a folder that this process and the workers, which run the tests, have in common. It
@@ -65,8 +65,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """How many workers "-n auto" means. A debugger needs the terminal, and so none."""
-    return 0 if config.option.usepdb else WORKERS_FOR_A_PROCESSOR * len(os.sched_getaffinity(0))
+    """How many workers "-n auto" means; none for a few tests, which would wait for them, nor for a debugger."""
+    if config.option.keyword or config.option.usepdb:
+        return 0
+    workers = WORKERS_FOR_A_PROCESSOR * len(os.sched_getaffinity(0))
+    paths = {argument.partition("::")[0] for argument in config.args}
+    if all(map(os.path.isfile, paths)):
+        workers = min(workers, len(paths))
+    return workers if workers > 1 else 0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -85,14 +85,6 @@ def test_figures_are_the_programs(page: Path, text: str, name: str, unit: int) -
     assert [int(figure) * unit for figure in found] == [getattr(lmtpd, name)]
 
 
-def test_a_figure_that_is_not_there_is_not_changed_in_vain(site: Site) -> None:
-    site.figures = {"GRACE": 1, "NOWHERE": 1}
-    done = site.pipe(b"QUIT\r\n")
-    assert done.returncode == 1
-    assert done.stdout == b""
-    assert "NOWHERE" in site.log_text()
-
-
 # Reading the program
 
 
