@@ -1617,7 +1617,11 @@ def scan_local_part(argument: str, start: int) -> tuple[str, int]:
 
 def first_of(characters: str, text: str, start: int = 0) -> int:
     """The index of the first of these characters, from start on; the length of the text if there is none."""
-    return min([place for c in characters if (place := text.find(c, start)) >= 0], default=len(text))
+    end = len(text)
+    for character in characters:
+        if (place := text.find(character, start, end)) >= 0:
+            end = place
+    return end
 
 
 def scan_quoted_string(argument: str, start: int) -> tuple[str, int]:
@@ -2130,7 +2134,7 @@ class Header:
         """The header section of a message; empty if the message does not begin with a field."""
         first_line, _, _ = content[:FIRST_LINE_LIMIT].partition(LF)
         if not is_field(first_line):
-            return cls(b"")
+            return NO_HEADER
         ends = [end for end in (content.find(b"\n\n"), content.find(b"\n\r\n")) if end >= 0]
         return cls(content[: min(ends) + 1] if ends else content)
 
@@ -2173,6 +2177,9 @@ class Header:
         return end or len(self.octets)
 
 
+NO_HEADER = Header(b"")
+
+
 def is_field(line: bytes) -> bool:
     """Whether a header section may begin with this line: a field (RFC 5322 section 2.2), or mbox's From line."""
     name, colon, _ = line.partition(b":")
@@ -2192,7 +2199,7 @@ class Message:
     __slots__ = ("body_offset", "content", "draft", "has_message_id", "header", "lines", "message_id", "size")
 
     def __init__(self) -> None:
-        self.header = Header(b"")
+        self.header = NO_HEADER
         self.body_offset = self.size = self.lines = 0
         self.message_id, self.has_message_id = "", False
         self.content = b""
@@ -2265,14 +2272,9 @@ class Incoming:
         self._spool: Spool | None = None
         self._ends_in_cr = False
 
-    @property
-    def is_refused(self) -> bool:
-        """Whether the message cannot be delivered."""
-        return self.refusal is not None or self.failure is not None
-
     def write(self, data: bytes) -> None:
         """Takes the next octets, with LF at the end of lines. Never raises: an error becomes refusal or failure."""
-        if self.is_refused or not data:
+        if self.refusal or self.failure or not data:
             return
         line_ends = count_of_lf(data)
         self.wire_size += len(data) + line_ends
@@ -2289,7 +2291,7 @@ class Incoming:
 
     def complete(self) -> None:
         """Ends the message: no more octets follow. Never raises: an error becomes refusal or failure."""
-        if self.is_refused:
+        if self.refusal or self.failure:
             return
         if self._spool:
             try:
@@ -2317,7 +2319,7 @@ class Incoming:
 
     def _start_spool(self) -> None:
         content = self._with_head()
-        if self.is_refused:
+        if self.refusal:
             return
         try:
             self._spool = Spool(self._drafts)
@@ -3033,9 +3035,9 @@ class Folders:
 class Maildir:
     """A user's Maildir, with its folders (Maildir++).
 
-    identity: the owner of its files. missing: whether it has yet to be made. limits: the octets and messages that it
-    may have; None if its file maildirsize gives them. A folder is the name of its directory, as resolve() and
-    new_folder() give it; INBOX is the Maildir itself.
+    identity: the owner of its files. owner: the owner's user id and group id. missing: whether it has yet to be made.
+    limits: the octets and messages that it may have; None if its file maildirsize gives them. A folder is the name of
+    its directory, as resolve() and new_folder() give it; INBOX is the Maildir itself.
     """
 
     def __init__(
@@ -3047,15 +3049,11 @@ class Maildir:
         limits: tuple[int, int] | None = None,
     ) -> None:
         self.path, self.identity = path, identity
+        self.owner = identity.uid, identity.gid
         self._config, self._missing = config, missing
         self._directory = Directory(path, identity)
         self._quota = QuotaFile(self._directory, limits, config)
         self._folders = Folders(self._directory, identity, config)
-
-    @property
-    def owner(self) -> tuple[int, int]:
-        """The user id and group id of its files."""
-        return self.identity.uid, self.identity.gid
 
     def key(self, folder: str) -> str:
         """The folder's name in records and in the log, the same for every process."""
@@ -3745,7 +3743,7 @@ class Placement:
 class Delivery:
     """The delivery of a message to one recipient, which has one placement or more.
 
-    failure: the reply if it failed before there were placements.
+    failure: the reply that the failures decide; None if there is none.
     """
 
     __slots__ = ("destination", "failure", "placements")
@@ -3755,13 +3753,15 @@ class Delivery:
         self.placements: list[Placement] = []
         self.failure: Reply | None = None
 
-    def worst_failure(self) -> Reply | None:
-        """The reply that decides; None if all placements succeeded.
+    def fail(self, reply: Reply, placement: Placement | None = None) -> None:
+        """Adds a failure, of a placement or of them all.
 
         A temporary failure decides before a permanent one: the client must keep the message and try again.
         """
-        failures = [failure for failure in (self.failure, *(each.failure for each in self.placements)) if failure]
-        return min(failures, key=lambda failure: failure.code, default=None)
+        if placement:
+            placement.fail(reply)
+        if not self.failure or reply.code < self.failure.code:
+            self.failure = reply
 
 
 class Router:
@@ -3851,12 +3851,12 @@ class Router:
 
 
 class DeliveryAgent:
-    """Delivers messages to the mailboxes of their recipients."""
+    """Delivers messages to the mailboxes of their recipients. router: finds these."""
 
     def __init__(self, config: Config) -> None:
         """Raises ConfigError."""
         self._config = config
-        self._router = Router(config)
+        self.router = Router(config)
         self._identity = Identity.of_process()
         self._duplicates = Duplicates(config) if config.duplicatesuppression else None
 
@@ -3864,10 +3864,6 @@ class DeliveryAgent:
         """Gets ready for many messages, before workers fork."""
         if self._duplicates:
             self._duplicates.prepare()
-
-    def find(self, recipient: Recipient, envelope: Envelope, size: int, ignores_quota: bool) -> Destination:
-        """See Router.find()."""
-        return self._router.find(recipient, envelope, size, ignores_quota)
 
     def drafts(self, envelope: Envelope) -> Iterator[Draft]:
         """Spool files for a message that is too large for memory, one after the other on different file systems.
@@ -3915,34 +3911,39 @@ class DeliveryAgent:
         deliveries = [Delivery(destination) for destination in envelope.destinations]
         if refusal := self.refusal(incoming):
             for delivery in deliveries:
-                delivery.failure = refusal
+                delivery.fail(refusal)
         else:
             self._place_all(incoming.message, deliveries)
-        replies = [delivery.worst_failure() or delivered for delivery in deliveries]
-        for delivery, reply in zip(deliveries, replies):
+        replies = []
+        for delivery in deliveries:
+            replies.append(reply := delivery.failure or delivered)
             log_delivery(delivery, reply, incoming.message, envelope, started)
         return replies
 
     def plan(self, message: Message, destination: Destination) -> list[Placement]:
         """The placements of a message for one recipient. Raises StoreError, LmtpError and OSError."""
         destination.mailbox.make()
-        return [Placement(message, destination.mailbox, self._router.folder_of(destination))]
+        return [Placement(message, destination.mailbox, self.router.folder_of(destination))]
 
     def _place_all(self, message: Message, deliveries: Sequence[Delivery]) -> None:
         """Delivers to all recipients, and records it."""
         first_in: dict[str, Placement] = {}
         batch: list[Delivery] = []
+        waiting = 0
         for delivery in deliveries:
             self._place(message, delivery, first_in, delivery is deliveries[-1])
             batch.append(delivery)
-            if sum(len(each.placements) for each in batch) >= BATCH:
+            waiting += len(delivery.placements)
+            if waiting >= BATCH or delivery is deliveries[-1]:
                 self._settle(batch)
-                batch = []
-        self._settle(batch)
-        placements = [placement for delivery in deliveries for placement in delivery.placements]
-        for changed in {placement.message for placement in placements} - {message}:
-            changed.discard()
-        stored = [placement.key for placement in placements if placement.is_stored]
+                batch, waiting = [], 0
+        stored = []
+        for delivery in deliveries:
+            for placement in delivery.placements:
+                if placement.is_stored:
+                    stored.append(placement.key)
+                if placement.message is not message:
+                    placement.message.discard()
         if stored and self._duplicates and is_identified(message):
             self._duplicates.add(message.message_id, stored)
 
@@ -3954,15 +3955,16 @@ class DeliveryAgent:
         try:
             delivery.placements = self.plan(message, delivery.destination)
         except Exception as error:
-            delivery.failure = reply_to(error, self._config, delivery.destination.mailbox.path)
+            delivery.fail(reply_to(error, self._config, delivery.destination.mailbox.path))
             return
         for number, placement in enumerate(delivery.placements, 1):
-            later = {each.message for each in delivery.placements[number:]}
-            may_move = placement.message not in later and (is_last or placement.message is not message)
+            may_move = is_last or placement.message is not message
+            for later in delivery.placements[number:]:
+                may_move = may_move and later.message is not placement.message
             try:
                 self._place_one(placement, delivery.destination, first_in, may_move)
             except Exception as error:
-                placement.fail(reply_to(error, self._config, placement.key))
+                delivery.fail(reply_to(error, self._config, placement.key), placement)
                 del delivery.placements[number:]
                 return
 
@@ -3986,23 +3988,23 @@ class DeliveryAgent:
         """Makes the placements of each recipient durable; if one of them fails, takes that recipient's others back."""
         for delivery in deliveries:
             for placement in delivery.placements:
-                if not delivery.worst_failure():
-                    self._sync(placement)
-            if failure := delivery.worst_failure():
+                if not delivery.failure:
+                    self._sync(placement, delivery)
+            if delivery.failure:
                 for placement in delivery.placements:
-                    self._take_back(placement, failure)
+                    self._take_back(placement, delivery.failure)
             for placement in delivery.placements:
                 if placement.placed:
                     placement.placed.close()
 
-    def _sync(self, placement: Placement) -> None:
+    def _sync(self, placement: Placement, delivery: Delivery) -> None:
         if placement.twin and placement.twin.failure:
-            placement.fail(placement.twin.failure)
+            delivery.fail(placement.twin.failure, placement)
         elif placement.placed:
             try:
                 placement.placed.sync()
             except Exception as error:
-                placement.fail(reply_to(error, self._config, placement.key))
+                delivery.fail(reply_to(error, self._config, placement.key), placement)
 
     def _take_back(self, placement: Placement, failure: Reply) -> None:
         if not placement.is_stored or not placement.placed:
@@ -4567,11 +4569,12 @@ class Transaction(Envelope):
 class Dialogue:
     """Commands in, replies out: until the client leaves, sends too much that is useless, or the process has to end.
 
-    A subclass interprets the commands.
+    A subclass interprets the commands. in_transaction: whether the process must not end before the next command.
     """
 
     def __init__(self, connection: Connection, stop: Stop, config: Config) -> None:
         self._connection, self._stop, self._config = connection, stop, config
+        self.in_transaction = False
         self._parting: Reply | None = None
         self._bad_commands = self._idle_commands = 0
         self._may_end = self._overfull = False
@@ -4582,11 +4585,11 @@ class Dialogue:
         raise NotImplementedError
 
     def loggable(self, line: bytes) -> str:
-        """The command line for the log, without secrets."""
+        """A command line for the log, without secrets."""
         raise NotImplementedError
 
-    def in_transaction(self) -> bool:
-        """Whether the process must not end before the next command."""
+    def after_refusal(self, line: bytes) -> None:
+        """Notes that a command line was refused."""
         raise NotImplementedError
 
     def reply(self, reply: Reply) -> None:
@@ -4639,6 +4642,7 @@ class Dialogue:
             if not (overfull and self._overfull):  # one line for all of them
                 log.info("refused", command=self.loggable(line), reply=error)
             self._overfull = overfull
+            self.after_refusal(line)
             self.reply(error.reply)
             self._bad_commands += error.reply.code in BAD_COMMAND_CODES
             self._idle_commands += not overfull
@@ -4650,7 +4654,7 @@ class Dialogue:
             self.reply(TOO_MANY_COMMANDS)
 
     def _next_command(self) -> bytes:
-        self._may_end = not self.in_transaction()
+        self._may_end = not self.in_transaction
         try:
             self._check_stop()
             return self._connection.read_line()
@@ -4693,10 +4697,6 @@ class MailDialogue(Dialogue):
         self._client = "unknown"
         self._transaction: Transaction | None = None
 
-    def in_transaction(self) -> bool:
-        """See Dialogue.in_transaction()."""
-        return self._transaction is not None
-
     def do_mail(self, argument: str) -> None:
         """RFC 5321 section 4.1.1.2"""
         if not self._authenticator.may_deliver:
@@ -4709,6 +4709,7 @@ class MailDialogue(Dialogue):
         utf8, announced_size = parse_mail_parameters(parameters, self._config)
         check_characters(address, utf8, self._config)
         self._transaction = Transaction(address, utf8, announced_size, self._connection.eol)
+        self.in_transaction = True
         self.reply(SENDER_OK)
 
     def do_rcpt(self, argument: str) -> None:
@@ -4728,7 +4729,7 @@ class MailDialogue(Dialogue):
         if address is None:
             raise LmtpError(USER_UNKNOWN)
         recipient, ignores_quota = Recipient(address, self._config), "IGNOREQUOTA" in parameters
-        destination = self._agent.find(recipient, transaction, transaction.announced_size, ignores_quota)
+        destination = self._agent.router.find(recipient, transaction, transaction.announced_size, ignores_quota)
         transaction.destinations.append(destination)
         self.reply(RECIPIENT_OK)
 
@@ -4796,7 +4797,7 @@ class MailDialogue(Dialogue):
     def _reset(self) -> None:
         if self._transaction:
             self._transaction.discard()
-        self._transaction = None
+        self._transaction, self.in_transaction = None, False
 
 
 class Session(MailDialogue):
@@ -4813,20 +4814,17 @@ class Session(MailDialogue):
             self._reset()
             log.info("disconnected", reason=reason)
 
-    def interpret(self, line: bytes) -> None:
-        """See Dialogue.interpret()."""
-        try:
-            self._dispatch(line)
-        except LmtpError:
-            self._auth_refused |= line.lstrip()[:4].upper() == b"AUTH"
-            raise
-
     def loggable(self, line: bytes) -> str:
         """See Dialogue.loggable(). After a refused AUTH, a line that is no command may be a password."""
-        verb, text = line.partition(b" ")[0].decode("utf-8", "replace").upper(), without_secrets(line)
-        return "..." if self._auth_refused and verb not in self.VERBS and not text.startswith("AUTH ") else text
+        verb = line.partition(b" ")[0].decode("utf-8", "replace").upper()
+        return "..." if self._auth_refused and verb not in self.VERBS else without_secrets(line)
 
-    def _dispatch(self, line: bytes) -> None:
+    def after_refusal(self, line: bytes) -> None:
+        """See Dialogue.after_refusal()."""
+        self._auth_refused |= line.lstrip()[:4].upper() == b"AUTH"
+
+    def interpret(self, line: bytes) -> None:
+        """See Dialogue.interpret()."""
         unreadable = BAD_CHUNK if line[:4].upper() == b"BDAT" else BAD_SYNTAX
         try:
             command = line.decode("utf-8").rstrip(" ")
@@ -5032,7 +5030,7 @@ def parse_size(value: str | None, limit: int) -> int:
 
 def check_characters(address: Address | None, utf8: bool, config: Config) -> None:
     """Raises LmtpError for an address beyond ASCII without SMTPUTF8, unless lmtp_strict_rfc2821 is off."""
-    if config.lmtp_strict_rfc2821 and not utf8 and not str(address).isascii():
+    if config.lmtp_strict_rfc2821 and not utf8 and address and not (address.local + address.domain).isascii():
         raise LmtpError(NOT_ASCII)
 
 

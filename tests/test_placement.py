@@ -44,7 +44,7 @@ class Scene:
         envelope = Envelope(None)
         for user in users:
             recipient = Recipient(Address(user, ""), self.config)
-            envelope.destinations.append(self.agent.find(recipient, envelope, 0, False))
+            envelope.destinations.append(self.agent.router.find(recipient, envelope, 0, False))
         incoming = Incoming(b"Return-Path: <>\n", self.config, self.agent.drafts(envelope))
         try:
             incoming.write((message or letter()).replace(b"\r\n", b"\n"))
@@ -131,14 +131,14 @@ def test_a_recipient_who_shares_a_part_that_was_taken_back_shares_the_failure(si
 )
 def test_a_temporary_failure_decides_before_a_permanent_one(scene: Scene, codes: list[int], decides: int) -> None:
     """The client has to try again, for what may still be stored."""
-    destination = scene.agent.find(Recipient(Address("jane", ""), scene.config), Envelope(None), 0, False)
+    destination = scene.agent.router.find(Recipient(Address("jane", ""), scene.config), Envelope(None), 0, False)
     delivery = lmtpd.Delivery(destination)
     for code in codes:
         delivery.placements.append(Placement(Message(), destination.mailbox, lmtpd.INBOX))
         if code >= 400:
-            delivery.placements[-1].fail(Reply(code, f"{code // 100}.0.0", "x"))
-    failure = delivery.worst_failure()
-    assert (failure and failure.code) == decides
+            delivery.fail(Reply(code, f"{code // 100}.0.0", "x"), delivery.placements[-1])
+    assert (delivery.failure and delivery.failure.code) == decides
+    assert [bool(placement.failure) for placement in delivery.placements] == [code >= 400 for code in codes]
 
 
 def test_a_changed_message_is_a_file_of_its_own(scene: Scene, site: Site) -> None:
