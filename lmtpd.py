@@ -28,12 +28,12 @@ Options:
 # Addresses       paths and parameters of commands; user, detail and domain of a recipient
 # Files           identities, guarded paths, drafts, durable files and directories
 # Message         what comes after DATA or BDAT: decoding, limits, header, added fields
-# Maildir++       names of folders and message files, quota, keywords, Dovecot's lock
-# Mailboxes       a user's Maildir: folders, quota, placing a message
+# Maildir++       names of folders and files on the disk, quota, keywords, Dovecot's lock
+# Mailboxes       a user's Maildir: folders, quota check, placing a message
 # Users           the user databases
 # Mailstore       the way from a recipient to a mailbox
 # Records         the database of messages that were delivered already
-# Delivery        one message and all its recipients, from placement to replies
+# Delivery        one message and all its recipients: placements, replies to store errors
 # Authentication  SASL mechanisms, password checks, who may deliver
 # Session         the verbs, and the state of the transaction
 # Service         where connections come from, and how many a process serves
@@ -135,7 +135,7 @@ def as_file(value: str) -> str:
 
 
 def optional(parse: Callable[[str], str]) -> Callable[[str], str]:
-    """The same type, but "" is allowed and means none."""
+    """The same type, and "" for none."""
 
     def parse_optional(value: str) -> str:
         return parse(value) if value else ""
@@ -176,7 +176,7 @@ def as_number(value: str) -> int:
 
 
 def limited(parse: Callable[[str], int], low: str, high: str) -> Callable[[str], int]:
-    """The same type, but only values from low to high, which are written as in the file."""
+    """The same type, from low to high, which are texts as in imapd.conf."""
 
     def parse_limited(value: str) -> int:
         if not parse(low) <= (result := parse(value)) <= parse(high):
@@ -325,13 +325,13 @@ class Config:
     autocreate_subscribe_folders = option(as_folders, "", "the folders to which a new user is subscribed")
     autocreate_users = option(as_names, "anyone", "users whose Maildirs are made: userids, group:NAME, anyone")
     chatty = option(as_switch, "no", "log every command")
-    configdirectory = option(as_path, None, "the folder for files of lmtpd itself")
+    configdirectory = option(as_path, None, "the directory for lmtpd's own files")
     cyrus_user = option(as_text, "", "the account to run as when started by root")
     debug = option(as_switch, "no", "log details that help to find a fault")
     debug_command = option(as_command, "", "the command that -D runs")
     default_quota = option(as_octets, "0", "the quota of a Maildir that has none of its own, in octets; 0: none")
     default_quota_messages = option(as_number, "0", "the most messages of such a Maildir; 0: no limit")
-    defaultdomain = option(as_text, "", "the domain whose userids have no domain")
+    defaultdomain = option(as_text, "", "the domain that is no part of a userid")
     defaultpartition = option(as_text, "", "the partition of the Maildirs; needed only when there are several")
     duplicate_db_path = option(
         optional(as_path), "", "the database of delivered messages; by default deliver.db in configdirectory"
@@ -347,11 +347,11 @@ class Config:
     lmtp_exclude_specialuse = option(
         as_names, r"\Drafts \Scheduled \Snoozed", "special uses of folders that no sub-address reaches"
     )
-    lmtp_fuzzy_mailbox_match = option(as_switch, "no", "deliver a sub-address to the folder with the most similar name")
-    lmtp_max_bad_commands = option(as_number, "50", "the most malformed commands of a session; 0: no limit")
-    lmtp_max_idle_commands = option(
-        as_number, "1000", "the most commands between two messages that begin none; 0: no limit"
+    lmtp_fuzzy_mailbox_match = option(
+        as_switch, "no", "ignore case and kind of dash in a sub-address, and take the nearest parent"
     )
+    lmtp_max_bad_commands = option(as_number, "50", "the most malformed commands between two messages; 0: no limit")
+    lmtp_max_idle_commands = option(as_number, "1000", "the most commands without a message; 0: no limit")
     lmtp_max_recipients = option(limited(as_number, "1", "999999"), "1000", "the most recipients of a transaction")
     lmtp_maxchild = option(
         limited(as_number, "1", "100000"), "50", "the most connections that a listening lmtpd serves at once"
@@ -364,10 +364,10 @@ class Config:
     lmtp_strict_quota = option(
         as_switch, "no", "refuse a message that would not fit into the quota, not only mail for a full mailbox"
     )
-    lmtp_strict_rfc2821 = option(as_switch, "yes", "refuse addresses beyond ASCII without SMTPUTF8")
+    lmtp_strict_rfc2821 = option(as_switch, "yes", "refuse non-ASCII addresses without SMTPUTF8")
     maildir_path = option(as_template("pundh"), "%p/%u", "the path of a user's Maildir")
     maxmessagesize = option(as_octets, "0", "the largest message accepted, in octets; 0: no limit")
-    munge8bit = option(as_switch, "no", "write X over 8-bit octets in message headers")
+    munge8bit = option(as_switch, "no", "replace 8-bit octets in message headers by X")
     passwd_min_uid = option(as_number, "1000", "with userdb: passwd, accounts with a lower user id have no mailbox")
     postmaster = option(as_text, "postmaster", "the user who gets the mail of postmaster")
     postuser = option(as_text, "", "the user part of addresses of shared folders")
@@ -407,8 +407,8 @@ class Config:
         limited(as_duration, "0", "32767"), "0", "time between probes; 0: the system's default"
     )
     tls_ciphers = option(as_text, "", "the ciphers for TLS 1.2, in OpenSSL's form; by default OpenSSL's")
-    tls_client_ca_dir = option(as_file, "", "the folder of CA certificates for those of clients")
-    tls_client_ca_file = option(as_file, "", "the file of CA certificates for those of clients")
+    tls_client_ca_dir = option(as_file, "", "the directory of CA certificates that verify those of clients")
+    tls_client_ca_file = option(as_file, "", "the file of CA certificates that verify those of clients")
     tls_client_certs = option(
         as_choice("off", "optional", "require"), "optional", "whether clients are asked for certificates"
     )
@@ -437,7 +437,7 @@ class Config:
 
     @classmethod
     def load(cls, file: str, service: str = "lmtp") -> Config:
-        """Reads a file. Options with the prefix of the service override those without.
+        """Reads a file. SERVICE_name overrides name. service: the name before the underscore.
 
         Raises ConfigError. Source: imapd.conf(5).
         """
@@ -487,7 +487,7 @@ def parsed(parse: Callable[[str], T], name: str, setting: tuple[str, str]) -> T:
 
 
 def read_settings(file: str) -> tuple[dict[str, tuple[str, str]], list[str]]:
-    """The settings of a file and the files that it includes: name to (value, "file:line"); and these files.
+    """The settings of a file and the files that it includes, as {name: (value, "file:line")}, and a list of the files.
 
     Raises ConfigError.
     """
@@ -591,11 +591,11 @@ class Log:
         return LogContext(self._context, fields)
 
     def error(self, event: str, **fields: object) -> None:
-        """Logs what needs a person's attention."""
+        """Logs what the administrator must act on."""
         self._line(LOG_ERR, event, fields)
 
     def warning(self, event: str, **fields: object) -> None:
-        """Logs what may need a person's attention."""
+        """Logs what the administrator may have to act on."""
         self._line(LOG_WARNING, event, fields)
 
     def info(self, event: str, **fields: object) -> None:
@@ -681,7 +681,7 @@ def stderr_is_journal() -> bool:
 
 
 def stdout_is_journal() -> bool:
-    """Whether standard output is the same stream, and so no LMTP client."""
+    """Whether standard output is a stream to the journal, too, and so no LMTP client."""
     try:
         return stderr_is_journal() and os.path.sameopenfile(1, 2)
     except OSError:
@@ -698,9 +698,9 @@ def fill_standard_descriptors() -> None:
 
 
 def keep_stderr_from_client() -> None:
-    """Makes standard error /dev/null if it is closed or the client's connection, unless it is a terminal."""
+    """Replaces standard error by /dev/null if it is closed or the client's connection. A terminal is kept."""
     if stderr_is_journal():
-        return  # also if standard output is the same stream
+        return  # the journal is never a client
     try:
         if os.isatty(2) or not any(os.path.sameopenfile(2, fd) for fd in (0, 1)):
             return
@@ -768,7 +768,7 @@ def reply_line(line: str) -> bytes:
 
 
 class LmtpError(Exception):
-    """This reply refuses a command, or tells that a recipient's delivery failed."""
+    """The client gets this reply: a command, or one recipient's delivery, has failed."""
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply)
@@ -807,13 +807,13 @@ class Wakeup:
     """
 
     def __init__(self) -> None:
-        self.fd, self._signalled = -1, -1
+        self.fd, self._write_end = -1, -1
 
     def open(self) -> None:
-        """Makes the pipe. A forked process calls this again for a pipe of its own."""
-        old = self.fd, self._signalled
-        self.fd, self._signalled = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
+        """Makes the pipe. A forked process calls it again, for a pipe of its own."""
+        old = self.fd, self._write_end
+        self.fd, self._write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         for fd in old:
             if fd >= 0:
                 os.close(fd)
@@ -833,7 +833,7 @@ class ShutdownFile:
         self._path = path
 
     def notice(self) -> str:
-        """The first line of the file; "" while there is no file."""
+        """The first line of the file, or a default if it is empty; "" if the file is missing or unreadable."""
         if not os.access(self._path, os.F_OK, effective_ids=True):  # cheaper than an exception
             return ""
         try:
@@ -846,10 +846,11 @@ class ShutdownFile:
 class Stop:
     """How soon this process has to end, as signals tell it.
 
-    leaving: finish the connection, then exit (SIGHUP, SIGTERM, SIGINT). requested: finish the transaction, then exit
-    (SIGTERM, SIGINT). at_once: exit as soon as the message in hand is stored or dropped (a second SIGTERM, or GRACE
-    seconds after the first).
-    wakeup: becomes readable when a signal arrives. shutdown_file: the administrator's notice to clients.
+    There are three degrees, each of which includes those before. leaving: exit after the connection (SIGHUP).
+    requested: exit after the transaction (SIGTERM, SIGINT). at_once: exit as soon as the message in hand is stored or
+    dropped (a second SIGTERM, or GRACE seconds after the first).
+    wakeup: becomes readable when a signal arrives: Wire polls it, and then calls Dialogue, which ends the session.
+    shutdown_file: the administrator's notice to clients.
     """
 
     def __init__(self, shutdown_file: ShutdownFile) -> None:
@@ -857,16 +858,16 @@ class Stop:
         self.wakeup, self.shutdown_file = Wakeup(), shutdown_file
         self._may_raise = False
 
-    def listen(self) -> None:
+    def install_handlers(self) -> None:
         """Handles signals from now on."""
         signal.signal(signal.SIGTERM, self._terminate)
         signal.signal(signal.SIGINT, self._terminate)
         signal.signal(signal.SIGALRM, self._expire)
         signal.signal(signal.SIGHUP, self._hang_up)
-        self.resume()
+        self.unblock()
 
-    def resume(self) -> None:
-        """Lets signals in, through a pipe of this process's own; also in a forked process."""
+    def unblock(self) -> None:
+        """Unblocks the stop signals, with a pipe of this process's own; also in a forked process."""
         self.wakeup.open()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
@@ -884,7 +885,7 @@ class Stop:
         """Ends what start_raising() began."""
         self._may_raise = False
         signal.setitimer(signal.ITIMER_REAL, 0)
-        if self.requested:  # meanwhile; the line above has stopped the timer of GRACE
+        if self.requested:  # the line above has stopped the timer of GRACE, too
             signal.alarm(GRACE)
 
     def _terminate(self, *_: object) -> None:
@@ -932,7 +933,7 @@ class Interruptible:
 # ======================================================================
 
 WRITE_SIZE = 4096  # octets that a writable pipe takes without blocking, pipe(7)
-OUTPUT_LIMIT = 65536
+OUTPUT_LIMIT = 65536  # octets that wait to be written
 LINE_LIMIT = 8192  # octets of a command line with its end
 LINGER = 2.0  # seconds to wait for the client to close its side
 PROXY_V1_LIMIT = 105  # octets of the longest header without its end
@@ -952,13 +953,13 @@ class Socket(socket.socket):
 
 
 class Disconnected(Exception):
-    """The client is gone, or does not read the replies. The text says which."""
+    """The session ends without another reply. The text says why, for the log."""
 
 
 class Wire:
     """The octets of a connection, on two descriptors: a socket, a pipe, a file or a terminal.
 
-    timeout: seconds that a write may take. limit: seconds that all of the connection may take, save a last reply; 0 for
+    timeout: seconds to wait for the client to read. limit: seconds for the whole connection, except a last reply; 0 for
     no limit. wakeup: a descriptor that interrupts a wait when it becomes readable. Then on_wakeup is called, which
     empties it and may raise to end the wait for good. is_socket: whether the client is at the other end of a socket.
     """
@@ -984,7 +985,7 @@ class Wire:
         return self._wait(self._readable, 0)
 
     def read(self, timeout: float) -> bytes:
-        """The next octets; b"" is none, but not the end. Raises LmtpError when time is up, and Disconnected."""
+        """The next octets; b"" if there are none yet. Raises LmtpError when time is up, and Disconnected at the end."""
         left = self._end - time.monotonic()
         if left <= 0:
             raise LmtpError(SESSION_TOO_LONG)
@@ -1001,7 +1002,7 @@ class Wire:
         return data
 
     def write(self, data: bytearray) -> None:
-        """Writes all of data, and empties it; after an exception it holds what was not written. Raises Disconnected."""
+        """Writes all of data, and empties it; after a wake-up it holds what was not written. Raises Disconnected."""
         if data and not self._non_blocking:
             self._wait_to_write()
         while data:
@@ -1018,7 +1019,7 @@ class Wire:
                 self._wait_to_write()
 
     def linger(self) -> None:
-        """Waits until the client has closed its side, but not longer than LINGER seconds. Raises Disconnected.
+        """Waits LINGER seconds, or until the client has closed its side: then it raises Disconnected.
 
         Closing a socket with unread input sends RST, and the client may lose the last reply.
         """
@@ -1039,14 +1040,14 @@ class Wire:
             raise Disconnected("the client does not read the replies")
 
     def _wait(self, poll: select.poll, timeout: float) -> bool:
-        """Whether the descriptor is ready within so many seconds."""
+        """Whether the descriptor is ready within timeout seconds. A signal calls on_wakeup(), which may raise."""
         deadline = time.monotonic() + timeout
         events = poll.poll(max(timeout, 0) * 1000)
         if len(events) == 1 and events[0][0] != self._wakeup:
             return True  # the usual case
         while ready := {fd for fd, _ in poll.poll(max(deadline - time.monotonic(), 0) * 1000)}:
             if poll is self._writable and self._sink in ready:
-                return True  # the reply to what has been done comes before all else
+                return True  # the reply to finished work comes before the signal
             if self._wakeup in ready:
                 self.on_wakeup()
             if ready - {self._wakeup}:
@@ -1055,7 +1056,7 @@ class Wire:
 
 
 class Tls:
-    """TLS as the server, on a wire. It reads and writes octets in the clear, as a Wire does.
+    """TLS as the server, on a wire. It reads and writes plaintext, as a Wire does.
 
     protocol, cipher, bits: those of the session. identity: the common name in the client's verified certificate; "" if
     the client has shown none. Every method raises Disconnected when TLS fails or ends.
@@ -1070,7 +1071,7 @@ class Tls:
         self._wants_more = ssl.SSLWantReadError
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._encrypted = bytearray()  # a part of it may have been sent, and then the rest must follow
+        self._encrypted = bytearray()  # not sent yet; a TLS record must be sent whole
         self._ended = False
         self._shake_hands(time.monotonic() + timeout)
         self.protocol = self._tls.version() or ""
@@ -1128,7 +1129,7 @@ class Tls:
 
     def _shake_hands(self, deadline: float) -> None:
         try:
-            while not self._has_shaken_hands():
+            while not self._handshake_step():
                 self._send()
                 self._incoming.write(self._wire.read(deadline - time.monotonic()))
         except LmtpError:
@@ -1136,7 +1137,7 @@ class Tls:
         finally:
             self._send()
 
-    def _has_shaken_hands(self) -> bool:
+    def _handshake_step(self) -> bool:
         try:
             self._tls.do_handshake()
         except self._wants_more:
@@ -1170,8 +1171,8 @@ class Connection:
         self._eol_decided = wire.is_socket
         self._input, self._output = bytearray(), bytearray()
 
-    def peek(self) -> None:
-        """Decides what ends a line if the client has spoken first, as a file or a pipe may have."""
+    def detect_eol(self) -> None:
+        """Takes the end of lines from the client's first line if it is there already, as in a file or a pipe."""
         if not self._eol_decided and self.wire.has_input():
             self._input += self.wire.read(self._timeout)
             self._find_eol(0)
@@ -1179,8 +1180,7 @@ class Connection:
     def read_line(self, limit: int = LINE_LIMIT) -> bytes:
         """The next line without its end. limit: the most octets that it may have, with its end.
 
-        Raises LmtpError for a line that is too long, which is skipped, or that does not arrive in time, and
-        Disconnected.
+        Raises LmtpError if the line is too long (it is skipped) or does not arrive in time, and Disconnected.
         """
         deadline = time.monotonic() + self._timeout
         searched = 0
@@ -1227,7 +1227,7 @@ class Connection:
         self._input[:0] = data
 
     def write(self, data: bytes) -> None:
-        """Writes data, at the latest when there is nothing left to read (RFC 2920 section 3.2). Raises Disconnected."""
+        """Writes data, at the latest before a read that has to wait (RFC 2920 section 3.2). Raises Disconnected."""
         self._output += data
         if len(self._output) > OUTPUT_LIMIT:
             self.flush()
@@ -1325,7 +1325,7 @@ def make_tls_context(config: Config) -> SSLContext:
 
 
 def files_for_tls(config: Config) -> list[str]:
-    """The files that load_tls_context() reads."""
+    """The files that load_tls_context() reads, but not those in tls_client_ca_dir."""
     files = (config.tls_server_cert, config.tls_server_key, config.tls_client_ca_file, config.tls_crl_file)
     return [file for file in files if file]
 
@@ -1338,7 +1338,7 @@ def no_password() -> str:
 class Peer:
     """The client, or the proxy that stands before it.
 
-    name: for the trace header and the log. internet: whether the connection crosses a network. address: the internet
+    name: for the trace header and the log. internet: whether the socket is an internet socket. address: the internet
     address; "" if it is not known.
     """
 
@@ -1347,7 +1347,7 @@ class Peer:
 
     @classmethod
     def of(cls, fd: int) -> Peer:
-        """The peer of a descriptor, which may be no socket."""
+        """The peer of a descriptor, which need not be a socket."""
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             return cls("standard input")
         with Socket(fileno=os.dup(fd)) as sock:
@@ -1374,8 +1374,8 @@ class Peer:
 def read_proxy_header(connection: Connection, proxy: Peer) -> Peer:
     """The client that a PROXY header, version 1 or 2, names; the proxy itself for a health check.
 
-    Source: the PROXY protocol specification. Raises LmtpError when no header arrives in time, and Disconnected, also
-    for a malformed header.
+    Source: the PROXY protocol specification. Raises LmtpError if no header arrives in time, and Disconnected if it is
+    missing or malformed.
     """
     start = connection.read_octets(len(PROXY_V2_SIGNATURE))
     if start == PROXY_V2_SIGNATURE:
@@ -1425,7 +1425,7 @@ def proxied_peer_v2(version: int, family: int, address: bytes, proxy: Peer) -> P
 # ======================================================================
 
 SERVICE_TIMEOUT = 30  # seconds that a daemon may take to answer
-BACKOFF = 10.0  # seconds without another try after a failure
+BACKOFF = 10.0  # seconds between a failure and the next try
 DOVECOT_ESCAPES = {"0": "\0", "1": "\1", "t": "\t", "r": "\r", "n": "\n"}
 
 
@@ -1433,11 +1433,11 @@ class Unavailable(Exception):
     """Something that is needed cannot be used now. The text says why, for the log and not for the client."""
 
 
-class Closed(Unavailable):
+class ServiceClosed(Unavailable):
     """The daemon has closed the connection. It may answer on another one."""
 
 
-class Silent(Unavailable):
+class ServiceTimeout(Unavailable):
     """The daemon does not answer in time."""
 
 
@@ -1473,20 +1473,20 @@ class DovecotService:
         try:
             self._sock.sendall(("\t".join(fields) + "\n").encode())
         except socket.timeout:
-            raise Silent(f"{self.path}: does not answer") from None
+            raise ServiceTimeout(f"{self.path}: does not answer") from None
         except OSError as error:
-            raise Closed(f"{self.path}: {error}") from None
+            raise ServiceClosed(f"{self.path}: {error}") from None
 
     def hear(self) -> list[str]:
         """The fields of the next line."""
         try:
             line = self._answers.readline(LINE_LIMIT * 2)
         except socket.timeout:
-            raise Silent(f"{self.path}: does not answer") from None
+            raise ServiceTimeout(f"{self.path}: does not answer") from None
         except OSError as error:
-            raise Closed(f"{self.path}: {error}") from None
+            raise ServiceClosed(f"{self.path}: {error}") from None
         if not line.endswith(b"\n"):
-            raise Closed(f"{self.path}: the connection was closed")
+            raise ServiceClosed(f"{self.path}: the connection was closed")
         return line[:-1].decode("utf-8", "replace").split("\t")
 
     def close(self) -> None:
@@ -1502,13 +1502,13 @@ def unescaped(value: str) -> str:
 
 
 class Backoff:
-    """After a failure, do not try again for BACKOFF seconds: nobody waits for what has just failed."""
+    """After a failure, do not try again for BACKOFF seconds, so that no client waits for a service that is down."""
 
     def __init__(self) -> None:
         self._end = 0.0
 
     def start(self) -> None:
-        """Starts it now."""
+        """Starts the back-off."""
         self._end = time.monotonic() + BACKOFF
 
     def is_active(self) -> bool:
@@ -1528,19 +1528,19 @@ PATH_LIMIT = 900  # octets; RFC 5321 section 4.5.3.1.3 asks for 256, a header li
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DIGITS = "0123456789"
 DOT_STRING = frozenset(LETTERS + DIGITS + "!#$%&'*+-/=?^_`{|}~.")  # RFC 5322 atext, and the dot
-DOMAIN = frozenset(LETTERS + DIGITS + "-._")  # no host name may have an underscore, but some have
+DOMAIN = frozenset(LETTERS + DIGITS + "-._")  # the underscore is not allowed, but in use
 KEYWORD = frozenset(LETTERS + DIGITS + "-")
 OTHER_SPACES = dict.fromkeys((0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000), " ")  # Unicode's Zs
 DECIMAL = frozenset(DIGITS)
 
 
 def is_printable(text: str) -> bool:
-    """Whether text has no control characters. Spaces of other scripts are allowed (RFC 6531 section 3.3)."""
+    """Whether all characters are printable, or Unicode spaces (RFC 6531 section 3.3)."""
     return text.isprintable() or text.translate(OTHER_SPACES).isprintable()
 
 
 class Address:
-    """A mailbox of RFC 5321 section 4.1.2. local: the local-part without quotes. domain: "" if there is none."""
+    """An address (Mailbox in RFC 5321 section 4.1.2). local: the local-part, unquoted. domain: "" if there is none."""
 
     __slots__ = ("domain", "local")
 
@@ -1559,15 +1559,15 @@ def is_made_of(word: str, alphabet: frozenset[str]) -> bool:
     if not word.isascii():
         if not is_printable(word):
             return False
-        word = word.encode("ascii", "ignore").decode("ascii") or "x"
+        word = word.encode("ascii", "ignore").decode("ascii") or "x"  # x: not empty
     return bool(word) and alphabet.issuperset(word)
 
 
 def parse_path(argument: str) -> tuple[Address | None, str]:
     """The address in "<path> parameters", None for <>, and the parameters.
 
-    A source route is dropped. The domain may be missing, as it often is in local delivery. Dots may stand anywhere in a
-    local-part, as some addresses in use have them.
+    A source route is dropped. The domain may be missing, as it often is in local delivery. A local-part may begin or
+    end with a dot, or have several in a row, as some addresses in use have.
     Raises ValueError with a text for the client. Source: RFC 5321 section 4.1.2, RFC 6531 section 3.3.
     """
     if not argument.startswith("<"):
@@ -1578,14 +1578,14 @@ def parse_path(argument: str) -> tuple[Address | None, str]:
     if argument.startswith("@", end):
         domain, end = scan_domain(argument, end + 1)
     if not argument.startswith(">", end):
-        raise ValueError("the address ends in the wrong place")
+        raise ValueError("the address must be followed by >")
     if not is_printable(argument[:end]):
-        raise ValueError("the address has characters that cannot be printed")
+        raise ValueError("the address has characters that are not printable")
     if len(argument[1:end].encode()) > PATH_LIMIT:
         raise ValueError("the address is too long")
     rest = argument[end + 1 :]
     if rest and not rest.startswith(" "):
-        raise ValueError("a space must follow the address")
+        raise ValueError("a space must follow the >")
     if not local and not domain and end == 1:
         return None, rest
     if start == end or argument[start] == "@":
@@ -1639,7 +1639,7 @@ def scan_quoted_string(argument: str, start: int) -> tuple[str, int]:
             character = next(rest, "")
             start += 1
         characters.append(character)
-    raise ValueError("the quoted string does not end")
+    raise ValueError("the closing quote is missing")
 
 
 def scan_domain(argument: str, start: int) -> tuple[str, int]:
@@ -1675,7 +1675,7 @@ def parse_parameters(text: str) -> dict[str, str | None]:
 
 
 class Recipient:
-    """The meaning of a forward-path on this host.
+    """The user, detail and domain of a forward-path, as the configuration divides it.
 
     user, detail: the local-part before and after the first delimiter. domain: "" if it is not a part of the userid.
     address: as the client gave it. is_postmaster: whether it is the address that every host must have (RFC 5321 section
@@ -1721,7 +1721,7 @@ EXISTING_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # the user may hav
 
 
 class Identity:
-    """A user's rights. In a "with" block the process acts with this user id, group id and groups, and no others.
+    """A user id, group id and groups. In a "with" block the process acts with these, and with no others.
 
     is_current: whether the process has these ids anyway; a block changes nothing then. Blocks of one identity may be
     nested. Raises OSError where the process would have to be root. Source: credentials(7).
@@ -1759,11 +1759,11 @@ class Identity:
 
 
 def set_effective_ids(uid: int, gid: int, groups: Sequence[int]) -> None:
-    """Sets the effective ids and the groups of the process. Raises OSError, also where root has not started it."""
+    """Sets the effective ids and the groups of the process. Raises OSError, also if it was not started as root."""
     try:
         os.seteuid(0)
     except PermissionError:
-        text = f"only an lmtpd that root has started can act as the user with the id {uid}"
+        text = f"cannot act as the user with the id {uid}: lmtpd was not started as root"
         raise PermissionError(errno.EPERM, text) from None
     os.setgroups(groups)
     os.setegid(gid)
@@ -1771,7 +1771,7 @@ def set_effective_ids(uid: int, gid: int, groups: Sequence[int]) -> None:
 
 
 class Draft:
-    """A message file in the tmp/ of a Maildir, where no reader looks.
+    """A file in a tmp/, where no reader looks, until it is linked or moved to its place.
 
     directory: a descriptor of the tmp/, which is closed with the draft. identity: the owner of the file.
     Raises OSError, save for discard(). Source: maildir(5).
@@ -1817,30 +1817,30 @@ class Draft:
             return os.fstat(self._fd).st_dev
 
     def unlink(self) -> None:
-        """Removes the name. Then no other process can open the file, and it can only be copied."""
+        """Removes the name. Then no other process can open the file, and it can be copied only."""
         os.unlink(self._name, dir_fd=self._directory)
         self._name = ""
 
     def is_linkable_for(self, identity: Identity) -> bool:
-        """Whether the file itself may become a file of that identity."""
+        """Whether the file has a name, and that owner: whether it may be linked or moved."""
         return bool(self._name) and (identity.uid, identity.gid) == (self.identity.uid, self.identity.gid)
 
     def sync(self) -> None:
-        """Ends the writing. After it all octets are on the disk."""
+        """Syncs the file: after it all octets are on the disk."""
         os.fsync(self._fd)
 
-    def make_newer_than(self, seconds: float) -> None:
-        """Makes the file's time later than the one given, by a second at least."""
+    def make_newer_than(self, timestamp: float) -> None:
+        """Makes the file's time later than a timestamp, by a second at least."""
         now = time.time()
-        if now < seconds + 1:
-            os.utime(self._fd, (now, seconds + 1))
+        if now < timestamp + 1:
+            os.utime(self._fd, (now, timestamp + 1))
 
     def link(self, directory: int, name: str) -> None:
         """Gives the file a second name, in the directory with this descriptor."""
         os.link(self._name, name, src_dir_fd=self._directory, dst_dir_fd=directory, follow_symlinks=False)
 
     def move(self, directory: int, name: str) -> None:
-        """Gives the file a new name, in the directory with this descriptor, in place of the old one."""
+        """Renames the file, into the directory with this descriptor."""
         os.rename(self._name, name, src_dir_fd=self._directory, dst_dir_fd=directory)
         self._name = ""
 
@@ -1858,10 +1858,10 @@ class Draft:
 
 
 class Directory:
-    """A directory on the disk, and the directories and plain files below it. Everything raises OSError.
+    """A directory on the disk, and the directories and regular files below it. Everything raises OSError.
 
-    guarded: a symbolic link is followed only where none but root can have made it, see open_directory(). A name may
-    have slashes; "" is the directory itself.
+    guarded: whether the process acts as another user, whose symbolic links are not followed, see open_directory().
+    A name may have slashes; "" is the directory itself.
     """
 
     def __init__(self, path: str, identity: Identity) -> None:
@@ -1899,7 +1899,7 @@ class Directory:
             os.close(fd)
 
     def open_file(self, directory: str, name: str, flags: int) -> int:
-        """A descriptor of a plain file in a directory below. flags: of open(2)."""
+        """A descriptor of a regular file in a directory below. flags: of open(2)."""
         if self.guarded:
             place = self.open(directory)
             try:
@@ -1910,11 +1910,11 @@ class Directory:
             fd = os.open(f"{self.path_of(directory)}/{name}", flags | EXISTING_FILE, 0o666)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
-            raise OSError(errno.EINVAL, "not a plain file", name)
+            raise OSError(errno.EINVAL, "not a regular file", name)
         return fd
 
     def append_to_file(self, directory: str, name: str, content: bytes) -> bool:
-        """Appends to a plain file in a directory below; whether the file still had a name after that.
+        """Appends to a regular file in a directory below; whether the file still had a name after that.
 
         A file without a name has been replaced meanwhile, and the new one does not have the content.
         """
@@ -1942,7 +1942,7 @@ class Directory:
         self._put_file(directory, content, link)
 
     def replace_file(self, directory: str, name: str, content: bytes, newer_than: float = 0) -> None:
-        """Replaces a file in a directory below, all at once. newer_than: a time, before that of the new file."""
+        """Replaces a file in a directory below, all at once. newer_than: a timestamp, earlier than the new file's."""
 
         def move(draft: Draft, place: int) -> None:
             draft.make_newer_than(newer_than)
@@ -1967,20 +1967,22 @@ class Directory:
 def open_directory(path: str, guarded: bool) -> int:
     """A descriptor of the directory at an absolute path. Raises OSError.
 
-    guarded: a symbolic link is followed only where none but root can have made it.
+    guarded: a symbolic link is followed only in directories that belong to root, and that only root can write to.
     """
     if not guarded:
         return os.open(path, OPEN_DIRECTORY)
     fd = os.open("/", OPEN_DIRECTORY)
     parts = [part for part in path.split("/") if part] or ["."]
-    for left, part in enumerate(parts, 1 - len(parts)):
-        flags = OPEN_DIRECTORY | os.O_PATH if left else OPEN_DIRECTORY  # passing through needs no right to read
+    for number, part in enumerate(parts, 1):
+        flags = (
+            OPEN_DIRECTORY | os.O_PATH if number < len(parts) else OPEN_DIRECTORY
+        )  # passing through needs no right to read
         status = os.fstat(fd)
         trusted = status.st_uid == 0 and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         try:
             below = os.open(part, flags if trusted else flags | os.O_NOFOLLOW, dir_fd=fd)
         except NotADirectoryError:
-            raise OSError(errno.ELOOP, "no folder, and if it is a symbolic link, not followed", path) from None
+            raise OSError(errno.ELOOP, "not a directory, or a symbolic link that is not followed", path) from None
         finally:
             os.close(fd)
         fd = below
@@ -1988,9 +1990,9 @@ def open_directory(path: str, guarded: bool) -> int:
 
 
 def make_directories(path: str, spool: str, guarded: bool) -> None:
-    """Makes a directory, and those between it and the spool, durably. Raises OSError."""
+    """Makes a directory and its missing parents, durably. Raises OSError."""
     parent, name = os.path.split(path)
-    # Another process may have made one below the spool, and not have synced it yet.
+    # Below the spool, parents that exist are synced, too: the process that made one may not have done so yet.
     if parent not in (spool, "/") and (parent.startswith(f"{spool}/") or not os.path.isdir(parent)):
         make_directories(parent, spool, guarded)
     make_directory(parent, name, guarded)
@@ -2046,8 +2048,8 @@ TOO_LARGE = Reply(552, "5.3.4", "The message is larger than this server takes")
 class DotDecoder:
     """Decodes a message that DATA sends: the dots, and the end. The octets may be cut anywhere.
 
-    Only the line "." ends the message, and lines end as those of the whole session do. So a bare LF, a bare CR and any
-    mixture of them with a dot is a part of the message.
+    Only the line "." ends the message, and lines end as those of the whole session do. A dot after a bare LF or a bare
+    CR does not end it, which prevents SMTP smuggling.
     ended: whether the last line has arrived. rest: the octets after it.
     Source: RFC 5321 sections 2.3.8, 4.1.1.4 and 4.5.2.
     """
@@ -2099,21 +2101,21 @@ def overlap(data: bytes, pattern: bytes) -> int:
 
 
 class ChunkDecoder:
-    """Decodes BDAT chunks: LF becomes the end of lines. The octets may be cut anywhere. Source: RFC 3030."""
+    """Decodes BDAT chunks, with LF at the end of lines. The octets may be cut anywhere. Source: RFC 3030."""
 
     def __init__(self, eol: bytes = CRLF) -> None:
         self._eol = eol
         self._held = b""
 
     def decode(self, data: bytes) -> bytes:
-        """The octets of the message in data, but without those at its end that may be half of a line's end."""
+        """The octets of the message in data. A CR at its end is kept back until the next octet shows what it is."""
         data = self._held + data
         end = len(data) - overlap(data, self._eol)
         self._held = data[end:]
         return with_lf(data[:end], self._eol)
 
     def rest(self) -> bytes:
-        """The octets that are left after the last chunk."""
+        """The octets of the message that were kept back, after the last chunk."""
         return self._held
 
 
@@ -2123,17 +2125,17 @@ class Header:
     Names of fields are given in lower case.
     """
 
-    __slots__ = ("_folded", "octets")
+    __slots__ = ("_lowered", "octets")
 
     def __init__(self, octets: bytes) -> None:
         self.octets = octets
-        self._folded = b""
+        self._lowered = b""
 
     @classmethod
     def of(cls, content: bytes) -> Header:
-        """The header section of a message; empty if the message does not begin with a field."""
+        """The header section of a message: up to an empty line, else all; empty if it does not begin with a field."""
         first_line, _, _ = content[:FIRST_LINE_LIMIT].partition(LF)
-        if not is_field(first_line):
+        if not may_begin_header(first_line):
             return NO_HEADER
         ends = [end for end in (content.find(b"\n\n"), content.find(b"\n\r\n")) if end >= 0]
         return cls(content[: min(ends) + 1] if ends else content)
@@ -2143,7 +2145,7 @@ class Header:
         return any(self.spans(name))
 
     def body_of(self, name: bytes) -> str | None:
-        """The body of the first field of that name, unfolded; None if there is no such field."""
+        """The body of the first field of that name, unlowered; None if there is no such field."""
         for start, end in self.spans(name):
             body = self.octets[start:end].partition(b":")[2]
             return b" ".join(body.split()).decode("utf-8", "backslashreplace")
@@ -2159,15 +2161,15 @@ class Header:
 
     def spans(self, name: bytes) -> Iterator[tuple[int, int]]:
         """Where each field of that name begins and ends."""
-        folded = self._folded = self._folded or LF + self.octets.lower()  # the LF before octets[n:] is folded[n]
+        lowered = self._lowered = self._lowered or LF + self.octets.lower()  # lowered[n] is the octet before octets[n]
         wanted = LF + name
-        start = folded.find(wanted)
+        start = lowered.find(wanted)
         while start >= 0:
             end = start + len(wanted)
-            if folded[end : end + OBSOLETE_SPACE].lstrip(b" \t").startswith(b":"):
+            if lowered[end : end + OBSOLETE_SPACE].lstrip(b" \t").startswith(b":"):
                 end = self._end_of_field(start)
                 yield start, end
-            start = folded.find(wanted, end)
+            start = lowered.find(wanted, end)
 
     def _end_of_field(self, start: int) -> int:
         """Where the field that begins there ends, with its folded lines."""
@@ -2180,7 +2182,7 @@ class Header:
 NO_HEADER = Header(b"")
 
 
-def is_field(line: bytes) -> bool:
+def may_begin_header(line: bytes) -> bool:
     """Whether a header section may begin with this line: a field (RFC 5322 section 2.2), or mbox's From line."""
     name, colon, _ = line.partition(b":")
     name = name.rstrip(b" \t")
@@ -2191,7 +2193,7 @@ class Message:
     """A message as it is stored: in memory while it is small, else in a draft.
 
     header: the header section, with the added fields, as far as it lies in the first MEMORY_LIMIT octets. body_offset:
-    where the body begins. size: octets. lines: LFs that have no CR before them; an IMAP server sends a CR with each.
+    the index after it and the empty line. size: octets. lines: LFs without a CR before them; an IMAP server adds one.
     message_id: the Message-ID as text. has_message_id: whether the client sent it.
     content: all octets; b"" if they are only in the draft. draft: a file with all octets; None while there is none.
     """
@@ -2222,7 +2224,7 @@ class Message:
 class Spool:
     """Writes a large message to a draft. Everything raises OSError.
 
-    drafts: files on different file systems. When a write fails, the next one takes the place of the draft.
+    drafts: files on different file systems. When a write fails, the octets are copied to the next one, and it goes on.
     """
 
     def __init__(self, drafts: Iterator[Draft]) -> None:
@@ -2254,7 +2256,7 @@ class Spool:
 
 
 class Incoming:
-    """A message that arrives: what comes after DATA or BDAT, with the trace and added fields before it.
+    """A message that is arriving: what comes after DATA or BDAT, with the trace and added fields before it.
 
     trace: the trace header fields. drafts: see Spool.
     message: the message, as far as it has arrived. wire_size: octets received, with CR LF for each end of a line.
@@ -2300,7 +2302,7 @@ class Incoming:
                 self._fail(error)
             return
         message = self.message
-        message.content = content = self._with_head()
+        message.content = content = self._with_added_fields()
         message.size, message.lines = len(content), count_of_lf(content) - content.count(CRLF)
 
     def discard(self) -> None:
@@ -2318,7 +2320,7 @@ class Incoming:
         self.discard()
 
     def _start_spool(self) -> None:
-        content = self._with_head()
+        content = self._with_added_fields()
         if self.refusal:
             return
         try:
@@ -2343,7 +2345,7 @@ class Incoming:
         message.lines += line_ends
         self._ends_in_cr = data.endswith(b"\r")
 
-    def _with_head(self) -> bytes:
+    def _with_added_fields(self) -> bytes:
         """The octets received so far, with the trace and missing fields before them; b"" if they are refused."""
         received = bytes(self._received)
         self._received.clear()
@@ -2356,14 +2358,14 @@ class Incoming:
             if self._config.munge8bit:
                 header = Header(header.octets.translate(EIGHT_BIT_TO_X))
         message = self.message
-        head = [self._trace, *self._missing_fields(header), header.without(b"return-path")]
+        head = [self._trace, *self._added_fields(header), header.without(b"return-path")]
         if body and not header.octets and not body.startswith(LF):
             body = LF + body
         message.header = Header(b"".join(head))
         message.body_offset = len(message.header.octets) + (1 if body.startswith(LF) else 2 if body else 0)
         return message.header.octets + body
 
-    def _missing_fields(self, header: Header) -> list[bytes]:
+    def _added_fields(self, header: Header) -> list[bytes]:
         """The fields Message-ID and Date, as far as the header does not have them. Sets the message's message_id."""
         message, missing = self.message, []
         if (message_id := header.body_of(b"message-id")) is not None:
@@ -2390,8 +2392,8 @@ class Origin:
     """Where a message comes from, for its trace header fields.
 
     client: the name given with LHLO. peer: the client's address. session: the session's id. trusted: whether the client
-    may deliver without authentication. user: as whom it has authenticated; "" if it has not. tls: the encryption; None
-    without. utf8: whether SMTPUTF8 was asked for.
+    may deliver without authentication. user: the authenticated user; "" if there is none. tls: None without TLS.
+    utf8: whether SMTPUTF8 was asked for.
     """
 
     def __init__(
@@ -2411,7 +2413,7 @@ class Origin:
 def trace_header(origin: Origin, reverse_path: Address | None, recipient: Address | None, config: Config) -> bytes:
     """The fields Return-Path and Received (RFC 5321 section 4.4).
 
-    reverse_path: the sender, None for <>; one without a domain gets this host's name. recipient: None for several.
+    reverse_path: the sender, None for <>. If it has no domain, servername is added. recipient: None for several.
     """
     sender = "" if reverse_path is None else str(reverse_path)
     if reverse_path and not reverse_path.domain:
@@ -2439,13 +2441,13 @@ def trace_header(origin: Origin, reverse_path: Address | None, recipient: Addres
 INBOX = ""
 QUOTA_FILE, KEYWORD_FILE, LOCK_FILE = "maildirsize", "dovecot-keywords", "dovecot-uidlist.lock"
 QUOTA_FILE_LIMIT = 5120  # octets; a larger file is replaced by a new count
-QUOTA_STALE = 15 * 60  # seconds; an older file is counted anew before mail is refused for it
+QUOTA_STALE = 15 * 60  # seconds; for an older file, messages are counted before one is refused
 RECOUNTS = 3  # counts of a Maildir that changes meanwhile
 APPENDS = 3  # appends to a file that is replaced meanwhile
 FLAG_LETTERS = {r"\draft": "D", r"\flagged": "F", r"\answered": "R", r"\seen": "S", r"\deleted": "T"}
 KEYWORD_ATOM = frozenset(map(chr, range(33, 127))) - frozenset('(){%*"\\]')  # RFC 3501 section 9, flag-keyword
 KEYWORD_LETTERS = "abcdefghijklmnopqrstuvwxyz"
-LOCK_PATIENCE, LOCK_STALE = 30, 120  # seconds to wait for a lock, and to respect one
+LOCK_PATIENCE, LOCK_STALE = 30, 120  # seconds to wait for a lock; the age of a lock that counts no more
 
 
 def folder_parts(name: str, config: Config) -> tuple[str, ...]:
@@ -2465,12 +2467,12 @@ def folder_parts(name: str, config: Config) -> tuple[str, ...]:
 
 
 def folder_directory(parts: Sequence[str]) -> str:
-    """The directory of a folder in a Maildir++; "" for the INBOX."""
+    """The directory of the folder with these parts, see folder_parts(); "" for the INBOX."""
     return "".join(f".{to_modified_utf7(part)}" for part in parts)
 
 
 def folder_spellings(name: str, config: Config) -> list[str]:
-    """The directories that a folder may have: in modified UTF-7, and in UTF-8 as Courier writes it.
+    """The directories that a folder may have: in modified UTF-7, and after it in UTF-8 as Courier writes it.
 
     Raises ValueError for a name that no folder can have.
     """
@@ -2543,7 +2545,7 @@ class QuotaUsage:
             more_octets, more_messages = change.split()
             octets, messages = octets + int(more_octets), messages + int(more_messages)
         if octets < 0 or messages < 0:
-            raise ValueError("has less than nothing")
+            raise ValueError("is negative")
         return cls(parse_limits(definition), (octets, messages), len(changes) > 1 or age > QUOTA_STALE)
 
     def render(self) -> bytes:
@@ -2562,7 +2564,7 @@ def parse_limits(definition: str) -> tuple[int, int]:
     limits = {"S": 0, "C": 0}
     for limit in definition.strip().split(","):
         if limit[-1:] not in limits:
-            raise ValueError("is no quota definition")
+            raise ValueError("is not a quota definition")
         limits[limit[-1]] = as_number(limit[:-1])
     return limits["S"], limits["C"]
 
@@ -2587,7 +2589,7 @@ class QuotaFile:
         self._default = config.default_quota, config.default_quota_messages
         names = config.quota_exclude_folders
         self._excluded = {spelling for name in names for spelling in folder_spellings(name, config)}
-        self._has_none = False
+        self._no_quota = False
 
     def create(self) -> None:
         """Makes the file of a new, empty Maildir, if it has a quota."""
@@ -2598,13 +2600,16 @@ class QuotaFile:
             self._directory.add_file(INBOX, QUOTA_FILE, QuotaUsage(limits, (0, 0), doubtful=False).render())
 
     def usage(self) -> QuotaUsage | None:
-        """The usage that the file gives, or a new count if it cannot be relied on; None if there is no quota."""
+        """The usage in the file, or a new count if the file is unreliable.
+
+        None if there is no quota, or another process counts.
+        """
         try:
             fd = self._directory.open_file(INBOX, QUOTA_FILE, os.O_RDONLY)
         except FileNotFoundError:
             limits = self._limits or self._default
-            self._has_none = not any(limits)
-            return None if self._has_none else self.recount(limits)
+            self._no_quota = not any(limits)
+            return None if self._no_quota else self.recount(limits)
         try:
             age = time.time() - os.fstat(fd).st_mtime
             content = os.read(fd, QUOTA_FILE_LIMIT)
@@ -2620,18 +2625,18 @@ class QuotaFile:
 
     def add(self, octets: int, messages: int) -> None:
         """Adds to the usage, if there is a quota. If that fails, the next reader of the file counts anew."""
-        if self._has_none:
+        if self._no_quota:
             return
         line = f"{octets} {messages}\n".encode()
         try:
             for _ in range(APPENDS):
                 if self._directory.append_to_file(INBOX, QUOTA_FILE, line):
                     return
-            self._spoil()
+            self._invalidate()
         except FileNotFoundError:
-            return
+            return  # there is no quota
         except OSError:
-            self._spoil()
+            self._invalidate()
             raise
 
     def recount(self, limits: tuple[int, int]) -> QuotaUsage | None:
@@ -2655,10 +2660,14 @@ class QuotaFile:
 
     def includes(self, folder: str, name: str) -> bool:
         """Whether a message in that folder counts. name: the end of its file's name, which has its flags."""
-        is_deleted = FLAG_LETTERS[r"\deleted"] in name.partition(":2,")[2]
-        return folder not in self._excluded and not (is_deleted and self._config.quota_exclude_deleted)
+        return folder not in self._excluded and self._counts(name)
 
-    def _spoil(self) -> None:
+    def _counts(self, name: str) -> bool:
+        """Whether a message counts whose file has this name, in a folder that counts."""
+        is_deleted = FLAG_LETTERS[r"\deleted"] in name.partition(":2,")[2]
+        return not (is_deleted and self._config.quota_exclude_deleted)
+
+    def _invalidate(self) -> None:
         """Makes the usage in the file unreadable but keeps the limits, which may stand nowhere else.
 
         One octet is overwritten in place: that takes no space on a full disk.
@@ -2700,8 +2709,9 @@ class QuotaFile:
     def _count_into_file(self, old: int, limits: tuple[int, int], directories: Iterable[str]) -> QuotaUsage:
         """Counts the messages in these directories and replaces the file. old: a descriptor of the present file.
 
-        What other processes add to the old file meanwhile is added to the new one, too. The count may have it already:
-        a usage that is too high is counted again before mail is refused for it, one that is too low is not.
+        Additions of other processes to the old file, made during the count, are copied to the new one. Some may be in
+        the count already. That does no harm: a usage that is too high is counted again before mail is refused for it,
+        while one that is too low would stay. So subtractions are not copied.
         """
         start = os.fstat(old).st_size
         octets = messages = 0
@@ -2736,7 +2746,7 @@ class QuotaFile:
         try:
             with os.scandir(fd) as entries:
                 for entry in entries:
-                    if entry.name.startswith(".") or not self.includes(INBOX, entry.name):
+                    if entry.name.startswith(".") or not self._counts(entry.name):
                         continue
                     try:
                         yield size_of(entry)
@@ -2747,7 +2757,7 @@ class QuotaFile:
 
 
 def size_of(message: os.DirEntry[str]) -> int:
-    """The octets of a message file, from ",S=octets" in its name if a Maildir++ writer named it. Raises OSError."""
+    """The octets of a message file: from ",S=" in its name, else from stat(2). Raises OSError."""
     after = message.name.partition(",S=")[2]
     digits = after[: len(after) - len(after.lstrip(DIGITS))]
     if digits and after[len(digits) :][:1] in ("", ",", ":"):
@@ -2765,7 +2775,7 @@ class KeywordFile:
         self._directory, self._folder = directory, folder
 
     def letters(self, keywords: Sequence[str]) -> set[str]:
-        """The letters of these keywords. A new keyword gets one while any is left; the others have none."""
+        """The letters of these keywords. A new keyword gets a free letter; if there is none, it is left out."""
         known = self._read()[0]
         if not all(keyword.lower() in known for keyword in keywords):
             with DovecotLock(self._directory, self._folder):
@@ -2824,7 +2834,7 @@ class DovecotLock:
 
     def __exit__(self, *_: object) -> None:
         try:
-            if self._holder()[0] == str(os.getpid()):  # else this took too long, and another has removed it
+            if self._holder()[0] == str(os.getpid()):  # if it was stale, another process has removed it
                 os.unlink(LOCK_FILE, dir_fd=self._place)
         finally:
             os.close(self._place)
@@ -2889,7 +2899,7 @@ class DovecotLock:
 
 
 def has_ended(process: int) -> bool:
-    """Whether there is no process with that id. Those of other users may be hidden in /proc, so it is not asked."""
+    """Whether there is no process with that id. Uses kill(2), because /proc may hide those of other users."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -2910,7 +2920,7 @@ ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)  # errors that mean t
 
 
 class StoreError(Exception):
-    """The store does not take a recipient's mail. The log has said why, where that is not plain."""
+    """The store does not take a recipient's mail. It has logged the cause, unless the class says it."""
 
 
 class UserUnknown(StoreError):
@@ -2941,7 +2951,7 @@ class Placed:
         self._mailbox, self._directory = mailbox, directory
 
     def sync(self) -> None:
-        """Makes it durable, or else takes it back and raises OSError."""
+        """Makes it durable, or else takes it back and raises OSError. Called once."""
         try:
             os.fsync(self._directory)
         except OSError:
@@ -2960,7 +2970,10 @@ class Placed:
 
 
 class Folders:
-    """The folders of a Maildir but the INBOX, each given as the name of its directory. Everything raises OSError."""
+    """The folders of a Maildir, each given as the name of its directory. Everything raises OSError.
+
+    make() and subscribe() are called with the identity of the owner.
+    """
 
     def __init__(self, directory: Directory, identity: Identity, config: Config) -> None:
         self._directory, self._identity, self._config = directory, identity, config
@@ -2977,7 +2990,7 @@ class Folders:
                 raise
         return True
 
-    def find(self, name: str, similar: bool) -> str | None:
+    def resolve(self, name: str, similar: bool) -> str | None:
         """The existing folder of a name as people write it; None if there is none. similar: see Maildir.resolve()."""
         try:
             parts = folder_parts(name, self._config)
@@ -2993,7 +3006,7 @@ class Folders:
         """Makes the folder, durably."""
         self._directory.make(folder)
         self._directory.add_file(folder, "maildirfolder", b"")
-        for name in ("tmp", "new", "cur"):  # with cur/ the folder exists
+        for name in ("tmp", "new", "cur"):  # cur/ last: exists() looks for it
             self._directory.make(f"{folder}/{name}")
         if self._by_similar_name is not None:
             self._by_similar_name.setdefault(similar_name(folder), []).append(folder)
@@ -3072,11 +3085,11 @@ class Maildir:
                     self._folders.make(folder)
             self._folders.subscribe(self._config.autocreate_subscribe_folders)
             self._quota.create()
-            self._directory.make("new")  # with it the Maildir exists
+            self._directory.make("new")  # new/ last: MaildirStore looks for it
         self._missing = False
 
     def exists(self) -> bool:
-        """Whether its directory exists, which it does not on a disk that is not mounted."""
+        """Whether its directory exists. It does not if, for example, the disk is not mounted."""
         with self.identity:
             return os.path.isdir(self.path)
 
@@ -3085,10 +3098,10 @@ class Maildir:
 
         similar: take the folder with the most similar name, or the nearest parent, if there is none of that name.
         """
-        return self._folders.find(name, similar and not self._missing)
+        return self._folders.resolve(name, similar and not self._missing)
 
     def is_one_of(self, folder: str, names: Sequence[str]) -> bool:
-        """Whether one of these names, as people write them, is the folder's."""
+        """Whether the folder has one of these names, as people write them."""
         for name in names:
             try:
                 if folder in folder_spellings(name, self._config):
@@ -3098,7 +3111,7 @@ class Maildir:
         return False
 
     def new_folder(self, name: str) -> str:
-        """The folder that place() makes for a name as people write it. Raises ValueError if there cannot be one."""
+        """The folder of a name as people write it, which place() makes if it is missing. Raises ValueError."""
         return folder_directory(folder_parts(name, self._config))
 
     def spool(self) -> Draft:
@@ -3108,9 +3121,9 @@ class Maildir:
             return Draft(self._directory.open_or_make("tmp"), self.identity)
 
     def check_quota(self, folder: str, octets: int, messages: int) -> None:
-        """Raises MailboxFull if the mailbox would be over its quota with so much more in the folder.
+        """Raises MailboxFull if so many octets and messages more in the folder would exceed the quota.
 
-        A quota that cannot be read does not keep mail out.
+        A quota that cannot be read is ignored.
         """
         if self._missing or not self._quota.includes(folder, ""):
             return
@@ -3138,18 +3151,19 @@ class Maildir:
     def place(self, message: Message, folder: str = INBOX, flags: Sequence[str] = (), may_move: bool = True) -> Placed:
         """Puts the message into the folder, with these flags and keywords. The caller syncs and closes the result.
 
-        A missing folder is made. may_move: whether this is the last placement of the message, so that its draft may be
-        moved. Otherwise the draft is linked, and copied where that is not possible. Raises OSError, and ValueError for
-        a flag that does not exist; nothing is left then where readers can see it.
+        A missing folder is made. The first placement sets message.draft, which later ones link. may_move: whether this
+        is the last placement, so that the draft may be moved. Where neither is possible, or singleinstancestore is off,
+        the octets are copied. Raises OSError, and ValueError for a flag that does not exist; nothing is left then where
+        readers can see it.
         """
         self.make()
         with self.identity:
             if not message.draft:
                 message.draft = self._finished_draft(message)
-            directory, info = self._open_directory(folder, flags)
+            directory, info = self._open_target(folder, flags)
             name = f"{unique_name()},S={message.size},W={message.size + message.lines}{info}"
             try:
-                if not self._share(message.draft, directory, name, may_move):
+                if not self._move_or_link(message.draft, directory, name, may_move):
                     self._copy(message, directory, name)
             except OSError:
                 os.close(directory)
@@ -3158,15 +3172,15 @@ class Maildir:
             self.charge(size, number)
         return Placed(self, directory, name, size, number)
 
-    def _open_directory(self, folder: str, flags: Sequence[str]) -> tuple[int, str]:
-        """A descriptor of the directory for a message with these flags, and what they add to its name."""
+    def _open_target(self, folder: str, flags: Sequence[str]) -> tuple[int, str]:
+        """A descriptor of the directory for a message with these flags, and the end of its name. Raises ValueError."""
         if folder != INBOX and not self._folders.exists(folder):
             self._folders.make(folder)
         if not flags:
             return self._directory.open_or_make(f"{folder}/new"), ""
         keywords = [flag for flag in flags if not flag.startswith("\\")]
         if not all(keyword and KEYWORD_ATOM.issuperset(keyword) for keyword in keywords):
-            raise ValueError(f"{flags!r} has something that is no keyword")
+            raise ValueError(f"{flags!r} has an invalid keyword")
         try:
             letters = {FLAG_LETTERS[flag.lower()] for flag in flags if flag not in keywords}
         except KeyError as error:
@@ -3175,8 +3189,8 @@ class Maildir:
             letters |= KeywordFile(self._directory, folder).letters(keywords)
         return self._directory.open_or_make(f"{folder}/cur"), f":2,{''.join(sorted(letters))}"
 
-    def _share(self, draft: Draft, directory: int, name: str, may_move: bool) -> bool:
-        """Moves or links the draft; whether its owner, the file systems and the configuration allow it."""
+    def _move_or_link(self, draft: Draft, directory: int, name: str, may_move: bool) -> bool:
+        """Moves or links the draft. False, and nothing done, if the owner, file systems or configuration forbid it."""
         if not draft.is_linkable_for(self.identity) or not (may_move or self._config.singleinstancestore):
             return False
         try:
@@ -3245,7 +3259,7 @@ class Account:
 
 
 class MaildirUsers:
-    """The user database of a store whose users are those who have a Maildir."""
+    """No user database: a user exists if the Maildir exists."""
 
     def __init__(self) -> None:
         self._identity = Identity.of_process()
@@ -3291,7 +3305,7 @@ def is_in_group(user: str, group: str) -> bool:
 
 
 def account_error(name: str) -> int:
-    """The error number of a look-up of an account, which the module pwd hides; 0 if the look-up worked.
+    """The errno of a failed look-up of an account, which the module pwd does not report; 0 if it has not failed.
 
     Source: getpwnam_r(3).
     """
@@ -3327,7 +3341,7 @@ class DovecotUsers:
 
     def _account_of(self, userid: str) -> Account:
         """The user's account. Raises UserUnknown, Unavailable, and ValueError for an answer that cannot be used."""
-        userid, fields = self._ask(userid)
+        userid, fields = self._look_up(userid)
         home = fields.get("home", "")
         uid = int(fields.get("uid", os.geteuid()))
         gid = int(fields.get("gid", os.getegid()))
@@ -3339,7 +3353,7 @@ class DovecotUsers:
         return Account(userid, Identity(uid, gid, groups), home=home, path=path, limits=limits)
 
     def _limits(self, fields: dict[str, str], userid: str) -> tuple[int, int] | None:
-        """The limits in the fields quota_rule; None if there is none, or none that is understood."""
+        """The largest limits in the fields quota_rule; None if there is none, or one that is not understood."""
         rules = [fields[name] for name in fields if name.startswith("quota_rule")]
         try:
             limits = [parse_quota_rule(rule) for rule in rules if rule.startswith("*:")]
@@ -3348,20 +3362,23 @@ class DovecotUsers:
             return None
         return (max(octets for octets, _ in limits), max(number for _, number in limits)) if limits else None
 
-    def _ask(self, userid: str) -> tuple[str, dict[str, str]]:
-        """The userid and the fields of the answer. Asks a second time if Dovecot has been restarted meanwhile."""
+    def _look_up(self, userid: str) -> tuple[str, dict[str, str]]:
+        """The userid and fields of Dovecot's answer. Raises UserUnknown, Unavailable and ValueError.
+
+        It asks again on a new connection if Dovecot has been restarted.
+        """
         if self._backoff.is_active():
-            raise Unavailable(f"{self._path}: has not answered lately")
+            raise Unavailable(f"{self._path}: not asked again yet after a timeout")
         if self._service:
             try:
-                return self._asked(self._service, userid)
-            except Closed:
+                return self._look_up_on(self._service, userid)
+            except ServiceClosed:
                 self._close()
         try:
             self._service = DovecotService(self._path)
             self._service.say("VERSION", "1", "1")
-            return self._asked(self._service, userid)
-        except Closed:
+            return self._look_up_on(self._service, userid)
+        except ServiceClosed:
             self._close()
             raise
 
@@ -3370,7 +3387,7 @@ class DovecotUsers:
             self._service.close()
             self._service = None
 
-    def _asked(self, service: DovecotService, userid: str) -> tuple[str, dict[str, str]]:
+    def _look_up_on(self, service: DovecotService, userid: str) -> tuple[str, dict[str, str]]:
         """The answer on this connection."""
         self._requests += 1
         identity = str(self._requests)
@@ -3379,11 +3396,11 @@ class DovecotUsers:
             service.say("USER", identity, userid, "service=lmtp")
             while True:
                 if time.monotonic() > deadline:
-                    raise Silent(f"{self._path}: does not answer the question")
+                    raise ServiceTimeout(f"{self._path}: does not answer")
                 verdict, *words = service.hear()
                 if words and words[0] == identity and verdict in ("USER", "NOTFOUND", "FAIL"):
                     break
-        except Silent:
+        except ServiceTimeout:
             self._close()
             self._backoff.start()
             raise
@@ -3417,7 +3434,7 @@ def maildir_in_dovecot_fields(fields: dict[str, str], home: str) -> str:
 
 
 def parse_quota_rule(rule: str) -> tuple[int, int]:
-    """The octets and messages of a rule such as "*:storage=1G:messages=1000", in which storage counts in KiB.
+    """The octets and messages of a rule such as "*:storage=1G:messages=1000". Storage without a unit is in KiB.
 
     Raises ValueError. Source: Dovecot's documentation of its plugin quota.
     """
@@ -3445,31 +3462,36 @@ def parse_quota_rule(rule: str) -> tuple[int, int]:
 class MaildirStore:
     """A store of Maildirs, one for each user, at the path that the user database or the option maildir_path gives.
 
-    To write another store, provide what Delivery uses of this one:
+    Another store has to provide what Delivery uses of this one. Router makes it, from a Config, before workers fork: it
+    may raise ConfigError then, but opens no connection yet. Later it raises a StoreError after it has logged the cause,
+    or where that is said an OSError, which Delivery logs. A folder is a text; INBOX is one of every mailbox.
 
     store.find(recipient) -> mailbox    Raises UserUnknown and StoreUnavailable.
     store.shared() -> mailbox or None   The mailbox of the shared folders.
 
-    mailbox.path                        Names the mailbox in the log.
-    mailbox.owner                       Messages for mailboxes of different owners are never spooled in one of them.
-    mailbox.key(folder) -> str          Names the folder in records and in the log, the same for every process.
-    mailbox.exists() -> bool            Whether the mailbox, which must not be missing, is accessible.
-    mailbox.make()                      Makes the mailbox if it is missing and may be made. Raises OSError.
-    mailbox.resolve(name, similar) -> folder or None
+    A mailbox is used in one transaction:
+
+    mailbox.path                        Names it, together with the owner, and in the log.
+    mailbox.owner                       A large message is spooled in a mailbox if all recipients' have the same owner.
+    mailbox.key(folder) -> str          Names a folder in records and in the log, the same for every process.
+    mailbox.exists() -> bool            Whether the mailbox of the shared folders exists.
+    mailbox.make()                      Makes the mailbox if it is missing. Raises OSError.
+    mailbox.resolve(name, similar=...) -> folder or None
                                         The existing folder of a name as people write it. Raises OSError.
-    mailbox.new_folder(name) -> folder  A folder that place() will make. Raises ValueError.
-    mailbox.is_one_of(folder, names)    Whether one of these names, as people write them, is the folder's.
+    mailbox.new_folder(name) -> folder  The folder of a name, which place() makes if it is missing. Raises ValueError.
+    mailbox.is_one_of(folder, names)    Whether the folder has one of these names, as people write them.
     mailbox.check_quota(folder, octets, messages)
-                                        Raises MailboxFull if so much more would be too much.
+                                        Raises MailboxFull if so much more would exceed the quota.
     mailbox.spool() -> Draft            A file for a large message that is still arriving. Raises OSError.
     mailbox.place(message, folder, flags, may_move) -> placed
                                         Puts the message where readers can see it. Raises OSError and ValueError.
+
+    Many messages may be placed before the first is synced. take_back() may come before or after sync(), close() last:
+
     placed.name                         Names the message in the log.
     placed.sync()                       Makes it durable, or else takes it back and raises OSError.
-    placed.take_back()                  Removes it again, where that is possible. Raises OSError.
+    placed.take_back()                  Removes it again. Raises OSError, also if that is impossible.
     placed.close()                      Frees what it holds.
-
-    INBOX is a folder of every mailbox. Other folders are what resolve() and new_folder() return.
     """
 
     def __init__(self, config: Config) -> None:
@@ -3523,18 +3545,18 @@ class MaildirStore:
         return path
 
     def _has_maildir(self, path: str, identity: Identity) -> bool:
-        """Whether a whole Maildir exists there. Raises OSError if there is none, or that cannot be found out."""
+        """Whether new/ exists; False if only cur/ does. Raises OSError if neither does, or it cannot be found out."""
         directory = Directory(path, identity)
         with identity:
             try:
                 os.close(directory.open("new"))
             except FileNotFoundError:
-                os.close(directory.open("cur"))  # new/ is lost then, not the user
+                os.close(directory.open("cur"))  # then only new/ is missing, and the user exists
                 return False
         return True
 
     def _check_absence(self, path: str, account: Account, error: OSError) -> None:
-        """Returns if the Maildir does not exist and may be made. Raises UserUnknown and StoreUnavailable otherwise."""
+        """Raises UserUnknown or StoreUnavailable, unless the Maildir does not exist and may be made."""
         is_certain = error.errno == errno.ENOENT if account.known else error.errno in ABSENT and self._is_spool_there()
         if not is_certain:
             log.error("mailbox not accessible", mailbox=path, cause=error)
@@ -3551,7 +3573,7 @@ class MaildirStore:
         return any(is_in_group(userid, name.removeprefix("group:")) for name in wanted if name.startswith("group:"))
 
     def _is_spool_there(self) -> bool:
-        """Whether the spool exists and is not empty: an empty one may be the mount point of a disk that is missing."""
+        """Whether the spool exists. An empty one may lack its disk, but is no fault while autocreate_post is on."""
         spool = self._config.partition
         try:
             with os.scandir(spool or "/") as entries:
@@ -3584,7 +3606,7 @@ def is_safe_name(name: str) -> bool:
 
 DATABASE_PATIENCE = 5.0  # seconds to wait for the lock of the duplicate database
 DAY = 86400  # seconds
-EXPIRED_AT_ONCE = 10  # expired records that are deleted for each message, at most
+EXPIRED_AT_ONCE = 10  # expired records that are deleted for each message, besides one for each new record
 
 
 class Duplicates:
@@ -3690,14 +3712,14 @@ MESSAGE_ID_LIMIT = 998  # characters; a longer Message-ID identifies nothing, RF
 
 USER_UNKNOWN = Reply(550, "5.1.1", "User unknown")
 MAILBOX_FULL = Reply(452, "4.2.2", "Mailbox is full, try again later")
-MAILBOX_FULL_FOR_GOOD = Reply(552, "5.2.2", "Mailbox is full")
+MAILBOX_FULL_PERMANENT = Reply(552, "5.2.2", "Mailbox is full")
 MAILBOX_UNUSABLE = Reply(550, "5.2.1", "Mailbox does not accept messages")
 STORAGE_FULL = Reply(452, "4.3.1", "Mail storage is full, try again later")
 STORAGE_FAILED = Reply(451, "4.3.0", "Mail storage failed, try again later")
 
 
 class Destination:
-    """A recipient's mailbox. detail: the name of the folder; "" for the INBOX. ignores_quota: also when it is full."""
+    """A recipient's mailbox. detail: the folder's name; "" for the INBOX. ignores_quota: deliver even if over quota."""
 
     def __init__(self, recipient: Recipient, mailbox: Maildir, detail: str, ignores_quota: bool) -> None:
         self.recipient, self.mailbox, self.detail = recipient, mailbox, detail
@@ -3716,8 +3738,9 @@ class Envelope:
 class Placement:
     """A message on its way into one folder.
 
-    key: the folder's name in records and in the log. placed: the message in the folder, if it has been stored.
-    twin: an earlier placement in the same folder, whose result counts for this one. failure: the reply if it failed.
+    key: the folder's name in records and in the log. event: the result, for the log. placed: the message in the folder,
+    if it has been stored. twin: an earlier placement in the same folder, whose result counts for this one. failure: the
+    reply if it failed.
     """
 
     __slots__ = ("event", "failure", "flags", "folder", "key", "mailbox", "message", "placed", "twin")
@@ -3775,7 +3798,7 @@ class Router:
     def find(self, recipient: Recipient, envelope: Envelope, size: int, ignores_quota: bool) -> Destination:
         """The destination of the recipient's copy. size: the octets that the client has announced; 0 if it has not.
 
-        Raises LmtpError: the user is unknown, the mailbox is full, or neither can be found out.
+        Raises LmtpError if the user is unknown, the mailbox full, or the store unavailable.
         """
         try:
             destination = self._destination(recipient, envelope, ignores_quota)
@@ -3789,7 +3812,10 @@ class Router:
         return destination
 
     def folder_of(self, destination: Destination) -> str:
-        """The folder for the recipient's copy, which may have to be made. Raises StoreError and LmtpError."""
+        """The folder for the recipient's copy, existing or not: that of the detail, else the INBOX.
+
+        Raises StoreError and LmtpError.
+        """
         detail, mailbox = destination.detail, destination.mailbox
         if not detail:
             return INBOX
@@ -3806,7 +3832,7 @@ class Router:
         return INBOX if folder is None or mailbox.is_one_of(folder, self._excluded_folders()) else folder
 
     def _destination(self, recipient: Recipient, envelope: Envelope, ignores_quota: bool) -> Destination:
-        """Raises StoreError and LmtpError."""
+        """The recipient's mailbox, else the postmaster's or that for unknown users. Raises StoreError and LmtpError."""
         if recipient.is_shared:
             return Destination(recipient, self._shared(recipient, envelope), recipient.detail, ignores_quota)
         if mailbox := self._find(recipient, envelope):
@@ -3821,10 +3847,10 @@ class Router:
         raise UserUnknown
 
     def _shared(self, recipient: Recipient, envelope: Envelope) -> Maildir:
-        """The mailbox of the shared folder that the recipient is. Raises StoreError and LmtpError."""
+        """The mailbox of the shared folders, if it has the recipient's. Raises StoreError and LmtpError."""
         shared = self._store.shared()
         if shared and not shared.exists():
-            log.error("mailbox not accessible", mailbox=shared.path, cause="it is not there")
+            log.error("mailbox not accessible", mailbox=shared.path, cause="the directory does not exist")
             raise StoreUnavailable
         if not shared or not self._resolve(shared, recipient.detail):
             raise UserUnknown
@@ -3869,7 +3895,7 @@ class DeliveryAgent:
         """Spool files for a message that is too large for memory, one after the other on different file systems.
 
         A draft in a mailbox becomes the message there. If the mailboxes have different owners, the draft is in
-        configdirectory: no user may be able to write to another user's mail. Raises OSError if there is no draft.
+        configdirectory, so that no user can write to another user's mail. Raises OSError if no draft can be made.
         """
         mailboxes = [destination.mailbox for destination in envelope.destinations]
         if len({mailbox.owner for mailbox in mailboxes}) > 1:
@@ -3926,7 +3952,7 @@ class DeliveryAgent:
         return [Placement(message, destination.mailbox, self.router.folder_of(destination))]
 
     def _place_all(self, message: Message, deliveries: Sequence[Delivery]) -> None:
-        """Delivers to all recipients, and records it."""
+        """Delivers to all recipients, and adds it to the duplicate database."""
         first_in: dict[str, Placement] = {}
         batch: list[Delivery] = []
         waiting = 0
@@ -3958,6 +3984,7 @@ class DeliveryAgent:
             delivery.fail(reply_to(error, self._config, delivery.destination.mailbox.path))
             return
         for number, placement in enumerate(delivery.placements, 1):
+            # The last placement of a message may take its draft away.
             may_move = is_last or placement.message is not message
             for later in delivery.placements[number:]:
                 may_move = may_move and later.message is not placement.message
@@ -4017,13 +4044,13 @@ class DeliveryAgent:
 
 
 def reply_to(error: Exception, config: Config, mailbox: str = "") -> Reply:
-    """The reply to a failure, which is logged unless the store has done so: the one place for it."""
+    """The reply to an exception, which is logged unless it is a StoreError or LmtpError."""
     if isinstance(error, LmtpError):
         return error.reply
     if isinstance(error, UserUnknown):
         return USER_UNKNOWN
     if isinstance(error, MailboxFull):
-        return MAILBOX_FULL_FOR_GOOD if config.lmtp_over_quota_perm_failure else MAILBOX_FULL
+        return MAILBOX_FULL_PERMANENT if config.lmtp_over_quota_perm_failure else MAILBOX_FULL
     if isinstance(error, StoreUnavailable):
         return MAILBOX_UNUSABLE if error.permanent else STORAGE_FAILED
     if isinstance(error, OSError):
@@ -4040,7 +4067,7 @@ def storage_reply(error: OSError) -> Reply:
 
 
 def remembered(mailbox: Maildir, envelope: Envelope) -> Maildir:
-    """The mailbox as the transaction has it already, so that its folders are listed once for all recipients."""
+    """The transaction's own object for this mailbox, so that its folders are listed once for all recipients."""
     return envelope.mailboxes.setdefault((mailbox.path, mailbox.owner), mailbox)
 
 
@@ -4147,7 +4174,7 @@ def scram(name: str, verifiers: PasswordFile, binding: bytes) -> Mechanism:
         response = yield b""
         first = response.decode("utf-8")
         server.set_client_first(first)
-        wanted = first.split(",")[1].removeprefix("a=")  # some versions of scramp ignore it
+        wanted = first.split(",")[1].removeprefix("a=")  # some versions of scramp ignore the authzid
         authorized(users[0], wanted.replace("=2C", ",").replace("=3D", "="))
         response = yield server.get_server_first().encode()
         server.set_client_final(response.decode("utf-8"))
@@ -4160,7 +4187,7 @@ def scram(name: str, verifiers: PasswordFile, binding: bytes) -> Mechanism:
 
 
 def authorized(user: str, wanted: str) -> str:
-    """The user, if the client wants to act as this user and no other. Raises AuthenticationFailed."""
+    """The user. Raises AuthenticationFailed if the client wants to act as another one (authzid)."""
     if wanted not in ("", user):
         raise AuthenticationFailed(f"may not act for {wanted}", user)
     return user
@@ -4195,7 +4222,7 @@ class PasswordFile:
         self._path = path
 
     def check(self, user: str, password: str) -> None:
-        """Returns if that is the user's password."""
+        """Raises AuthenticationFailed unless that is the user's password."""
         verifier = self._verifier(user)
         if verifier.startswith("$argon2"):
             self._check_argon2(user, password, verifier)
@@ -4261,7 +4288,7 @@ class PasswordFile:
 
 
 def check_with_saslauthd(path: str, service: str, user: str, password: str) -> None:
-    """Returns if saslauthd(8) takes the password. Raises AuthenticationFailed and Unavailable.
+    """Raises AuthenticationFailed unless saslauthd(8) takes the password, and Unavailable.
 
     Question and answer are strings in the protocol of saslauthd, each with its length before it.
     """
@@ -4283,7 +4310,7 @@ def check_with_saslauthd(path: str, service: str, user: str, password: str) -> N
 class DovecotAuth:
     """Dovecot's authentication service, as a client of it: all its mechanisms are passed through.
 
-    mechanisms: those that it offers. plaintext: those among them that show a password, or what is as good as one.
+    mechanisms: those that it offers. plaintext: those among them that send a password or token unencrypted.
     Source: Dovecot's documentation of its authentication protocol, version 1.
     """
 
@@ -4304,7 +4331,8 @@ class DovecotAuth:
     def mechanism(self, name: str, service: str, address: str, secured: bool, has_initial: bool) -> Mechanism:
         """The mechanism of that name. Without an initial response, Dovecot sends the first challenge.
 
-        address: the client's; "" if it has none. secured: whether the connection has TLS.
+        name, service: of the mechanism and of this program. address: the client's; "" if it has none. secured: whether
+        the connection has TLS. has_initial: whether the client has sent its first response already.
         """
         self._requests += 1
         identity = str(self._requests)
@@ -4347,7 +4375,7 @@ class Authenticator:
     """How one client may authenticate, and whether it may deliver.
 
     service: the name under which saslauthd and Dovecot know this program. trusted: whether the client may deliver
-    without authentication. user: as whom it has authenticated; "" if it has not. failures: how often that has failed.
+    without authentication. user: the authenticated user; "" if there is none. failures: how often the client failed.
     """
 
     def __init__(self, config: Config, service: str, peer: Peer, trusted: bool) -> None:
@@ -4369,7 +4397,7 @@ class Authenticator:
             return []
 
     def check(self, name: str, tls: Tls | None) -> None:
-        """Returns if the client may use that mechanism. Raises EncryptionRequired, UnknownMechanism and Unavailable."""
+        """Raises EncryptionRequired, UnknownMechanism or Unavailable, unless the client may use that mechanism."""
         if self._is_wanted(name) and self._is_too_weak(name, tls):
             raise EncryptionRequired
         try:
@@ -4382,12 +4410,12 @@ class Authenticator:
     def authenticate(self, name: str, tls: Tls | None, response: bytes | None, ask: Callable[[bytes], bytes]) -> None:
         """Sets the user, if the client proves an identity by the mechanism, which check() has allowed.
 
-        response, ask: see run_mechanism(). A failure takes time, more each time. Raises AuthenticationFailed,
-        Unavailable, ValueError for a malformed response, and what ask() raises.
+        response, ask: see run_mechanism(). The n-th failure takes n seconds. Raises AuthenticationFailed, Unavailable,
+        ValueError for a malformed response, and what ask() raises.
         """
         try:
             self.user = run_mechanism(self._mechanism(name, tls, response is not None), response, ask)
-        except (Unavailable, ImportError) as error:  # the latter: see setup.py, extras_require
+        except (Unavailable, ImportError) as error:  # ImportError: see setup.py, extras_require
             self._give_up(name, error)
             raise Unavailable(str(error)) from None
         except AuthenticationFailed as error:
@@ -4435,7 +4463,7 @@ class Authenticator:
         return not wanted or name in (wish.upper() for wish in wanted)
 
     def _is_too_weak(self, name: str, tls: Tls | None) -> bool:
-        """Whether the connection must not carry that mechanism with the encryption that it has."""
+        """Whether the mechanism needs stronger encryption than the connection has."""
         if self.trusted:
             return False
         shows_password = name in PLAINTEXT_MECHANISMS or (self._dovecot is not None and name in self._dovecot.plaintext)
@@ -4483,7 +4511,7 @@ def from_base64(line: bytes) -> bytes:
 # Must not know files.
 # ======================================================================
 
-TRACE_ID_LIMIT = 255
+TRACE_ID_LIMIT = 255  # characters
 TRACE_ID = frozenset(LETTERS + DIGITS + "._-")
 HEX_DIGITS = frozenset(DIGITS + "ABCDEF")
 SIZE_DIGITS = 20  # RFC 1870 section 6
@@ -4494,7 +4522,7 @@ VERBS_BEFORE_TLS = ("LHLO", "NOOP", "STARTTLS", "QUIT")
 RESPONSE_LIMIT = 12_290  # octets of a SASL response with its end, RFC 4954 section 4
 MECHANISM_LIMIT = 20  # characters of a mechanism's name, RFC 4422 section 3.1
 MECHANISM = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ-_" + DIGITS)
-FAILURES_ALLOWED = 3
+MAX_FAILURES = 3  # authentications; the last one ends the session
 BAD_COMMAND_CODES = (500, 501, 555)  # reply codes that make a command count as bad
 TRANSACTION_VERBS = (b"MAIL", b"RCPT", b"DATA", b"BDAT")  # do not count as idle when they succeed
 
@@ -4504,16 +4532,16 @@ SENDER_OK = Reply(250, "2.1.0", "Ok")
 RECIPIENT_OK = Reply(250, "2.1.5", "Ok")
 CANNOT_VERIFY = Reply(252, "2.3.3", "Try RCPT to attempt delivery")
 GO_AHEAD = Reply(354, "", "Go ahead, end with a line of one dot")
-BAD_SYNTAX = Reply(500, "5.5.2", "Syntax error, HELP lists the commands")
+BAD_SYNTAX = Reply(500, "5.5.2", "Syntax error or unknown command, see HELP")
 # After a malformed BDAT, octets of the message could be taken for commands.
 BAD_CHUNK = Reply(501, "5.5.4", "BDAT needs a size, then LAST or nothing; closing the connection", closes=True)
 NO_TRANSACTION = Reply(503, "5.5.1", "Need MAIL command")
 NO_RECIPIENTS = Reply(503, "5.5.1", "No recipients")
 NESTED_MAIL = Reply(503, "5.5.1", "Nested MAIL command")
-CHUNKING_BEGUN = Reply(503, "5.5.1", "This message has begun with BDAT, and must go on with it")
+CHUNKING_BEGUN = Reply(503, "5.5.1", "Only BDAT or RSET may follow BDAT")
 TOO_MANY_RECIPIENTS = Reply(452, "4.5.3", "Too many recipients, send the message to the others separately")
 TOO_MANY_ERRORS = Reply(421, "4.7.0", "Too many bad commands, closing the connection")
-NOT_ASCII = Reply(553, "5.6.7", "Addresses beyond ASCII need the SMTPUTF8 parameter of MAIL")
+NOT_ASCII = Reply(553, "5.6.7", "Non-ASCII addresses need the SMTPUTF8 parameter of MAIL")
 TOO_MANY_COMMANDS = Reply(421, "4.7.0", "Too many commands without a message, closing the connection")
 READY_FOR_TLS = Reply(220, "2.0.0", "Ready to start TLS")
 AUTHENTICATED = Reply(235, "2.7.0", "Authentication successful")
@@ -4521,7 +4549,7 @@ AUTHENTICATION_DOWN = Reply(454, "4.7.0", "Authentication is not possible now, t
 RESPONSE_TOO_LONG = Reply(500, "5.5.6", "Authentication exchange line is too long")
 MALFORMED_RESPONSE = Reply(501, "5.5.2", "Malformed response")
 CANCELLED = Reply(501, "5.7.0", "Authentication cancelled")
-NOT_NOW = Reply(503, "5.5.1", "Allowed once, and not in a transaction")
+NOT_NOW = Reply(503, "5.5.1", "Done already, or a transaction is open")
 UNKNOWN_MECHANISM = Reply(504, "5.5.4", "Mechanism not available")
 TLS_FIRST = Reply(530, "5.7.0", "Must issue a STARTTLS command first")
 FAILED = Reply(535, "5.7.8", "Authentication failed")
@@ -4601,7 +4629,7 @@ class Dialogue:
             self._parting = reply
 
     def run(self, greeting: Reply) -> str:
-        """Greets, and goes on until a reply ends the session; why it ended, "" for QUIT. Never raises."""
+        """Greets, and serves until a reply ends the session; that reply, or else why it ended. Never raises."""
         reason = ""
         try:
             self._serve_commands(greeting)
@@ -4610,14 +4638,14 @@ class Dialogue:
         self._connection.wire.on_wakeup = lambda: None  # leaves no cycle for the garbage collector
         return f"{self._parting} {self._parting.text}" if self._parting else reason
 
-    def forgive(self) -> None:
+    def reset_counts(self) -> None:
         """Counts bad and idle commands anew, after a message."""
         self._bad_commands = self._idle_commands = 0
 
     def _serve_commands(self, greeting: Reply) -> None:
         """Serves until a reply ends the session. Raises Disconnected."""
         try:
-            self._connection.peek()
+            self._connection.detect_eol()
             self.reply(greeting)
             while not self._parting:
                 self._serve_command()
@@ -4677,8 +4705,8 @@ class MailDialogue(Dialogue):
 
     id: the session's. authenticator: who the client is, and what it may do. agent: where messages go.
 
-    Each method for a verb takes the rest of the command line, and replies or raises LmtpError; in the latter case the
-    transaction is as it was.
+    Each method for a verb takes the rest of the command line, and replies or raises LmtpError. If it raises LmtpError,
+    the transaction is unchanged.
     """
 
     def __init__(
@@ -4791,7 +4819,7 @@ class MailDialogue(Dialogue):
         incoming.complete()
         for reply in self._agent.deliver(incoming, transaction, self._delivered):
             self.reply(reply)
-        self.forgive()
+        self.reset_counts()
         self._reset()
 
     def _reset(self) -> None:
@@ -4905,7 +4933,7 @@ class Session(MailDialogue):
         except Unavailable:
             raise LmtpError(AUTHENTICATION_DOWN) from None
         except AuthenticationFailed:
-            is_last = self._authenticator.failures >= FAILURES_ALLOWED
+            is_last = self._authenticator.failures >= MAX_FAILURES
             raise LmtpError(FAILED_TOO_OFTEN if is_last else FAILED) from None
         except ValueError:
             raise LmtpError(MALFORMED_RESPONSE) from None
@@ -4934,7 +4962,7 @@ class Session(MailDialogue):
         self.reply(Reply(214, "2.0.0", f"Commands: {' '.join(self.VERBS)}\nSee lmtpd(8)"))
 
     def do_trace(self, argument: str) -> None:
-        """Cyrus lmtpd's command for the client's own id of what follows, which is logged"""
+        """Cyrus lmtpd: an id that the client gives to what follows, for the log"""
         if not TRACE_ID.issuperset(argument) or not 0 < len(argument) <= TRACE_ID_LIMIT:
             raise malformed(
                 f"TRACE needs an id of 1 to {TRACE_ID_LIMIT} letters, digits, dots, hyphens and underscores"
@@ -5029,7 +5057,7 @@ def parse_size(value: str | None, limit: int) -> int:
 
 
 def check_characters(address: Address | None, utf8: bool, config: Config) -> None:
-    """Raises LmtpError for an address beyond ASCII without SMTPUTF8, unless lmtp_strict_rfc2821 is off."""
+    """Raises LmtpError for a non-ASCII address without SMTPUTF8, unless lmtp_strict_rfc2821 is off."""
     if config.lmtp_strict_rfc2821 and not utf8 and address and not (address.local + address.domain).isascii():
         raise LmtpError(NOT_ASCII)
 
@@ -5067,8 +5095,8 @@ def parse_chunk_size(argument: str) -> tuple[int, bool]:
 # Must not know LMTP.
 # ======================================================================
 
-COUNT_LIMIT = 1_000_000  # seconds; epoll_wait(2) can wait twice as long, but not much longer
-RELOAD_PATIENCE = 5  # seconds that a pool gives its connections after SIGHUP: no other is served meanwhile
+COUNT_LIMIT = 1_000_000  # for -U and -T; epoll_wait(2) cannot wait much longer than twice so many seconds
+RELOAD_PATIENCE = 5  # seconds after SIGHUP until workers get SIGTERM; no new connection is served meanwhile
 MASTER_STATUS_FD, MASTER_LISTEN_FD = 3, 4  # Cyrus master(8)
 AVAILABLE, UNAVAILABLE, CONNECTED = 1, 2, 3  # messages of a worker to master(8), or to our own parent
 EPOLLEXCLUSIVE = 1 << 28  # epoll_ctl(2): a connection wakes one worker, not all
@@ -5095,7 +5123,7 @@ class Arguments:
 
 
 def parse_count(value: str, name: str) -> int:
-    """The number that is the argument of an option; a negative one counts as 0. Raises UsageError."""
+    """The number that is the argument of an option, from 0 to COUNT_LIMIT. Raises UsageError."""
     try:
         return min(max(int(value), 0), COUNT_LIMIT)
     except ValueError:
@@ -5103,7 +5131,7 @@ def parse_count(value: str, name: str) -> int:
 
 
 class Snapshot:
-    """The state of files on the disk, by which a change of one of them is noticed."""
+    """The state of files on the disk, to detect a change of one of them."""
 
     def __init__(self, files: Iterable[str]) -> None:
         self._files = tuple(files)
@@ -5127,7 +5155,7 @@ class Snapshot:
 class ConnectionHandler:
     """Serves one connection after the other on standard input and output.
 
-    arguments, config, stop: what the process was told. service: the name under which it was started.
+    arguments: the command line. service: the name under which the process was started.
     snapshot: the files that it has read. tls_context: the settings for STARTTLS; None if there is no TLS.
     """
 
@@ -5215,8 +5243,8 @@ class Worker:
     """Takes connections from listening sockets, one at a time, until it is time to leave.
 
     reporter: told when the state changes. timeout: seconds to wait for a connection, 0 for ever. preforked: whether the
-    worker waits for ever for its first connection. lock: a file whose holder alone waits for a connection, as the
-    processes of master(8) do; -1 where the kernel wakes only one worker.
+    worker waits for ever for its first connection. lock: the descriptor of a file whose holder alone waits for a
+    connection, as master(8) wants it; -1 where the kernel wakes only one worker.
     """
 
     def __init__(
@@ -5235,14 +5263,17 @@ class Worker:
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self._arrivals = select.epoll()
         self._arrivals.register(self._stop.wakeup.fd, select.EPOLLIN)
-        self._arrivals.register(self._parent, 0)  # reports only that the other end is closed
+        self._arrivals.register(self._parent, 0)  # 0: only that the parent has closed its end
         # The holder of a lock waits alone, and has to hear of a connection that another worker did not take.
         exclusive = EPOLLEXCLUSIVE if lock < 0 else 0
         for listener in listeners:
             self._arrivals.register(listener, select.EPOLLIN | exclusive)
 
     def run(self) -> None:
-        """Serves until -U connections have been served, no other arrives in time, or a signal ends it."""
+        """Serves until it is time to leave.
+
+        That is after -U connections, after a time without any, when the parent dies, a file changes or a signal comes.
+        """
         self._handler.debug()
         while connection := self._next():
             if self._lock >= 0:  # master(8) wants it; a pool does not need it
@@ -5294,7 +5325,7 @@ class Worker:
 
 
 def accept(listener: Socket) -> Socket | None:
-    """A connection; None if another process took it, or the client has gone."""
+    """A connection; None if another process took it, the client has gone, or accept(2) fails: then after a second."""
     try:
         connection = listener._accept()[0]  # type: ignore[attr-defined]
         return Socket(listener.family, listener.type, listener.proto, connection)
@@ -5307,7 +5338,7 @@ def accept(listener: Socket) -> Socket | None:
 
 
 class Pool:
-    """The parent of workers on the listening sockets of systemd or inetd; to them it is what master(8) is.
+    """The parent of workers on the listening sockets of systemd or inetd. They report to it as to master(8).
 
     It forks a worker when a connection waits and no worker is ready, and accepts nothing itself. It ends when a signal
     tells it to, or when there has been nothing to do for -T seconds.
@@ -5322,7 +5353,7 @@ class Pool:
         self._busy_at = time.monotonic()
         self._not_before = 0.0  # back-off: the time of the next fork
         self._child_left = self._outdated = False
-        self._idle_one_left = False  # perhaps with a connection for which the kernel woke no other
+        self._idle_one_left = False  # the kernel may have woken only this one for a connection that waits
         self._reports, self._reported = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._events, self._arrivals = select.poll(), select.poll()
         for fd in (self._stop.wakeup.fd, self._reports):
@@ -5383,7 +5414,7 @@ class Pool:
         return happened
 
     def _patience(self, longest: float) -> float:
-        """Seconds until something has to be done though nothing happens."""
+        """Seconds until the next timed action."""
         now = time.monotonic()
         waits = [longest]
         if not self._workers and self._timeout:
@@ -5414,7 +5445,7 @@ class Pool:
         try:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent passes it on
-            self._stop.resume()
+            self._stop.unblock()
             os.close(self._reports)
             os.set_blocking(self._reported, True)
             reporter = Reporter(self._reported, self._stop)
@@ -5461,7 +5492,7 @@ class Pool:
         stop = self._stop
         self._notifier.send("STOPPING=1")
         deadline = time.monotonic() + RELOAD_PATIENCE
-        urgency = -1
+        urgency = -1  # then 0: SIGHUP, 1: SIGTERM, 2: SIGTERM again
         while self._workers:
             wanted = stop.requested + stop.at_once or int(time.monotonic() > deadline)
             if wanted > urgency:
@@ -5479,7 +5510,7 @@ class Pool:
 class Reporter:
     """Tells the parent the state of this worker, in master(8)'s form: two native ints, message and process id.
 
-    fd: where it tells it. When the parent has died, the worker leaves.
+    fd: the pipe to the parent. When the parent has died, the worker leaves.
     """
 
     INT_SIZE = 4
@@ -5498,7 +5529,7 @@ class Reporter:
 
     @classmethod
     def parse(cls, reports: bytes) -> Iterator[tuple[int, int]]:
-        """The messages in a parent's input, each with the process id of its worker."""
+        """The reports in a parent's input: each message, with the process id of its worker."""
         ends = range(cls.INT_SIZE, len(reports) + 1, cls.INT_SIZE)
         numbers = (int.from_bytes(reports[end - cls.INT_SIZE : end], sys.byteorder) for end in ends)
         return zip(numbers, numbers)
@@ -5507,7 +5538,7 @@ class Reporter:
 class Notifier:
     """Tells systemd the state of the service, if systemd asks for it, see sd_notify(3).
 
-    interval: seconds between signs of life.
+    interval: the longest time between two calls of alive(), in seconds.
     """
 
     STATUS_INTERVAL = 1.0
@@ -5515,7 +5546,7 @@ class Notifier:
     def __init__(self) -> None:
         self.interval = 3600.0
         self._send: Callable[[str], object] = lambda _state: None
-        self._status, self._told = "", ""
+        self._told = ""
         self._told_at = self._alive_at = 0.0
         self._watched = False
         if "NOTIFY_SOCKET" in os.environ:
@@ -5532,7 +5563,7 @@ class Notifier:
         self._send(state)
 
     def alive(self) -> None:
-        """Sends a sign of life, when it is time."""
+        """Sends the watchdog's keep-alive, when it is time."""
         if self._watched and time.monotonic() >= self._alive_at + self.interval / 2:
             self._alive_at = time.monotonic()
             self._send("WATCHDOG=1")
@@ -5551,7 +5582,7 @@ class Notifier:
 
 
 def run(handler: ConnectionHandler) -> None:
-    """Serves what the process was started with, until it is time to leave. Raises ConfigError and OSError."""
+    """Serves the sockets of master(8), systemd or inetd, else standard input. Raises ConfigError and OSError."""
     if "CYRUS_ID" in os.environ and is_listening(MASTER_LISTEN_FD):
         run_under_master(handler, os.environ["CYRUS_ID"])
         return
@@ -5637,7 +5668,7 @@ def is_on_internet() -> bool:
 
 
 def waiting_clients() -> Iterator[Socket]:
-    """The connections that wait on the listening sockets that this process was started with."""
+    """The connections that wait on the listening sockets of this process, or that systemd has passed."""
     for fd in inherited_sockets():
         sock = Socket(fileno=os.dup(fd))
         if is_listening(fd):
@@ -5682,11 +5713,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debugs and not config.debug_command:
             raise ConfigError("-D needs the option debug_command")
         may_need_tls = not options.trusts_internet and (options.expects_proxy or is_on_internet())
-        tls_context = load_tls_context(config) if may_need_tls else None  # while root, who may read the key
+        tls_context = (
+            load_tls_context(config) if may_need_tls else None
+        )  # before dropping root: only root may read the key
         drop_privileges(config.cyrus_user, keep=config.userdb != "maildir")
         os.umask(config.umask)
         stop = Stop(ShutdownFile(f"{config.configdirectory}/msg/shutdown"))
-        stop.listen()
+        stop.install_handlers()
         run(ConnectionHandler(config, options, service, tls_context, stop))
     except UsageError as error:
         log.startup_error("usage error", cause=error)
@@ -5725,7 +5758,7 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
 
 
 def refuse_to_start(status: int, text: str) -> int:
-    """Tells the client, or all that wait, to keep the mail and try again; the exit status."""
+    """Sends 421 to the client, or to all that wait, so that they keep the mail in their queue; the exit status."""
     reply = Reply(421, "4.3.0", text).render()
     tell: list[Callable[[bytes], object]] = [client.send for client in waiting_clients()]
     if not stdout_is_journal():
@@ -5741,7 +5774,7 @@ def refuse_to_start(status: int, text: str) -> int:
 def drop_privileges(user: str, keep: bool) -> None:
     """Becomes the user if root has started the process. Raises ConfigError.
 
-    keep: whether the process has to act as other users. If not, it cannot become root again.
+    keep: whether the process has to act as other users later. If not, it cannot become root again.
     """
     if os.geteuid() != 0:
         return

@@ -733,3 +733,16 @@ def test_a_disk_that_is_full_while_a_maildir_is_made_does_not_lift_the_quota(sit
     assert (site.spool / "newcomer/maildirsize").read_text().startswith("1048576S\n0 0\n")
     assert (site.spool / "newcomer/subscriptions").read_text() == "V\t2\n\nSent\n"
     assert not list((site.spool / "newcomer/tmp").iterdir())
+
+
+def test_the_inbox_may_be_a_folder_that_does_not_count(site: Site) -> None:
+    """The others count all the same."""
+    lists = site.spool / "jane/.Lists"
+    for path in (lists, lists / "tmp", lists / "new", lists / "cur"):
+        path.mkdir()
+        site.give(path)
+    client = connected(site, quota_exclude_folders="INBOX")
+    set_quota(site, f"{MEGABYTE}S\nunreadable\n")
+    assert [send(client, address)[:3] for address in ("jane", "jane+Lists", "jane+Lists")] == ["250"] * 3
+    sizes = [path.stat().st_size for path in site.files("jane", ".Lists")]
+    assert kept(site)[1:] == (sum(sizes), 2)

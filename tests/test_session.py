@@ -218,14 +218,14 @@ def test_a_session_with_lf_works_at_a_shell(site: Site) -> None:
 
 def test_a_session_that_began_with_crlf_never_falls_back(site: Site) -> None:
     result = site.pipe(b"LHLO x\r\nNOOP\nNOOP\r\nQUIT\r\n")
-    assert result.stdout.splitlines()[-2:] == [b"500 5.5.2 Syntax error, HELP lists the commands", b"221 2.0.0 Bye"]
+    assert result.stdout.splitlines()[-2:] == [b"500 5.5.2 Syntax error or unknown command, see HELP", b"221 2.0.0 Bye"]
 
 
 def test_a_socket_never_speaks_lf(site: Site) -> None:
     client = site.connect()
     client.reply()
     client.send(b"LHLO x\nNOOP\r\n")
-    assert client.reply() == ["500 5.5.2 Syntax error, HELP lists the commands"]
+    assert client.reply() == ["500 5.5.2 Syntax error or unknown command, see HELP"]
 
 
 def test_a_terminal_just_works(site: Site) -> None:
