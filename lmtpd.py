@@ -2689,22 +2689,30 @@ class QuotaFile:
             return self._default
 
     def _lock(self, limits: tuple[int, int]) -> int:
-        """A descriptor of the file, locked; -1 if another process has locked it. A missing file is made first."""
+        """A descriptor of the file, locked; -1 if another process counts. A missing file is made first."""
         import fcntl
 
         try:
-            fd = self._directory.open_file(INBOX, QUOTA_FILE, os.O_RDONLY)
+            fd = self._open_to_lock()
         except FileNotFoundError:
             self._directory.add_file(INBOX, QUOTA_FILE, f"{render_limits(limits)}\n?\n".encode())
-            fd = self._directory.open_file(INBOX, QUOTA_FILE, os.O_RDONLY)
+            fd = self._open_to_lock()
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.fstat(fd).st_nlink > 0  # else another process has just counted, and replaced the file
         except BlockingIOError:
-            os.close(fd)
-            return -1
+            is_ours = False
         except OSError:
             return fd  # a file system without locks
-        return fd
+        if not is_ours:
+            os.close(fd)
+        return fd if is_ours else -1
+
+    def _open_to_lock(self) -> int:
+        try:
+            return self._directory.open_file(INBOX, QUOTA_FILE, os.O_RDWR)  # NFS locks no others
+        except PermissionError:
+            return self._directory.open_file(INBOX, QUOTA_FILE, os.O_RDONLY)
 
     def _count_into_file(self, old: int, limits: tuple[int, int], directories: Iterable[str]) -> QuotaUsage:
         """Counts the messages in these directories and replaces the file. old: a descriptor of the present file.
@@ -2720,11 +2728,13 @@ class QuotaFile:
                 octets, messages = octets + size, messages + 1
         usage = QuotaUsage(limits, (octets, messages), doubtful=False)
         self._directory.replace_file(INBOX, QUOTA_FILE, usage.render())
-        added = [
-            line for line in os.pread(old, READ_SIZE, start).splitlines(keepends=True) if not line.startswith(b"-")
-        ]
-        if added:
-            self._directory.append_to_file(INBOX, QUOTA_FILE, b"".join(added))
+        lines = os.pread(old, READ_SIZE, start).splitlines(keepends=True)
+        if additions := b"".join(line for line in lines if b"-" not in line):
+            try:
+                self._directory.append_to_file(INBOX, QUOTA_FILE, additions)
+            except OSError:
+                self._invalidate()
+                raise
         return usage
 
     def _counted_directories(self) -> dict[str, int]:
@@ -3002,6 +3012,10 @@ class Folders:
                 return folder
         return self._most_similar(similar_name(folder_directory(parts))) if similar else None
 
+    def forget(self) -> None:
+        """Frees the list of all folders."""
+        self._by_similar_name = None
+
     def make(self, folder: str) -> None:
         """Makes the folder, durably."""
         self._directory.make(folder)
@@ -3099,6 +3113,10 @@ class Maildir:
         similar: take the folder with the most similar name, or the nearest parent, if there is none of that name.
         """
         return self._folders.resolve(name, similar and not self._missing)
+
+    def forget_folders(self) -> None:
+        """Frees the list of folders that resolve() has made."""
+        self._folders.forget()
 
     def is_one_of(self, folder: str, names: Sequence[str]) -> bool:
         """Whether the folder has one of these names, as people write them."""
@@ -3478,6 +3496,7 @@ class MaildirStore:
     mailbox.make()                      Makes the mailbox if it is missing. Raises OSError.
     mailbox.resolve(name, similar=...) -> folder or None
                                         The existing folder of a name as people write it. Raises OSError.
+    mailbox.forget_folders()            Frees what resolve() has kept for the next call.
     mailbox.new_folder(name) -> folder  The folder of a name, which place() makes if it is missing. Raises ValueError.
     mailbox.is_one_of(folder, names)    Whether the folder has one of these names, as people write them.
     mailbox.check_quota(folder, octets, messages)
@@ -3739,7 +3758,7 @@ class Placement:
     """A message on its way into one folder.
 
     key: the folder's name in records and in the log. event: the result, for the log. placed: the message in the folder,
-    if it has been stored. twin: an earlier placement in the same folder, whose result counts for this one. failure: the
+    if it has been stored. twin: an earlier placement in the same folder, of which this one is a duplicate. failure: the
     reply if it failed.
     """
 
@@ -3794,6 +3813,7 @@ class Router:
         """Raises ConfigError."""
         self._config = config
         self._store = MaildirStore(config)
+        self._listed: Maildir | None = None
 
     def find(self, recipient: Recipient, envelope: Envelope, size: int, ignores_quota: bool) -> Destination:
         """The destination of the recipient's copy. size: the octets that the client has announced; 0 if it has not.
@@ -3848,13 +3868,15 @@ class Router:
 
     def _shared(self, recipient: Recipient, envelope: Envelope) -> Maildir:
         """The mailbox of the shared folders, if it has the recipient's. Raises StoreError and LmtpError."""
-        shared = self._store.shared()
-        if shared and not shared.exists():
+        if not (shared := self._store.shared()):
+            raise UserUnknown
+        shared = remembered(shared, envelope)
+        if not shared.exists():
             log.error("mailbox not accessible", mailbox=shared.path, cause="the directory does not exist")
             raise StoreUnavailable
-        if not shared or not self._resolve(shared, recipient.detail):
+        if not self._resolve(shared, recipient.detail):
             raise UserUnknown
-        return remembered(shared, envelope)
+        return shared
 
     def _find(self, recipient: Recipient, envelope: Envelope) -> Maildir | None:
         """The recipient's mailbox, None if the user is unknown. Raises StoreUnavailable."""
@@ -3865,6 +3887,10 @@ class Router:
 
     def _resolve(self, mailbox: Maildir, detail: str) -> str | None:
         """The existing folder that a sub-address names. Raises LmtpError."""
+        if self._listed is not mailbox:
+            if self._listed:
+                self._listed.forget_folders()  # one list at a time: there may be many mailboxes, each of many folders
+            self._listed = mailbox
         try:
             return mailbox.resolve(detail, similar=self._config.lmtp_fuzzy_mailbox_match)
         except OSError as error:
@@ -3897,7 +3923,7 @@ class DeliveryAgent:
         A draft in a mailbox becomes the message there. If the mailboxes have different owners, the draft is in
         configdirectory, so that no user can write to another user's mail. Raises OSError if no draft can be made.
         """
-        mailboxes = [destination.mailbox for destination in envelope.destinations]
+        mailboxes = list(dict.fromkeys(destination.mailbox for destination in envelope.destinations))
         if len({mailbox.owner for mailbox in mailboxes}) > 1:
             draft = Draft(open_directory(self._config.configdirectory, guarded=False), self._identity)
             try:
@@ -3947,7 +3973,7 @@ class DeliveryAgent:
         return replies
 
     def plan(self, message: Message, destination: Destination) -> list[Placement]:
-        """The placements of a message for one recipient. Raises StoreError, LmtpError and OSError."""
+        """The placements of a message for one recipient, at least one. Raises StoreError, LmtpError and OSError."""
         destination.mailbox.make()
         return [Placement(message, destination.mailbox, self.router.folder_of(destination))]
 
@@ -3961,7 +3987,7 @@ class DeliveryAgent:
             batch.append(delivery)
             waiting += len(delivery.placements)
             if waiting >= BATCH or delivery is deliveries[-1]:
-                self._settle(batch)
+                self._settle(batch, first_in)
                 batch, waiting = [], 0
         stored = []
         for delivery in deliveries:
@@ -4011,12 +4037,12 @@ class DeliveryAgent:
     def _has_got(self, key: str, message: Message) -> bool:
         return bool(self._duplicates and is_identified(message) and self._duplicates.has(message.message_id, key))
 
-    def _settle(self, deliveries: Sequence[Delivery]) -> None:
+    def _settle(self, deliveries: Sequence[Delivery], first_in: dict[str, Placement]) -> None:
         """Makes the placements of each recipient durable; if one of them fails, takes that recipient's others back."""
         for delivery in deliveries:
             for placement in delivery.placements:
                 if not delivery.failure:
-                    self._sync(placement, delivery)
+                    self._sync(placement, delivery, first_in)
             if delivery.failure:
                 for placement in delivery.placements:
                     self._take_back(placement, delivery.failure)
@@ -4024,14 +4050,17 @@ class DeliveryAgent:
                 if placement.placed:
                     placement.placed.close()
 
-    def _sync(self, placement: Placement, delivery: Delivery) -> None:
-        if placement.twin and placement.twin.failure:
-            delivery.fail(placement.twin.failure, placement)
-        elif placement.placed:
-            try:
+    def _sync(self, placement: Placement, delivery: Delivery, first_in: dict[str, Placement]) -> None:
+        try:
+            if placement.twin and placement.twin.failure:  # another recipient's failure is not this one's
+                if first_in[placement.key] is placement.twin:
+                    del first_in[placement.key]
+                placement.event = "delivered"
+                self._place_one(placement, delivery.destination, first_in, may_move=False)
+            if placement.placed:
                 placement.placed.sync()
-            except Exception as error:
-                delivery.fail(reply_to(error, self._config, placement.key), placement)
+        except Exception as error:
+            delivery.fail(reply_to(error, self._config, placement.key), placement)
 
     def _take_back(self, placement: Placement, failure: Reply) -> None:
         if not placement.is_stored or not placement.placed:

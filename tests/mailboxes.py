@@ -41,9 +41,11 @@ def send(client: Client, address: str | bytes, message: bytes = b"", mail: str =
 
 def messages_in(imap: imaplib.IMAP4, folder: str) -> int:
     """How many messages IMAP sees in a folder, given its name on the wire."""
-    status, [line] = imap.status(f'"{folder}"', "(MESSAGES)")
-    assert status == "OK", line
-    match = re.search(rb"\(MESSAGES (\d+)\)", line)
+    status, parts = imap.status(f'"{folder}"', "(MESSAGES)")  # more than one part if the name is a literal
+    assert status == "OK", parts
+    match = re.search(
+        rb"\(MESSAGES (\d+)\)", b"".join(part if isinstance(part, bytes) else b"".join(part) for part in parts)
+    )
     assert match
     return int(match[1])
 

@@ -191,3 +191,45 @@ def test_a_maildir_is_listed_once_in_a_transaction(site: Site) -> None:
         assert scene.deliver(*(f"jane+list {number}" for number in range(40))) == ["250 2.1.5"] * 40
     assert scandir.call_count == 1
     assert all(len(site.files("jane", f".List_{number}")) == 1 for number in range(40))
+
+
+@pytest.mark.parametrize("users", [("jane", "joe"), ("jane", "joe", "jane+x"), ("jane", "jane+x", "joe")])
+def test_a_file_system_that_is_full_for_one_recipient_is_not_the_end(scene: Scene, users: tuple[str, ...]) -> None:
+    """A large message is spooled at the other recipient's, who gets it."""
+    spool = lmtpd.Maildir.spool
+
+    def full_for_jane(mailbox: lmtpd.Maildir) -> lmtpd.Draft:
+        if mailbox.path.endswith("/jane"):
+            raise OSError(errno.ENOSPC, "full")
+        return spool(mailbox)
+
+    scene.agent = DeliveryAgent(scene.config)  # type: ignore[assignment]
+    with mock.patch.object(lmtpd.Maildir, "spool", full_for_jane):
+        replies = scene.deliver(*users, message=letter(lmtpd.MEMORY_LIMIT + 1000))
+    assert replies == ["250 2.1.5"] * len(users)
+
+
+def test_shared_folders_are_listed_once_in_a_transaction(site: Site) -> None:
+    site.add_user("shared", "shared/.A-list")
+    shared = {"postuser": "bb", "shared_maildir": str(site.spool / "shared")}
+    scene = Scene(site, **shared, lmtp_fuzzy_mailbox_match="yes")
+    scene.agent = DeliveryAgent(scene.config)  # type: ignore[assignment]
+    with mock.patch.object(os, "scandir", wraps=os.scandir) as scandir:
+        assert scene.deliver(*["bb+a list"] * 5) == ["250 2.1.5"] * 5
+    assert scandir.call_count == 1
+    assert len(site.files("shared", ".A-list")) == 5
+
+
+def test_one_recipients_failure_is_not_that_of_another_with_the_same_folder(site: Site) -> None:
+    """What was taken back for the first is stored for the second, and is a duplicate for the third."""
+    scene = Scene(site, duplicatesuppression="yes")
+    plan = scene.agent.plan
+
+    def plan_both_for_the_first(message: Message, destination: Destination) -> list[Placement]:
+        return plan(message, destination)[: 2 if destination.detail == "both" else 1]
+
+    (site.spool / "jane/.Lists").touch()
+    with mock.patch.object(scene.agent, "plan", plan_both_for_the_first):
+        assert scene.deliver("jane+both", "jane", "jane") == ["451 4.3.0", "250 2.1.5", "250 2.1.5"]
+    assert len(scene.stored()) == 1
+    assert len(site.files("jane")) == 1

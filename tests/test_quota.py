@@ -22,7 +22,7 @@ from harness import PATIENCE, Client, Site
 from mailboxes import connected, letter, owner, send
 from peers import Courier, CourierImap, Dovecot
 
-from lmtpd import Config, Maildir
+from lmtpd import INBOX, Config, Directory, Maildir
 
 FULL = "452 4.2.2"
 MEGABYTE = 1_000_000
@@ -566,6 +566,58 @@ def test_a_mailbox_that_another_process_counts_takes_mail(site: Site) -> None:
         assert quota_file(site).read_text().startswith("10S\nunreadable\n")
     assert send(client, "jane").startswith("452 4.2.2")
     assert kept(site) == ("10S", *present(site))
+
+
+def count_while(site: Site, appended: str) -> None:
+    """Delivers to jane while another program appends to her maildirsize, in the middle of the count."""
+    set_quota(site, f"{MEGABYTE}S\nunreadable\n")
+    scandir, seen = os.scandir, []
+
+    def append_once(*arguments: int) -> object:
+        seen.append(arguments)
+        if len(seen) == 2:  # the first one lists the folders
+            with quota_file(site).open("a") as file:
+                file.write(appended)
+        return scandir(*arguments)
+
+    with mock.patch.object(os, "scandir", append_once):
+        mailbox_of(site).check_quota(INBOX, 0, 0)
+
+
+@pytest.mark.parametrize("line", ["-30 -1\n", f"{-30:>12} {-1:>12}\n", "0 -1\n"])
+def test_a_deletion_during_the_count_is_not_subtracted_from_it(site: Site, line: str) -> None:
+    """The message may have been gone when it was counted. Courier has spaces before its numbers."""
+    put(site, "new/1.a,S=500", 500)
+    count_while(site, line)
+    assert kept(site)[1:] == (500, 1)
+
+
+def test_an_addition_during_the_count_is_kept(site: Site) -> None:
+    put(site, "new/1.a,S=500", 500)
+    count_while(site, f"{30:>12} {1:>12}\n")
+    assert kept(site)[1:] == (530, 2)
+
+
+def test_an_addition_that_cannot_be_kept_makes_the_usage_unreadable(site: Site) -> None:
+    put(site, "new/1.a,S=500", 500)
+    with mock.patch.object(Directory, "append_to_file", side_effect=OSError(errno.ENOSPC, "full")):
+        count_while(site, "30 1\n")
+    assert quota_file(site).read_text() == f"{MEGABYTE}S\n?00 1\n"
+
+
+def test_who_has_locked_a_file_that_was_replaced_leaves_the_count_to_others(site: Site) -> None:
+    """They have just counted."""
+    set_quota(site, f"{MEGABYTE}S\nunreadable\n")
+    flock = fcntl.flock
+
+    def replace_first(fd: int, operation: int) -> None:
+        quota_file(site).unlink()
+        set_quota(site, f"{MEGABYTE}S\n500 5\n")
+        flock(fd, operation)
+
+    with mock.patch.object(fcntl, "flock", replace_first):
+        mailbox_of(site).check_quota(INBOX, 0, 0)
+    assert quota_file(site).read_text() == f"{MEGABYTE}S\n500 5\n"
 
 
 def mailbox_of(site: Site) -> Maildir:
