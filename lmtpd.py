@@ -2589,6 +2589,7 @@ class QuotaFile:
         self._default = config.default_quota, config.default_quota_messages
         names = config.quota_exclude_folders
         self._excluded = {spelling for name in names for spelling in folder_spellings(name, config)}
+        self._excludes_deleted = config.quota_exclude_deleted
         self._no_quota = False
 
     def create(self) -> None:
@@ -2660,12 +2661,7 @@ class QuotaFile:
 
     def includes(self, folder: str, name: str) -> bool:
         """Whether a message in that folder counts. name: the end of its file's name, which has its flags."""
-        return folder not in self._excluded and self._counts(name)
-
-    def _counts(self, name: str) -> bool:
-        """Whether a message counts whose file has this name, in a folder that counts."""
-        is_deleted = FLAG_LETTERS[r"\deleted"] in name.partition(":2,")[2]
-        return not (is_deleted and self._config.quota_exclude_deleted)
+        return folder not in self._excluded and not (self._excludes_deleted and is_deleted(name))
 
     def _invalidate(self) -> None:
         """Makes the usage in the file unreadable but keeps the limits, which may stand nowhere else.
@@ -2756,7 +2752,7 @@ class QuotaFile:
         try:
             with os.scandir(fd) as entries:
                 for entry in entries:
-                    if entry.name.startswith(".") or not self._counts(entry.name):
+                    if entry.name.startswith(".") or (self._excludes_deleted and is_deleted(entry.name)):
                         continue
                     try:
                         yield size_of(entry)
@@ -2764,6 +2760,11 @@ class QuotaFile:
                         continue  # it has been removed or renamed meanwhile
         finally:
             os.close(fd)
+
+
+def is_deleted(name: str) -> bool:
+    """Whether a message file's name, or the end of it, has the flag of deleted messages."""
+    return FLAG_LETTERS[r"\deleted"] in name.partition(":2,")[2]
 
 
 def size_of(message: os.DirEntry[str]) -> int:
