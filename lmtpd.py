@@ -1724,7 +1724,8 @@ class Identity:
     """A user id, group id and groups. In a "with" block the process acts with these, and with no others.
 
     is_current: whether the process has these ids anyway; a block changes nothing then. Blocks of one identity may be
-    nested. Raises OSError where the process would have to be root. Source: credentials(7).
+    nested. Raises OSError, for example if lmtpd was not started as root. If the process cannot return to its own
+    identity, it ends at once: nothing may go on as root or as the user. Source: credentials(7).
     """
 
     def __init__(self, uid: int, gid: int, groups: Sequence[int]) -> None:
@@ -1746,7 +1747,8 @@ class Identity:
             try:
                 set_effective_ids(self.uid, self.gid, self._groups)
             except BaseException:
-                set_effective_ids(*self._before)
+                if os.geteuid() != self._before[0]:  # else nothing has changed yet
+                    self._restore()
                 raise
         self._depth += 1
 
@@ -1755,7 +1757,14 @@ class Identity:
             return
         self._depth -= 1
         if not self._depth:
+            self._restore()
+
+    def _restore(self) -> None:
+        try:
             set_effective_ids(*self._before)
+        except BaseException as error:
+            log.error("identity not restored", cause=error)
+            os._exit(os.EX_OSERR)
 
 
 def set_effective_ids(uid: int, gid: int, groups: Sequence[int]) -> None:

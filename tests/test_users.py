@@ -418,6 +418,37 @@ def test_an_account_that_lmtpd_can_not_take_on_is_a_temporary_failure(homes: Hom
     assert owner(file)[0] == JOE
     [refused] = [line for line in homes.site.log_text().splitlines() if line.startswith("<3>")]
     assert "jane" in refused
+    assert f"cannot act as the user with the id {JANE}" in refused
+
+
+@pytest.mark.parametrize("call", ["setgroups", "setresgid"])
+@pytest.mark.parametrize("number", range(2, 6))
+def test_a_process_that_cannot_return_to_its_own_identity_ends(homes: Homes, call: str, number: int) -> None:
+    """Every second call takes a user's identity on, the others give it back; the first one is made at the start."""
+    home = homes.users.add("jane", JANE)
+    transaction = "MAIL FROM:<>", "RCPT TO:<jane>", "DATA", MESSAGE.decode() + "."
+    session = "\r\n".join(["LHLO x", *transaction, "RSET", *transaction, "QUIT", ""])
+    faulty = ["strace", "-f", "-o", "/dev/null", "-e", f"inject={call}:error=ENOMEM:when={number}"]
+    with homes.site.log.open("ab") as log:
+        done = subprocess.run(
+            [*faulty, *homes.site.command()],
+            input=session.encode(),
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=homes.site.journal(),
+            timeout=PATIENCE,
+        )
+    replies = [line[:9] for line in done.stdout.decode().splitlines() if line[3] == " "]
+    if number % 2:
+        assert done.returncode == os.EX_OSERR
+        assert "<3>identity not restored session=" in homes.site.log_text()
+        assert "221 2.0.0" not in replies
+    else:
+        assert done.returncode == 0
+        assert "451 4.3.0" in replies
+        assert replies[-2:] == ["250 2.1.5", "221 2.0.0"], "the next message is delivered"
+        assert len(stored(home / "Maildir")) in (1, 2)
+        assert {owner(file)[0] for file in stored(home / "Maildir")} == {JANE}
 
 
 def as_user(homes: Homes, uid: int, *recipients: str) -> list[str]:
