@@ -1714,7 +1714,7 @@ NAME_LIMIT = 255  # octets of a name in a file system
 NAMES_MADE = itertools.count(1)
 HOST = socket.gethostname().replace("/", "\\057").replace(":", "\\072")  # escaped as in maildir(5)
 WRITEBACK_SIZE = 1 << 20  # octets after which the disk starts to write
-LINK_IMPOSSIBLE = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP)
+SYNC_IMPOSSIBLE = (errno.EINVAL, errno.EOPNOTSUPP)  # errors of a file system that cannot sync a directory
 OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 EXISTING_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # the user may have put a FIFO there
@@ -1856,14 +1856,13 @@ class Draft:
     def discard(self) -> None:
         """Closes the file, and removes it unless it has been moved."""
         try:
-            os.close(self._fd)
             if self._name:
                 with self.identity:
                     os.unlink(self._name, dir_fd=self._directory)
         except OSError as error:
             log.warning("draft left behind", file=self._name, cause=error)
-        finally:
-            os.close(self._directory)
+        for fd in (self._fd, self._directory):
+            close_synced(fd)
 
 
 class Directory:
@@ -1905,7 +1904,7 @@ class Directory:
             with os.scandir(fd) as entries:
                 return [entry.name for entry in entries if entry.is_dir(follow_symlinks=not self.guarded)]
         finally:
-            os.close(fd)
+            close_synced(fd)
 
     def open_file(self, directory: str, name: str, flags: int) -> int:
         """A descriptor of a regular file in a directory below. flags: of open(2)."""
@@ -1914,7 +1913,7 @@ class Directory:
             try:
                 fd = os.open(name, flags | EXISTING_FILE, 0o666, dir_fd=place)
             finally:
-                os.close(place)
+                close_synced(place)
         else:
             fd = os.open(f"{self.path_of(directory)}/{name}", flags | EXISTING_FILE, 0o666)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -1942,9 +1941,7 @@ class Directory:
                 draft.link(place, name)
             except FileExistsError:
                 return
-            except OSError as error:
-                if error.errno not in LINK_IMPOSSIBLE:
-                    raise
+            except OSError:  # no hard links here
                 if name not in os.listdir(place):
                     draft.move(place, name)
 
@@ -1968,7 +1965,7 @@ class Directory:
             try:
                 put(draft, place)
             finally:
-                os.close(place)
+                close_synced(place)
         finally:
             draft.discard()
 
@@ -2015,9 +2012,26 @@ def make_directory(parent: str, name: str, guarded: bool) -> None:
     except FileExistsError:
         pass  # another process has made it, and perhaps not synced it yet
     try:
-        os.fsync(fd)
+        sync_directory(fd)
     finally:
+        close_synced(fd)
+
+
+def sync_directory(fd: int) -> None:
+    """Makes the names in a directory durable. Raises OSError, unless the file system has no means for that (CIFS)."""
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in SYNC_IMPOSSIBLE:
+            raise
+
+
+def close_synced(fd: int) -> None:
+    """Closes a file or directory that needs no sync any more, so that an error of close(2) says nothing."""
+    try:
         os.close(fd)
+    except OSError:
+        return
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -2973,7 +2987,7 @@ class Placed:
     def sync(self) -> None:
         """Makes it durable, or else takes it back and raises OSError. Called once."""
         try:
-            os.fsync(self._directory)
+            sync_directory(self._directory)
         except OSError:
             self.take_back()
             raise
@@ -2986,7 +3000,7 @@ class Placed:
 
     def close(self) -> None:
         """Closes its descriptor."""
-        os.close(self._directory)
+        close_synced(self._directory)
 
 
 class Folders:
@@ -3218,7 +3232,7 @@ class Maildir:
         return self._directory.open_or_make(f"{folder}/cur"), f":2,{''.join(sorted(letters))}"
 
     def _move_or_link(self, draft: Draft, directory: int, name: str, may_move: bool) -> bool:
-        """Moves or links the draft. False, and nothing done, if the owner, file systems or configuration forbid it."""
+        """Moves or links the draft. False, and nothing done, if that is not possible, and a copy may be."""
         if not draft.is_linkable_for(self.identity) or not (may_move or self._config.singleinstancestore):
             return False
         try:
@@ -3226,10 +3240,8 @@ class Maildir:
                 draft.move(directory, name)
             else:
                 draft.link(directory, name)
-        except OSError as error:
-            if error.errno in LINK_IMPOSSIBLE:
-                return False
-            raise
+        except OSError:
+            return False
         return True
 
     def _copy(self, message: Message, directory: int, name: str) -> None:

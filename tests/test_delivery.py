@@ -386,6 +386,50 @@ def test_a_disk_that_takes_nothing_and_does_not_say_why_is_a_temporary_failure(s
     assert "nothing was written" in site.log_text()
 
 
+@pytest.mark.parametrize("content", [MESSAGE, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("error", ["EXDEV", "EPERM", "ENOSYS", "EACCES", "EINVAL", "EIO", "ESTALE"])
+def test_where_no_link_can_be_made_each_recipient_gets_a_copy(site: Site, content: bytes, error: str) -> None:
+    site.add_user("joe", "jim")
+    replies = failing(site, f"linkat:error={error}", content, "jane", "joe", "jim")
+    assert [reply[:9] for reply in replies] == ["250 2.1.5"] * 3
+    files = [file for user in ("jane", "joe", "jim") for file in site.files(user)]
+    assert len(files) == len({file.stat().st_ino for file in files}) == 3
+    assert len({file.read_bytes() for file in files}) == 1
+    assert [site.files(user, kind="tmp") for user in ("jane", "joe", "jim")] == [[], [], []]
+
+
+@pytest.mark.parametrize("error", ["EXDEV", "EACCES", "EIO"])
+def test_a_draft_that_cannot_be_moved_is_copied(site: Site, error: str) -> None:
+    """Moving the copy works."""
+    assert failing(site, f"renameat:error={error}:when=1", MESSAGE, "jane")[0][:9] == "250 2.1.5"
+    assert len(site.files("jane")) == 1
+    assert site.files("jane", kind="tmp") == []
+
+
+@pytest.mark.parametrize("error", ["EINVAL", "EOPNOTSUPP"])
+def test_a_file_system_that_cannot_sync_directories_gets_mail(site: Site, error: str) -> None:
+    """The first sync is that of the file, the others are those of directories: CIFS has no such thing."""
+    site.configure(autocreate_post="yes")
+    replies = failing(site, f"fsync:error={error}:when=2+", MESSAGE, "jane", "newcomer")
+    assert [reply[:9] for reply in replies] == ["250 2.1.5"] * 2
+    assert [len(site.files(user)) for user in ("jane", "newcomer")] == [1, 1]
+
+
+def test_an_error_of_close_after_the_sync_is_none_of_the_delivery(site: Site) -> None:
+    """Of the descriptors of the message's file, of tmp/ and of new/."""
+    trace = site.root / "trace"
+    traced(site, ["-y", "-e", "trace=close", "-o", str(trace)], MESSAGE, "jane")
+    [stored] = site.files("jane")
+    stored.unlink()
+    calls = [line for line in trace.read_text().splitlines() if "close(" in line]
+    after = [number for number, line in enumerate(calls, 1) if f"<{site.spool}/jane/" in line]
+    for number in after[-3:]:
+        assert failing(site, f"close:error=EIO:when={number}", MESSAGE, "jane")[0][:9] == "250 2.1.5"
+        [stored] = site.files("jane")
+        stored.unlink()
+        assert site.files("jane", kind="tmp") == []
+
+
 def test_the_fault_of_one_recipient_is_not_the_fault_of_the_next(site: Site) -> None:
     site.add_user("joe", "jim")
     replies = failing(site, "fsync:error=EIO:when=3", MESSAGE, "jane", "joe", "jim")
