@@ -1,4 +1,4 @@
-"""Receive mail by LMTP on standard input and output, and deliver it into Maildirs.
+"""Receive mail by LMTP on standard input or sockets, and deliver it into Maildirs.
 
 Usage:
   lmtpd [-C config-file] [-U uses] [-T timeout] [-D] [-H] [-a]
@@ -331,7 +331,7 @@ class Config:
     debug_command = option(as_command, "", "the command that -D runs")
     default_quota = option(as_octets, "0", "the quota of a Maildir that has none of its own, in octets; 0: none")
     default_quota_messages = option(as_number, "0", "the most messages of such a Maildir; 0: no limit")
-    defaultdomain = option(as_text, "", "the domain that is no part of a userid")
+    defaultdomain = option(as_text, "", "the domain that userids leave out")
     defaultpartition = option(as_text, "", "the partition of the Maildirs; needed only when there are several")
     duplicate_db_path = option(
         optional(as_path), "", "the database of delivered messages; by default deliver.db in configdirectory"
@@ -348,7 +348,7 @@ class Config:
         as_names, r"\Drafts \Scheduled \Snoozed", "special uses of folders that no sub-address reaches"
     )
     lmtp_fuzzy_mailbox_match = option(
-        as_switch, "no", "ignore case and kind of dash in a sub-address, and take the nearest parent"
+        as_switch, "no", "ignore case, and take - _ and space as one; else take the nearest parent"
     )
     lmtp_max_bad_commands = option(as_number, "50", "the most malformed commands between two messages; 0: no limit")
     lmtp_max_idle_commands = option(as_number, "1000", "the most commands without a message; 0: no limit")
@@ -608,7 +608,7 @@ class Log:
             self._line(LOG_DEBUG, event, fields)
 
     def traceback(self, event: str, **fields: object) -> None:
-        """Logs the exception that is being handled, which is a fault of this program."""
+        """Logs an event, and the traceback of the exception that is being handled."""
         import traceback
 
         self._line(LOG_ERR, event, fields)
@@ -630,7 +630,7 @@ class Log:
 
 
 class LogContext:
-    """See Log.context(). The fields are those of the log while the block lasts, and no longer."""
+    """See Log.context(). Every log line has the fields until the block ends."""
 
     def __init__(self, context: dict[str, object], fields: dict[str, object]) -> None:
         self._context, self._fields = context, fields
@@ -768,7 +768,7 @@ def reply_line(line: str) -> bytes:
 
 
 class LmtpError(Exception):
-    """The client gets this reply: a command, or one recipient's delivery, has failed."""
+    """A command, or one recipient's delivery, has failed. The client gets the reply."""
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply)
@@ -1002,7 +1002,7 @@ class Wire:
         return data
 
     def write(self, data: bytearray) -> None:
-        """Writes all of data, and empties it; after a wake-up it holds what was not written. Raises Disconnected."""
+        """Writes all of data, and empties it; if on_wakeup() raises, data keeps the rest. Raises Disconnected."""
         if data and not self._non_blocking:
             self._wait_to_write()
         while data:
@@ -1019,7 +1019,7 @@ class Wire:
                 self._wait_to_write()
 
     def linger(self) -> None:
-        """Waits LINGER seconds, or until the client has closed its side: then it raises Disconnected.
+        """Closes our side, and waits LINGER seconds. Raises Disconnected if the client closes, too.
 
         Closing a socket with unread input sends RST, and the client may lose the last reply.
         """
@@ -1063,7 +1063,7 @@ class Tls:
     """
 
     def __init__(self, wire: Wire, context: SSLContext, timeout: float) -> None:
-        """Does the handshake, which may take so many seconds."""
+        """Does the handshake. timeout: seconds for all of it."""
         import ssl
 
         self._wire = wire
@@ -1158,8 +1158,8 @@ class Connection:
     """Lines and octets, buffered, on a wire that may get TLS.
 
     timeout: seconds that a line may take to arrive. tls_context: the settings for STARTTLS; None if there is no TLS.
-    eol: what ends a line. That is always CR LF on a socket. Elsewhere the first line decides between CR LF and LF, for
-    the person at a shell. tls: None before start_tls().
+    eol: the end of a line: on a socket always CR LF; elsewhere CR LF or LF, as in the first line, for the person at a
+    shell. tls: None before start_tls().
     """
 
     def __init__(self, wire: Wire, timeout: float, tls_context: SSLContext | None = None) -> None:
@@ -1259,6 +1259,7 @@ class Connection:
         self.wire.linger()
 
     def _find_eol(self, start: int) -> int:
+        """The index of the next end of a line, from start on; -1 if there is none. The first line decides eol."""
         if not self._eol_decided:
             newline = self._input.find(LF)
             if newline < 0:
@@ -1280,9 +1281,9 @@ class Connection:
 
 
 def load_tls_context(config: Config) -> SSLContext | None:
-    """The settings for STARTTLS; None if it is off or impossible, and the log says why.
+    """The settings for STARTTLS; None if STARTTLS is off or, as the log says, fails.
 
-    Raises ConfigError if it is impossible but tls_required is on.
+    Raises ConfigError if tls_required is on but STARTTLS is not.
     """
     problem = "set allowstarttls and tls_server_cert"
     if config.allowstarttls and config.tls_server_cert:
@@ -1460,7 +1461,7 @@ def connect_to_service(path: str) -> socket.socket:
 class DovecotService:
     """A connection to one of Dovecot's daemons, whose protocols are lines of fields with tabs between them.
 
-    Everything raises Unavailable. Source: Dovecot's documentation of its authentication protocol.
+    Every method raises Unavailable. Source: Dovecot's documentation of its authentication protocol.
     """
 
     def __init__(self, path: str) -> None:
@@ -1826,7 +1827,7 @@ class Draft:
             return os.fstat(self._fd).st_dev
 
     def unlink(self) -> None:
-        """Removes the name. Then no other process can open the file, and it can be copied only."""
+        """Removes the name. Then no other process can open the file; it can only be copied."""
         os.unlink(self._name, dir_fd=self._directory)
         self._name = ""
 
@@ -1866,7 +1867,7 @@ class Draft:
 
 
 class Directory:
-    """A directory on the disk, and the directories and regular files below it. Everything raises OSError.
+    """A directory on the disk, and the directories and regular files below it. Methods raise OSError.
 
     guarded: whether the process acts as another user, whose symbolic links are not followed, see open_directory().
     A name may have slashes; "" is the directory itself.
@@ -1934,7 +1935,7 @@ class Directory:
             os.close(fd)
 
     def add_file(self, directory: str, name: str, content: bytes) -> None:
-        """Makes a file in a directory below, all at once and durably, unless the name is taken."""
+        """Makes a file in a directory below, all at once, unless the name is taken. Only its content is synced."""
 
         def link(draft: Draft, place: int) -> None:
             try:
@@ -1957,6 +1958,7 @@ class Directory:
         self._put_file(directory, content, move)
 
     def _put_file(self, directory: str, content: bytes, put: Callable[[Draft, int], None]) -> None:
+        """Calls put() with a synced draft of the content and a descriptor of the directory, which is not synced."""
         draft = Draft(self.open_or_make(f"{directory}/tmp"), self._identity)
         try:
             draft.write(content)
@@ -1996,7 +1998,7 @@ def open_directory(path: str, guarded: bool) -> int:
 
 
 def make_directories(path: str, spool: str, guarded: bool) -> None:
-    """Makes a directory and its missing parents, durably. Raises OSError."""
+    """Makes a directory and its missing parents, durably. spool: the directory of all Maildirs. Raises OSError."""
     parent, name = os.path.split(path)
     # Below the spool, parents that exist are synced, too: the process that made one may not have done so yet.
     if parent not in (spool, "/") and (parent.startswith(f"{spool}/") or not os.path.isdir(parent)):
@@ -2071,8 +2073,8 @@ TOO_LARGE = Reply(552, "5.3.4", "The message is larger than this server takes")
 class DotDecoder:
     """Decodes a message that DATA sends: the dots, and the end. The octets may be cut anywhere.
 
-    Only the line "." ends the message, and lines end as those of the whole session do. A dot after a bare LF or a bare
-    CR does not end it, which prevents SMTP smuggling.
+    Only the line "." ends the message, and lines end as in the whole session. With CR LF, a dot after a bare LF or a
+    bare CR ends nothing, which prevents SMTP smuggling.
     ended: whether the last line has arrived. rest: the octets after it.
     Source: RFC 5321 sections 2.3.8, 4.1.1.4 and 4.5.2.
     """
@@ -2131,7 +2133,7 @@ class ChunkDecoder:
         self._held = b""
 
     def decode(self, data: bytes) -> bytes:
-        """The octets of the message in data. A CR at its end is kept back until the next octet shows what it is."""
+        """The octets of the message in data. A CR at the end is kept back until the next octet has come."""
         data = self._held + data
         end = len(data) - overlap(data, self._eol)
         self._held = data[end:]
@@ -2168,7 +2170,7 @@ class Header:
         return any(self.spans(name))
 
     def body_of(self, name: bytes) -> str | None:
-        """The body of the first field of that name, unlowered; None if there is no such field."""
+        """The body of the first field of that name, with single spaces; None if it is missing."""
         for start, end in self.spans(name):
             body = self.octets[start:end].partition(b":")[2]
             return b" ".join(body.split()).decode("utf-8", "backslashreplace")
@@ -2216,7 +2218,7 @@ class Message:
     """A message as it is stored: in memory while it is small, else in a draft.
 
     header: the header section, with the added fields, as far as it lies in the first MEMORY_LIMIT octets. body_offset:
-    the index after it and the empty line. size: octets. lines: LFs without a CR before them; an IMAP server adds one.
+    the index after it and the empty line. size: octets. lines: LFs without a CR, to which an IMAP server adds one.
     message_id: the Message-ID as text. has_message_id: whether the client sent it.
     content: all octets; b"" if they are only in the draft. draft: a file with all octets; None while there is none.
     """
@@ -2245,9 +2247,9 @@ class Message:
 
 
 class Spool:
-    """Writes a large message to a draft. Everything raises OSError.
+    """Writes a large message to a draft. Methods raise OSError.
 
-    drafts: files on different file systems. When a write fails, the octets are copied to the next one, and it goes on.
+    drafts: files on different file systems. When a write fails, the next file gets a copy, and the write again.
     """
 
     def __init__(self, drafts: Iterator[Draft]) -> None:
@@ -2343,6 +2345,7 @@ class Incoming:
         self.discard()
 
     def _start_spool(self) -> None:
+        """Moves the received octets, now too many for memory, into a draft. An error becomes refusal or failure."""
         content = self._with_added_fields()
         if self.refusal:
             return
@@ -2354,6 +2357,7 @@ class Incoming:
         self._append(self._spool, content, count_of_lf(content))
 
     def _append(self, spool: Spool, data: bytes, line_ends: int) -> None:
+        """Writes data to the spool, and counts octets and lines. line_ends: LFs in data. An error becomes failure."""
         message = self.message
         if b"\r" in data or self._ends_in_cr:
             line_ends -= data.count(CRLF) + (self._ends_in_cr and data.startswith(LF))
@@ -2464,13 +2468,13 @@ def trace_header(origin: Origin, reverse_path: Address | None, recipient: Addres
 INBOX = ""
 QUOTA_FILE, KEYWORD_FILE, LOCK_FILE = "maildirsize", "dovecot-keywords", "dovecot-uidlist.lock"
 QUOTA_FILE_LIMIT = 5120  # octets; a larger file is replaced by a new count
-QUOTA_STALE = 15 * 60  # seconds; for an older file, messages are counted before one is refused
+QUOTA_STALE = 15 * 60  # seconds; if the file is older, a recount comes before a refusal
 RECOUNTS = 3  # counts of a Maildir that changes meanwhile
 APPENDS = 3  # appends to a file that is replaced meanwhile
 FLAG_LETTERS = {r"\draft": "D", r"\flagged": "F", r"\answered": "R", r"\seen": "S", r"\deleted": "T"}
 KEYWORD_ATOM = frozenset(map(chr, range(33, 127))) - frozenset('(){%*"\\]')  # RFC 3501 section 9, flag-keyword
 KEYWORD_LETTERS = "abcdefghijklmnopqrstuvwxyz"
-LOCK_PATIENCE, LOCK_STALE = 30, 120  # seconds to wait for a lock; the age of a lock that counts no more
+LOCK_PATIENCE, LOCK_STALE = 30, 120  # seconds to wait for a lock; the age at which a lock is stale
 
 
 def folder_parts(name: str, config: Config) -> tuple[str, ...]:
@@ -2532,7 +2536,7 @@ def modified_base64(text: str) -> str:
 
 
 def from_modified_utf7(text: str) -> str:
-    """The text that to_modified_utf7() has encoded; what is malformed stays as it is."""
+    """The text that to_modified_utf7() has encoded; malformed parts stay as they are."""
     from binascii import a2b_base64
 
     first, *rest = text.split("&")
@@ -2551,7 +2555,7 @@ def from_modified_utf7(text: str) -> str:
 class QuotaUsage:
     """How much of a quota is used. limits, used: octets and messages; a limit of 0 is no limit.
 
-    doubtful: whether the messages have to be counted before mail is refused for it. Source: Maildir++ quota.
+    doubtful: whether a count of the messages must confirm that the quota is full. Source: Maildir++ quota.
     """
 
     def __init__(self, limits: tuple[int, int], used: tuple[int, int], doubtful: bool) -> None:
@@ -2601,7 +2605,7 @@ def render_limits(limits: tuple[int, int]) -> str:
 
 
 class QuotaFile:
-    """The quota of a Maildir, kept in its file maildirsize. Everything raises OSError.
+    """The quota of a Maildir, kept in its file maildirsize. Methods raise OSError.
 
     limits: the octets and messages that the Maildir may have; None if the file itself gives them.
     Source: Maildir++ quota.
@@ -2729,7 +2733,7 @@ class QuotaFile:
 
     def _open_to_lock(self) -> int:
         try:
-            return self._directory.open_file(INBOX, QUOTA_FILE, os.O_RDWR)  # NFS locks no others
+            return self._directory.open_file(INBOX, QUOTA_FILE, os.O_RDWR)  # LOCK_EX on NFS needs write access
         except PermissionError:
             return self._directory.open_file(INBOX, QUOTA_FILE, os.O_RDONLY)
 
@@ -2771,6 +2775,7 @@ class QuotaFile:
         return changed
 
     def _sizes_in(self, directory: str) -> Iterator[int]:
+        """The octets of each message in the directory that counts in the quota."""
         fd = self._directory.open(directory)
         try:
             with os.scandir(fd) as entries:
@@ -2802,14 +2807,14 @@ def size_of(message: os.DirEntry[str]) -> int:
 class KeywordFile:
     """The file dovecot-keywords of a folder, by which Dovecot gives each keyword a letter.
 
-    Everything raises OSError. Source: Dovecot's documentation of its Maildir format.
+    Methods raise OSError. Source: Dovecot's documentation of its Maildir format.
     """
 
     def __init__(self, directory: Directory, folder: str) -> None:
         self._directory, self._folder = directory, folder
 
     def letters(self, keywords: Sequence[str]) -> set[str]:
-        """The letters of these keywords. A new keyword gets a free letter; if there is none, it is left out."""
+        """The letters of these keywords. A new keyword gets a free letter, or is left out if none is free."""
         known = self._read()[0]
         if not all(keyword.lower() in known for keyword in keywords):
             with DovecotLock(self._directory, self._folder):
@@ -2817,6 +2822,7 @@ class KeywordFile:
         return {KEYWORD_LETTERS[known[keyword.lower()][0]] for keyword in keywords if keyword.lower() in known}
 
     def _add(self, keywords: Sequence[str]) -> dict[str, tuple[int, str]]:
+        """Adds new keywords to the file while letters are free; the keywords as _read() gives them. Needs the lock."""
         known, changed = self._read()
         unused = sorted(set(range(len(KEYWORD_LETTERS))) - {number for number, _ in known.values()})
         for keyword in keywords:
@@ -2868,12 +2874,13 @@ class DovecotLock:
 
     def __exit__(self, *_: object) -> None:
         try:
-            if self._holder()[0] == str(os.getpid()):  # if it was stale, another process has removed it
+            if self._holder()[0] == str(os.getpid()):  # a stale lock may have another holder by now
                 os.unlink(LOCK_FILE, dir_fd=self._place)
         finally:
             os.close(self._place)
 
     def _take(self) -> None:
+        """Makes the lock file. Raises TimeoutError if another process holds the lock for LOCK_PATIENCE seconds."""
         deadline = time.monotonic() + LOCK_PATIENCE
         while True:
             try:
@@ -3004,7 +3011,7 @@ class Placed:
 
 
 class Folders:
-    """The folders of a Maildir, each given as the name of its directory. Everything raises OSError.
+    """The folders of a Maildir, each given as the name of its directory. Methods raise OSError.
 
     make() and subscribe() are called with the identity of the owner.
     """
@@ -3063,7 +3070,7 @@ class Folders:
             self._directory.add_file(INBOX, file, "".join(f"{line}\n" for line in lines).encode())
 
     def _most_similar(self, wanted: tuple[str, ...]) -> str | None:
-        """The existing folder whose similar_name() is the one given; else that for its parent, and so on."""
+        """The existing folder with this similar_name(), else with that of the nearest parent; else None."""
         if self._by_similar_name is None:
             self._by_similar_name = self._list()
         while wanted:
@@ -3134,7 +3141,7 @@ class Maildir:
     def resolve(self, name: str, similar: bool = False) -> str | None:
         """The existing folder of a name as people write it; None if there is none. Raises OSError.
 
-        similar: take the folder with the most similar name, or the nearest parent, if there is none of that name.
+        similar: if no folder has that name, take one with the same similar_name(), or the nearest parent.
         """
         return self._folders.resolve(name, similar and not self._missing)
 
@@ -3153,7 +3160,7 @@ class Maildir:
         return False
 
     def new_folder(self, name: str) -> str:
-        """The folder of a name as people write it, which place() makes if it is missing. Raises ValueError."""
+        """The folder of a name as people write it; place() makes a missing folder. Raises ValueError."""
         return folder_directory(folder_parts(name, self._config))
 
     def spool(self) -> Draft:
@@ -3405,7 +3412,7 @@ class DovecotUsers:
     def _look_up(self, userid: str) -> tuple[str, dict[str, str]]:
         """The userid and fields of Dovecot's answer. Raises UserUnknown, Unavailable and ValueError.
 
-        It asks again on a new connection if Dovecot has been restarted.
+        If Dovecot has closed the connection, asks again on a new one.
         """
         if self._backoff.is_active():
             raise Unavailable(f"{self._path}: not asked again yet after a timeout")
@@ -3428,7 +3435,7 @@ class DovecotUsers:
             self._service = None
 
     def _look_up_on(self, service: DovecotService, userid: str) -> tuple[str, dict[str, str]]:
-        """The answer on this connection."""
+        """The answer on this connection. A timeout closes it and starts the back-off. Raises as _look_up() does."""
         self._requests += 1
         identity = str(self._requests)
         try:
@@ -3469,7 +3476,7 @@ def maildir_in_dovecot_fields(fields: dict[str, str], home: str) -> str:
         path = home + path[1:] if path.startswith("~/") else path
     elsewhere = [setting for setting in settings if setting.startswith(("INBOX=", "LAYOUT=")) and "++" not in setting]
     if kind != "maildir" or not path.startswith("/") or "%" in path or elsewhere:
-        raise ValueError(f"mail={location}: is no Maildir++ with an absolute path")
+        raise ValueError(f"mail={location}: not a Maildir++ with an absolute path")
     return path
 
 
@@ -3502,17 +3509,17 @@ def parse_quota_rule(rule: str) -> tuple[int, int]:
 class MaildirStore:
     """A store of Maildirs, one for each user, at the path that the user database or the option maildir_path gives.
 
-    Another store has to provide what Delivery uses of this one. Router makes it, from a Config, before workers fork: it
-    may raise ConfigError then, but opens no connection yet. Later it raises a StoreError after it has logged the cause,
-    or where that is said an OSError, which Delivery logs. A folder is a text; INBOX is one of every mailbox.
+    Another store must have the attributes and methods below. Router makes the store from a Config before workers fork.
+    Then the store may raise ConfigError, but must open no connection. Later the store logs the cause before it raises
+    StoreUnavailable; Delivery logs an OSError. A folder is a text; every mailbox has INBOX.
 
     store.find(recipient) -> mailbox    Raises UserUnknown and StoreUnavailable.
     store.shared() -> mailbox or None   The mailbox of the shared folders.
 
     A mailbox is used in one transaction:
 
-    mailbox.path                        Names it, together with the owner, and in the log.
-    mailbox.owner                       A large message is spooled in a mailbox if all recipients' have the same owner.
+    mailbox.path                        Its name in the log; with the owner, its identity.
+    mailbox.owner                       If all mailboxes have one owner, a large message is spooled in one of them.
     mailbox.key(folder) -> str          Names a folder in records and in the log, the same for every process.
     mailbox.exists() -> bool            Whether the mailbox of the shared folders exists.
     mailbox.make()                      Makes the mailbox if it is missing. Raises OSError.
@@ -3531,7 +3538,7 @@ class MaildirStore:
 
     placed.name                         Names the message in the log.
     placed.sync()                       Makes it durable, or else takes it back and raises OSError.
-    placed.take_back()                  Removes it again. Raises OSError, also if that is impossible.
+    placed.take_back()                  Removes it again. Raises OSError if the store cannot do it.
     placed.close()                      Frees what it holds.
     """
 
@@ -3560,7 +3567,7 @@ class MaildirStore:
         except OSError as error:
             self._check_absence(path, account, error)
             missing = True
-        except ValueError as error:  # a NUL, or what cannot be encoded
+        except ValueError as error:  # a NUL, or a lone surrogate
             log.error("mailbox not accessible", mailbox=path, cause=error)
             raise StoreUnavailable from None
         return Maildir(path, account.identity, self._config, missing, account.limits)
@@ -3614,7 +3621,7 @@ class MaildirStore:
         return any(is_in_group(userid, name.removeprefix("group:")) for name in wanted if name.startswith("group:"))
 
     def _is_spool_there(self) -> bool:
-        """Whether the spool exists. An empty one may lack its disk, but is no fault while autocreate_post is on."""
+        """Whether the spool exists. An empty spool may be an unmounted disk, unless autocreate_post is on."""
         spool = self._config.partition
         try:
             with os.scandir(spool or "/") as entries:
@@ -3641,7 +3648,7 @@ def is_safe_name(name: str) -> bool:
 # ======================================================================
 # Records
 #
-# Owns the database of what has been delivered already.
+# Owns the database of delivered messages.
 # Must not know what follows from a record.
 # ======================================================================
 
@@ -3653,7 +3660,7 @@ EXPIRED_AT_ONCE = 10  # expired records that are deleted for each message, besid
 class Duplicates:
     """The messages that were delivered lately, and where, in an SQLite database that all processes share.
 
-    Nothing raises. While the database cannot be used, no message is a duplicate, and the log says why.
+    No method raises. While the database cannot be used, no message is a duplicate, and the log says why.
     """
 
     def __init__(self, config: Config) -> None:
@@ -3707,7 +3714,7 @@ class Duplicates:
             for statement, values in statements:
                 rows = self._database.execute(statement, values).fetchall()
             return rows
-        except (sqlite3.Error, OSError, ValueError) as error:  # the last for a path that is no text
+        except (sqlite3.Error, OSError, ValueError) as error:  # ValueError: a path is not UTF-8
             self._give_up(error)
             self._close()
             return []
@@ -3807,7 +3814,7 @@ class Placement:
 class Delivery:
     """The delivery of a message to one recipient, which has one placement or more.
 
-    failure: the reply that the failures decide; None if there is none.
+    failure: the client's reply if something has failed; else None.
     """
 
     __slots__ = ("destination", "failure", "placements")
@@ -3820,7 +3827,7 @@ class Delivery:
     def fail(self, reply: Reply, placement: Placement | None = None) -> None:
         """Adds a failure, of a placement or of them all.
 
-        A temporary failure decides before a permanent one: the client must keep the message and try again.
+        A temporary failure outranks a permanent one: the client must keep the message and try again.
         """
         if placement:
             placement.fail(reply)
@@ -3874,7 +3881,7 @@ class Router:
         return INBOX if folder is None or mailbox.is_one_of(folder, self._excluded_folders()) else folder
 
     def _destination(self, recipient: Recipient, envelope: Envelope, ignores_quota: bool) -> Destination:
-        """The recipient's mailbox, else the postmaster's or that for unknown users. Raises StoreError and LmtpError."""
+        """The recipient's mailbox, else the postmaster's or the catch-all user's. Raises StoreError and LmtpError."""
         if recipient.is_shared:
             return Destination(recipient, self._shared(recipient, envelope), recipient.detail, ignores_quota)
         if mailbox := self._find(recipient, envelope):
@@ -4000,7 +4007,7 @@ class DeliveryAgent:
         return [Placement(message, destination.mailbox, self.router.folder_of(destination))]
 
     def _place_all(self, message: Message, deliveries: Sequence[Delivery]) -> None:
-        """Delivers to all recipients, and adds it to the duplicate database."""
+        """Delivers to all recipients, and updates the duplicate database."""
         first_in: dict[str, Placement] = {}
         batch: list[Delivery] = []
         waiting = 0
@@ -4046,6 +4053,7 @@ class DeliveryAgent:
     def _place_one(
         self, placement: Placement, destination: Destination, first_in: dict[str, Placement], may_move: bool
     ) -> None:
+        """Places the message unless the folder has it already. Raises StoreError, OSError and ValueError."""
         message, mailbox = placement.message, placement.mailbox
         placement.twin = first_in.get(placement.key) if self._duplicates else None
         if placement.twin or self._has_got(placement.key, message):
@@ -4073,6 +4081,7 @@ class DeliveryAgent:
                     placement.placed.close()
 
     def _sync(self, placement: Placement, delivery: Delivery, first_in: dict[str, Placement]) -> None:
+        """Makes a placement durable; first places it anew if its twin has failed. An error becomes the failure."""
         try:
             if placement.twin and placement.twin.failure:  # another recipient's failure is not this one's
                 if first_in[placement.key] is placement.twin:
@@ -4147,7 +4156,7 @@ def recipient_of(userid: str, config: Config) -> Recipient:
 
 
 def is_identified(message: Message) -> bool:
-    """Whether the client sent a Message-ID by which the message is known when it comes again."""
+    """Whether the client sent a Message-ID by which a second copy can be recognized."""
     says_something = bool(message.message_id.strip("<> "))  # broken senders give every message an empty one
     return message.has_message_id and says_something and len(message.message_id) <= MESSAGE_ID_LIMIT
 
@@ -4165,14 +4174,14 @@ def is_identified(message: Message) -> bool:
 
 PLAINTEXT_MECHANISMS = ("PLAIN", "LOGIN")
 SCRAM_MECHANISMS = ("SCRAM-SHA-256", "SCRAM-SHA-1")
-SALT_MINIMUM, ITERATIONS_MINIMUM = 12, 4096  # octets, and RFC 7677 section 4
+SALT_MINIMUM, ITERATIONS_MINIMUM = 12, 4096  # octets; RFC 7677 section 4
 TRUSTED_USER = "postman"  # Cyrus' name for a client on a trusted connection
 
 
 class AuthenticationFailed(Exception):
     """The client has not proved its identity. The text says why, for the log and not for the client.
 
-    user: the identity that it claims, as far as that is known.
+    user: the identity that the client claims; "" if unknown.
     """
 
     def __init__(self, cause: str, user: str = "") -> None:
@@ -4265,7 +4274,7 @@ class PasswordFile:
 
     Argon2id: as the command argon2 -e prints it, "$argon2id$...". SCRAM: as Dovecot's doveadm pw prints it,
     "{SCRAM-SHA-256}iterations,salt,stored key,server key".
-    Everything raises AuthenticationFailed for an unknown user or a wrong password, and Unavailable when the file cannot
+    Methods raise AuthenticationFailed for an unknown user or a wrong password, and Unavailable when the file cannot
     be used.
     """
 
@@ -4325,6 +4334,7 @@ class PasswordFile:
         return Unavailable(f"{self._path}: the verifier of {user} is malformed")
 
     def _verifier(self, user: str) -> str:
+        """The user's verifier. Raises AuthenticationFailed, and Unavailable, also for a file that is open to others."""
         try:
             with open(self._path, encoding="utf-8") as file:
                 if os.fstat(file.fileno()).st_mode & (stat.S_IROTH | stat.S_IWOTH):
@@ -4339,9 +4349,9 @@ class PasswordFile:
 
 
 def check_with_saslauthd(path: str, service: str, user: str, password: str) -> None:
-    """Raises AuthenticationFailed unless saslauthd(8) takes the password, and Unavailable.
+    """Raises AuthenticationFailed if saslauthd(8) refuses the password, and Unavailable.
 
-    Question and answer are strings in the protocol of saslauthd, each with its length before it.
+    The protocol of saslauthd: request and answer are strings, each after its length.
     """
     fields = [field.encode() for field in (user, password, service, "")]
     if any(len(field) > 255 for field in fields):
@@ -4398,18 +4408,19 @@ class DovecotAuth:
                 continue
             if verdict == "CONT":
                 try:
-                    answer = yield from_base64(words[1].encode())
+                    answer = yield from_base64("".join(words[1:2]).encode())
                 except GeneratorExit:
                     self._cancel(identity)
                     raise
                 self._service.say("CONT", identity, to_base64(answer))
             elif verdict == "OK":
-                return next(word[5:] for word in words if word.startswith("user="))
+                if not (user := user_in(words)):
+                    raise Unavailable(f"{self._service.path}: a success without a user")
+                return user
             elif not {"temp", "code=temp_fail"}.isdisjoint(words):
                 raise Unavailable(f"{self._service.path}: temporary failure")
             else:
-                user = next((word[5:] for word in words if word.startswith("user=")), "")
-                raise AuthenticationFailed("dovecot: " + " ".join(words[1:]), user)
+                raise AuthenticationFailed("dovecot: " + " ".join(words[1:]), user_in(words))
 
     def _cancel(self, identity: str) -> None:
         try:
@@ -4420,6 +4431,11 @@ class DovecotAuth:
     def close(self) -> None:
         """Ends the connection."""
         self._service.close()
+
+
+def user_in(fields: Sequence[str]) -> str:
+    """The user in the fields of Dovecot's answer; "" if it names none."""
+    return next((unescaped(field[5:]) for field in fields if field.startswith("user=")), "")
 
 
 class Authenticator:
@@ -4573,7 +4589,7 @@ VERBS_BEFORE_TLS = ("LHLO", "NOOP", "STARTTLS", "QUIT")
 RESPONSE_LIMIT = 12_290  # octets of a SASL response with its end, RFC 4954 section 4
 MECHANISM_LIMIT = 20  # characters of a mechanism's name, RFC 4422 section 3.1
 MECHANISM = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ-_" + DIGITS)
-MAX_FAILURES = 3  # authentications; the last one ends the session
+MAX_FAILURES = 3  # failed AUTHs; the last one ends the session
 BAD_COMMAND_CODES = (500, 501, 555)  # reply codes that make a command count as bad
 TRANSACTION_VERBS = (b"MAIL", b"RCPT", b"DATA", b"BDAT")  # do not count as idle when they succeed
 
@@ -4646,9 +4662,9 @@ class Transaction(Envelope):
 
 
 class Dialogue:
-    """Commands in, replies out: until the client leaves, sends too much that is useless, or the process has to end.
+    """Serves commands until the client leaves or sends too many useless ones, or the process has to end.
 
-    A subclass interprets the commands. in_transaction: whether the process must not end before the next command.
+    A subclass interprets the commands. in_transaction: whether SIGTERM waits for the end of a transaction.
     """
 
     def __init__(self, connection: Connection, stop: Stop, config: Config) -> None:
@@ -4711,6 +4727,7 @@ class Dialogue:
             self._connection.linger()
 
     def _serve_command(self) -> None:
+        """Serves one command. A refusal is logged, sent and counted; too many end the session. Raises Disconnected."""
         line = b""
         try:
             line = self._next_command()
@@ -4756,8 +4773,8 @@ class MailDialogue(Dialogue):
 
     id: the session's. authenticator: who the client is, and what it may do. agent: where messages go.
 
-    Each method for a verb takes the rest of the command line, and replies or raises LmtpError. If it raises LmtpError,
-    the transaction is unchanged.
+    Each method for a verb takes the rest of the command line, and replies or raises LmtpError. Unless the error ends
+    the session, the transaction is unchanged.
     """
 
     def __init__(
@@ -5013,7 +5030,7 @@ class Session(MailDialogue):
         self.reply(Reply(214, "2.0.0", f"Commands: {' '.join(self.VERBS)}\nSee lmtpd(8)"))
 
     def do_trace(self, argument: str) -> None:
-        """Cyrus lmtpd: an id that the client gives to what follows, for the log"""
+        """Cyrus lmtpd: an id by which the client marks the log from here on"""
         if not TRACE_ID.issuperset(argument) or not 0 < len(argument) <= TRACE_ID_LIMIT:
             raise malformed(
                 f"TRACE needs an id of 1 to {TRACE_ID_LIMIT} letters, digits, dots, hyphens and underscores"
@@ -5146,7 +5163,7 @@ def parse_chunk_size(argument: str) -> tuple[int, bool]:
 # Must not know LMTP.
 # ======================================================================
 
-COUNT_LIMIT = 1_000_000  # for -U and -T; epoll_wait(2) cannot wait much longer than twice so many seconds
+COUNT_LIMIT = 1_000_000  # for -U and -T; a worker waits up to 2 * -T, and epoll_wait(2) up to 2**31 ms
 RELOAD_PATIENCE = 5  # seconds after SIGHUP until workers get SIGTERM; no new connection is served meanwhile
 MASTER_STATUS_FD, MASTER_LISTEN_FD = 3, 4  # Cyrus master(8)
 AVAILABLE, UNAVAILABLE, CONNECTED = 1, 2, 3  # messages of a worker to master(8), or to our own parent
@@ -5323,11 +5340,11 @@ class Worker:
     def run(self) -> None:
         """Serves until it is time to leave.
 
-        That is after -U connections, after a time without any, when the parent dies, a file changes or a signal comes.
+        That is after -U connections, -T seconds without any, when the parent dies, a file changes or a signal comes.
         """
         self._handler.debug()
         while connection := self._next():
-            if self._lock >= 0:  # master(8) wants it; a pool does not need it
+            if self._lock >= 0:  # only master(8) needs this report
                 self._report(UNAVAILABLE)
             with connection:
                 peer = Peer.of_socket(connection)
@@ -5360,6 +5377,7 @@ class Worker:
             fcntl.lockf(self._lock, fcntl.LOCK_UN)
 
     def _accept(self, deadline: float) -> Socket | None:
+        """The next connection; None at the deadline, at a signal, if the parent has died, or if a file has changed."""
         stop = self._stop
         while not stop.leaving:
             patience = None if deadline == FOREVER else max(deadline - time.monotonic(), 0)
@@ -5391,8 +5409,8 @@ def accept(listener: Socket) -> Socket | None:
 class Pool:
     """The parent of workers on the listening sockets of systemd or inetd. They report to it as to master(8).
 
-    It forks a worker when a connection waits and no worker is ready, and accepts nothing itself. It ends when a signal
-    tells it to, or when there has been nothing to do for -T seconds.
+    It forks a worker when a connection waits and no worker is ready, and accepts nothing itself. It ends on a
+    signal, when a file has changed before a fork, or after -T idle seconds.
     """
 
     def __init__(self, handler: ConnectionHandler, listeners: Sequence[Socket]) -> None:
@@ -5402,9 +5420,9 @@ class Pool:
         self._workers: dict[int, int] = {}  # process id to the last message; 0 before the first
         self._served = 0
         self._busy_at = time.monotonic()
-        self._not_before = 0.0  # back-off: the time of the next fork
+        self._not_before = 0.0  # back-off: no fork until then
         self._child_left = self._outdated = False
-        self._idle_one_left = False  # the kernel may have woken only this one for a connection that waits
+        self._idle_one_left = False  # the kernel may have woken only that worker for a new connection
         self._reports, self._reported = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._events, self._arrivals = select.poll(), select.poll()
         for fd in (self._stop.wakeup.fd, self._reports):
@@ -5475,6 +5493,7 @@ class Pool:
         return max(min(waits), 0.001)
 
     def _start_worker(self, preforked: bool) -> None:
+        """Forks a worker, or sets _outdated if a file has changed. A failed fork starts a back-off of a second."""
         self._outdated = self._handler.snapshot.is_outdated()
         if self._outdated:
             return
@@ -5515,6 +5534,7 @@ class Pool:
                 self._workers[process] = message
 
     def _reap(self) -> None:
+        """Forgets workers that have ended. If one died before its first report, starts a back-off of a second."""
         if not self._child_left:
             return
         self._child_left = False
@@ -5687,7 +5707,7 @@ def sockets_from_systemd() -> list[Socket]:
         raise ConfigError("systemd passes sockets, but the package systemd-python is not installed") from None
     fds = daemon.listen_fds(False)  # keeps the environment, which refuse_to_start() needs
     if not all(daemon.is_socket(fd, type=socket.SOCK_STREAM) for fd in fds):
-        raise ConfigError("systemd passes something that is no stream socket: see ListenStream= in systemd.socket(5)")
+        raise ConfigError("systemd passes a file that is not a stream socket: see ListenStream= in systemd.socket(5)")
     sockets = [Socket(fileno=fd) for fd in fds]
     if len(fds) > 1 and not all(map(is_listening, fds)):
         raise ConfigError("systemd passes a connection together with other sockets")
@@ -5710,7 +5730,7 @@ def inherited_sockets() -> Iterator[int]:
 
 
 def is_on_internet() -> bool:
-    """Whether this process was started with a socket that is no unix socket."""
+    """Whether this process was started with a socket that is not AF_UNIX."""
     for fd in inherited_sockets():
         with Socket(fileno=os.dup(fd)) as sock:
             if sock.family != socket.AF_UNIX:
@@ -5752,7 +5772,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs lmtpd; the exit status of sysexits(3). arguments: by default those of the command line."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until Stop handles them
     fill_standard_descriptors()
-    keep_stderr_from_client()  # also from what Python itself writes when it imports
+    keep_stderr_from_client()  # also hides the warnings of imports from the client
     log.open()
     try:
         options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
