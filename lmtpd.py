@@ -935,6 +935,7 @@ class Interruptible:
 WRITE_SIZE = 4096  # octets that a writable pipe takes without blocking, pipe(7)
 OUTPUT_LIMIT = 65536  # octets that wait to be written
 LINE_LIMIT = 8192  # octets of a command line with its end
+VERB_LIMIT = 16  # octets of a line that is too long, of which a verb is the beginning
 LINGER = 2.0  # seconds to wait for the client to close its side
 PROXY_V1_LIMIT = 105  # octets of the longest header without its end
 PROXY_V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
@@ -954,6 +955,14 @@ class Socket(socket.socket):
 
 class Disconnected(Exception):
     """The session ends without another reply. The text says why, for the log."""
+
+
+class LineTooLong(LmtpError):
+    """A line was too long, and has been skipped. beginning: its first octets."""
+
+    def __init__(self, beginning: bytes) -> None:
+        super().__init__(LINE_TOO_LONG)
+        self.beginning = beginning
 
 
 class Wire:
@@ -1180,7 +1189,7 @@ class Connection:
     def read_line(self, limit: int = LINE_LIMIT) -> bytes:
         """The next line without its end. limit: the most octets that it may have, with its end.
 
-        Raises LmtpError if the line is too long (it is skipped) or does not arrive in time, and Disconnected.
+        Raises LineTooLong, LmtpError if the line does not arrive in time, and Disconnected.
         """
         deadline = time.monotonic() + self._timeout
         searched = 0
@@ -1188,8 +1197,9 @@ class Connection:
             searched = max(len(self._input) - 1, 0)
             self._fill(deadline)
         if not 0 <= end <= limit - len(self.eol):
+            beginning = bytes(self._input[:VERB_LIMIT])
             self._skip_line(deadline)
-            raise LmtpError(LINE_TOO_LONG)
+            raise LineTooLong(beginning)
         line = bytes(self._input[:end])
         del self._input[: end + len(self.eol)]
         return line
@@ -3729,11 +3739,18 @@ class Duplicates:
         database = sqlite3.connect(self._path, timeout=DATABASE_PATIENCE, isolation_level=None)
         # If the system crashes, a lost record means a second copy, not a lost message.
         database.execute("PRAGMA synchronous = NORMAL")
-        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'delivered'").fetchall():
-            database.execute("PRAGMA page_size = 1024")  # each record writes two pages
-            database.execute("PRAGMA journal_mode = WAL")
-            columns = "message_id TEXT, mailbox TEXT, at REAL, UNIQUE (message_id, mailbox)"
-            database.execute(f"CREATE TABLE IF NOT EXISTS delivered ({columns})")
+        deadline = time.monotonic() + DATABASE_PATIENCE
+        while not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'delivered'").fetchall():
+            try:
+                database.execute("PRAGMA page_size = 1024")  # each record writes two pages
+                database.execute("PRAGMA journal_mode = WAL")
+                columns = "message_id TEXT, mailbox TEXT, at REAL, UNIQUE (message_id, mailbox)"
+                database.execute(f"CREATE TABLE IF NOT EXISTS delivered ({columns})")
+            except sqlite3.OperationalError as error:
+                # Another process makes the database, and SQLite does not wait for a change of the journal mode.
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
         return database
 
     def _close(self) -> None:
@@ -4754,6 +4771,10 @@ class Dialogue:
         try:
             self._check_stop()
             return self._connection.read_line()
+        except LineTooLong as error:
+            if error.beginning[:4].upper() == b"BDAT":
+                raise LmtpError(BAD_CHUNK) from None
+            raise
         finally:
             self._may_end = False
 
@@ -5012,8 +5033,8 @@ class Session(MailDialogue):
         self.reply(Reply(334, "", to_base64(challenge)))
         try:
             return decode_response(self._connection.read_line(RESPONSE_LIMIT))
-        except LmtpError as error:
-            raise LmtpError(RESPONSE_TOO_LONG) if error.reply is LINE_TOO_LONG else error from None
+        except LineTooLong:
+            raise LmtpError(RESPONSE_TOO_LONG) from None
 
     def do_noop(self, _argument: str) -> None:
         """RFC 5321 section 4.1.1.9"""

@@ -387,6 +387,19 @@ def test_a_malformed_bdat_ends_the_session(client: Client, site: Site, argument:
     assert site.files("jane") == []
 
 
+@pytest.mark.parametrize("verb", [b"BDAT", b"bdat"])
+@pytest.mark.parametrize("length", [8200, 100_000])
+def test_the_chunk_of_a_bdat_line_that_is_too_long_is_never_read_as_commands(
+    client: Client, site: Site, verb: bytes, length: int
+) -> None:
+    begin(client, "jane")
+    smuggled = b"RSET\r\nMAIL FROM:<smuggled>\r\nRCPT TO:<jane>\r\n"
+    client.send(verb + b" %d%s LAST\r\n" % (len(smuggled), b" " * length) + smuggled)
+    assert client.reply()[0][:9] == "501 5.5.4"
+    assert client.reply() == []
+    assert "smuggled" not in site.log_text()
+
+
 @pytest.mark.parametrize(
     "ending",
     [b"DATA\r\nSubject: x\r\n\r\nbody\r\n", b"BDAT 10 LAST\r\nabc", b"BDAT 3\r\nabc", b"BDAT 3\r\nabcRSET\r\n"],
