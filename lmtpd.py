@@ -2175,10 +2175,6 @@ class Header:
         ends = [end for end in (content.find(b"\n\n"), content.find(b"\n\r\n")) if end >= 0]
         return cls(content[: min(ends) + 1] if ends else content)
 
-    def has(self, name: bytes) -> bool:
-        """Whether there is a field of that name."""
-        return any(self.spans(name))
-
     def body_of(self, name: bytes) -> str | None:
         """The body of the first field of that name, with single spaces; None if it is missing."""
         for start, end in self.spans(name):
@@ -2229,16 +2225,16 @@ class Message:
 
     header: the header section, with the added fields, as far as it lies in the first MEMORY_LIMIT octets. body_offset:
     the index after it and the empty line. size: octets. lines: LFs without a CR, to which an IMAP server adds one.
-    message_id: the Message-ID as text. has_message_id: whether the client sent it.
+    message_id: the Message-ID as text. has_message_id: whether the client sent it. date: the Date that the client sent.
     content: all octets; b"" if they are only in the draft. draft: a file with all octets; None while there is none.
     """
 
-    __slots__ = ("body_offset", "content", "draft", "has_message_id", "header", "lines", "message_id", "size")
+    __slots__ = ("body_offset", "content", "date", "draft", "has_message_id", "header", "lines", "message_id", "size")
 
     def __init__(self) -> None:
         self.header = NO_HEADER
         self.body_offset = self.size = self.lines = 0
-        self.message_id, self.has_message_id = "", False
+        self.message_id, self.has_message_id, self.date = "", False, ""
         self.content = b""
         self.draft: Draft | None = None
 
@@ -2403,14 +2399,16 @@ class Incoming:
         return message.header.octets + body
 
     def _added_fields(self, header: Header) -> list[bytes]:
-        """The fields Message-ID and Date, as far as the header does not have them. Sets the message's message_id."""
+        """The fields Message-ID and Date, as far as the header does not have them. Sets both in the message."""
         message, missing = self.message, []
         if (message_id := header.body_of(b"message-id")) is not None:
             message.message_id, message.has_message_id = message_id, True
         else:
             message.message_id = f"<lmtpd.{time.time_ns()}.{os.getpid()}@{self._config.servername}>"
             missing.append(f"Message-ID: {message.message_id}\n".encode())
-        if not header.has(b"date"):
+        if (date := header.body_of(b"date")) is not None:
+            message.date = date
+        else:
             missing.append(f"Date: {date_time()}\n".encode())
         return missing
 
@@ -3686,24 +3684,24 @@ class Duplicates:
         except ImportError:
             return  # the first use logs it
 
-    def has(self, message_id: str, mailbox: str) -> bool:
-        """Whether a message with that Message-ID has been delivered to the mailbox."""
-        query = "SELECT 1 FROM delivered WHERE message_id = ? AND mailbox = ? AND at >= ?"
-        return bool(self._execute([(query, (message_id, mailbox, time.time() - self._expiry))]))
+    def has(self, message_id: str, date: str, mailbox: str) -> bool:
+        """Whether a message with that Message-ID and Date has been delivered to the mailbox."""
+        query = "SELECT 1 FROM deliveries WHERE message_id = ? AND date = ? AND mailbox = ? AND at >= ?"
+        return bool(self._execute([(query, (message_id, date, mailbox, time.time() - self._expiry))]))
 
-    def add(self, message_id: str, mailboxes: Sequence[str]) -> None:
-        """Records that a message with that Message-ID has been delivered there, and deletes some expired records."""
+    def add(self, message_id: str, date: str, mailboxes: Sequence[str]) -> None:
+        """Records that a message has been delivered to the mailboxes, and deletes some expired records."""
         now = time.time()
-        insert = "INSERT OR REPLACE INTO delivered (message_id, mailbox, at) VALUES (?, ?, ?)"
+        insert = "INSERT OR REPLACE INTO deliveries (message_id, date, mailbox, at) VALUES (?, ?, ?, ?)"
         # The oldest records have the lowest numbers.
-        oldest = "SELECT rowid FROM delivered ORDER BY rowid LIMIT ?"
+        oldest = "SELECT rowid FROM deliveries ORDER BY rowid LIMIT ?"
         self._execute(
             [
                 ("BEGIN IMMEDIATE", ()),
-                *((insert, (message_id, mailbox, now)) for mailbox in mailboxes),
+                *((insert, (message_id, date, mailbox, now)) for mailbox in mailboxes),
                 (
                     # A time in the future was written while the clock was wrong.
-                    f"DELETE FROM delivered WHERE at NOT BETWEEN ? AND ? AND rowid IN ({oldest})",
+                    f"DELETE FROM deliveries WHERE at NOT BETWEEN ? AND ? AND rowid IN ({oldest})",
                     (now - self._expiry, now + DAY, EXPIRED_AT_ONCE + len(mailboxes)),
                 ),
                 ("COMMIT", ()),
@@ -3740,14 +3738,11 @@ class Duplicates:
         # If the system crashes, a lost record means a second copy, not a lost message.
         database.execute("PRAGMA synchronous = NORMAL")
         deadline = time.monotonic() + DATABASE_PATIENCE
-        while not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'delivered'").fetchall():
+        while not has_table(database, "deliveries"):
             try:
-                database.execute("PRAGMA page_size = 1024")  # each record writes two pages
-                database.execute("PRAGMA journal_mode = WAL")
-                columns = "message_id TEXT, mailbox TEXT, at REAL, UNIQUE (message_id, mailbox)"
-                database.execute(f"CREATE TABLE IF NOT EXISTS delivered ({columns})")
+                make_deliveries(database)
             except sqlite3.OperationalError as error:
-                # Another process makes the database, and SQLite does not wait for a change of the journal mode.
+                # Another process makes the table, and SQLite does not wait for a change of the journal mode.
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)
@@ -3764,6 +3759,25 @@ class Duplicates:
             return
 
 
+def has_table(database: Database, name: str) -> bool:
+    """Whether the database has a table of that name. Raises sqlite3.Error."""
+    return bool(database.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (name,)).fetchall())
+
+
+def make_deliveries(database: Database) -> None:
+    """Makes the table of deliveries. Takes over that of version 0.1.0, which had no dates. Raises sqlite3.Error."""
+    database.execute("PRAGMA page_size = 1024")  # each record writes two pages
+    database.execute("PRAGMA journal_mode = WAL")
+    columns = "message_id TEXT, date TEXT, mailbox TEXT, at REAL, UNIQUE (message_id, date, mailbox)"
+    old_records = "SELECT message_id, '', mailbox, at FROM delivered ORDER BY rowid"
+    with database:
+        database.execute("BEGIN IMMEDIATE")
+        database.execute(f"CREATE TABLE IF NOT EXISTS deliveries ({columns})")
+        if has_table(database, "delivered"):
+            database.execute(f"INSERT OR IGNORE INTO deliveries (message_id, date, mailbox, at) {old_records}")
+            database.execute("DROP TABLE delivered")
+
+
 # ======================================================================
 # Delivery
 #
@@ -3773,7 +3787,7 @@ class Duplicates:
 # ======================================================================
 
 BATCH = 200  # placements that are open at a time; each holds a descriptor
-MESSAGE_ID_LIMIT = 998  # characters; a longer Message-ID identifies nothing, RFC 5322 section 2.1.1
+MESSAGE_ID_LIMIT = 998  # characters; a longer Message-ID or Date identifies nothing, RFC 5322 section 2.1.1
 
 USER_UNKNOWN = Reply(550, "5.1.1", "User unknown")
 MAILBOX_FULL = Reply(452, "4.2.2", "Mailbox is full, try again later")
@@ -4043,7 +4057,7 @@ class DeliveryAgent:
                 if placement.message is not message:
                     placement.message.discard()
         if stored and self._duplicates and is_identified(message):
-            self._duplicates.add(message.message_id, stored)
+            self._duplicates.add(message.message_id, message.date, stored)
 
     def _place(self, message: Message, delivery: Delivery, first_in: dict[str, Placement], is_last: bool) -> None:
         """Puts a recipient's copies into the folders that do not have the message yet, until one of them fails.
@@ -4082,7 +4096,9 @@ class DeliveryAgent:
         first_in[placement.key] = placement
 
     def _has_got(self, key: str, message: Message) -> bool:
-        return bool(self._duplicates and is_identified(message) and self._duplicates.has(message.message_id, key))
+        if not self._duplicates or not is_identified(message):
+            return False
+        return self._duplicates.has(message.message_id, message.date, key)
 
     def _settle(self, deliveries: Sequence[Delivery], first_in: dict[str, Placement]) -> None:
         """Makes the placements of each recipient durable; if one of them fails, takes that recipient's others back."""
@@ -4173,9 +4189,10 @@ def recipient_of(userid: str, config: Config) -> Recipient:
 
 
 def is_identified(message: Message) -> bool:
-    """Whether the client sent a Message-ID by which a second copy can be recognized."""
+    """Whether the client sent a Message-ID by which, with the Date, a second copy can be recognized."""
     says_something = bool(message.message_id.strip("<> "))  # broken senders give every message an empty one
-    return message.has_message_id and says_something and len(message.message_id) <= MESSAGE_ID_LIMIT
+    is_short = max(len(message.message_id), len(message.date)) <= MESSAGE_ID_LIMIT
+    return message.has_message_id and says_something and is_short
 
 
 # ======================================================================

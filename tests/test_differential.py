@@ -436,6 +436,71 @@ def test_what_is_stored_is_what_cyrus_stores(body: bytes, cyrus: Cyrus, ours: Si
     assert theirs == mine
 
 
+# Duplicates: the headers of two messages, with a number of their own for N.
+IDS = "Message-ID: <N@x>\r\n"
+PAIRS = {
+    "the same date": (IDS + "Date: a\r\n", IDS + "Date: a\r\n"),
+    "another date": (IDS + "Date: a\r\n", IDS + "Date: b\r\n"),
+    "no date": (IDS, IDS),
+    "one without a date": (IDS, IDS + "Date: a\r\n"),
+    "a date in other case": (IDS + "Date: A\r\n", IDS + "Date: a\r\n"),
+    "a date that is folded": (IDS + "Date: a\r\n b\r\n", IDS + "Date: a b\r\n"),
+    "a date with more spaces": (IDS + "Date: a  b\r\n", IDS + "Date: a b\r\n"),
+    "two dates, the first the same": (IDS + "Date: a\r\nDate: b\r\n", IDS + "Date: a\r\nDate: c\r\n"),
+    "two dates, the last the same": (IDS + "Date: b\r\nDate: a\r\n", IDS + "Date: c\r\nDate: a\r\n"),
+    "another Resent-Date": (IDS + "Resent-Date: a\r\nDate: a\r\n", IDS + "Resent-Date: b\r\nDate: a\r\n"),
+    "another subject": (IDS + "Subject: a\r\n", IDS + "Subject: b\r\n"),
+    "an id that is folded": ("Message-ID:\r\n <N@x>\r\n", IDS),
+    "an id in other case": ("Message-ID: <N@X>\r\n", IDS),
+    "an id with more spaces": ("Message-ID:   <N@x>  \r\n", IDS),
+    "an id without brackets": ("Message-ID: N@x\r\n", "Message-ID: N@x\r\n"),
+    "an id with a comment": ("Message-ID: <N@x> (c)\r\n", IDS),
+    "an id of brackets only": ("Message-ID: <>\r\nX: N\r\n", "Message-ID: <>\r\nX: N\r\n"),
+    "an id of 1,000 characters": (f"Message-ID: <N{'x' * 1000}@x>\r\n",) * 2,
+    "two ids, the first the same": (IDS + "Message-ID: <a@x>\r\n", IDS + "Message-ID: <b@x>\r\n"),
+    "two ids, the last the same": ("Message-ID: <aN@x>\r\n" + IDS, "Message-ID: <bN@x>\r\n" + IDS),
+    "another Resent-Message-ID": (IDS + "Resent-Message-ID: <a@x>\r\n", IDS + "Resent-Message-ID: <b@x>\r\n"),
+    "a Resent-Message-ID only": ("Resent-Message-ID: <N@x>\r\n", "Resent-Message-ID: <N@x>\r\n"),
+    "no id": ("Date: N\r\n", "Date: N\r\n"),
+}
+# How many of the two we store where Cyrus stores another number, and why.
+OTHER_NUMBERS = {
+    "a date with more spaces": (1, "White space says nothing of a date."),
+    "an id with more spaces": (1, "White space is no part of an id (RFC 5322, 3.6.4)."),
+    "an id of brackets only": (2, "Broken senders give it to every message."),
+    "an id of 1,000 characters": (2, "A line may have 998 (RFC 5322, 2.1.1)."),
+}
+
+
+@pytest.fixture(scope="module")
+def suppressing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cyrus, Site]]:
+    """Both with duplicate suppression."""
+    site = Site(duplicatesuppression="yes")
+    site.add_user("jane")
+    with Cyrus(site.root / "cyrus", duplicatesuppression="yes") as server:
+        yield server, site
+    site.close()
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_duplicates_are_those_of_cyrus_or_differ_for_a_reason(name: str, suppressing: tuple[Cyrus, Site]) -> None:
+    numbers = []
+    for server in suppressing:
+        before = len(server.messages("jane"))
+        client = server.connect()
+        client.hello()
+        for header in PAIRS[name]:
+            text = header.replace("N", str(list(PAIRS).index(name))).encode() + b"\r\nbody\r\n"
+            assert client.deliver(text, "jane")[0].startswith("250")
+        client.leave()
+        numbers.append(len(server.messages("jane")) - before)
+    theirs, ours = numbers
+    if name in OTHER_NUMBERS:
+        assert ours == OTHER_NUMBERS[name][0] != theirs, OTHER_NUMBERS[name][1]
+    else:
+        assert ours == theirs
+
+
 def without_trace(text: bytes) -> tuple[bytes, bytes]:
     """The headers, without those that a server adds, and the body."""
     headers, _, body = text.partition(b"\n\n")

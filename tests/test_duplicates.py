@@ -62,7 +62,7 @@ def opened(site: Site) -> Iterator[sqlite3.Connection]:
 
 def records(site: Site) -> int:
     with opened(site) as connection:
-        count: int = connection.execute("SELECT count(*) FROM delivered").fetchone()[0]
+        count: int = connection.execute("SELECT count(*) FROM deliveries").fetchone()[0]
         return count
 
 
@@ -70,7 +70,7 @@ def add_records(site: Site, count: int, at: float) -> None:
     """Many records of deliveries at that time."""
     with opened(site) as connection, connection:
         rows = ((f"<old{number}@example.com>", "/nowhere", int(at)) for number in range(count))
-        connection.executemany("INSERT INTO delivered (message_id, mailbox, at) VALUES (?, ?, ?)", rows)
+        connection.executemany("INSERT INTO deliveries (message_id, date, mailbox, at) VALUES (?, '', ?, ?)", rows)
 
 
 def logged(site: Site, event: str) -> list[str]:
@@ -164,6 +164,35 @@ def test_ids_that_differ_in_an_octet_that_is_no_text_are_different(site: Site) -
     assert len(site.messages("jane")) == 3
 
 
+def test_another_date_is_another_message(site: Site) -> None:
+    """Devices and cron jobs may give each message the same id."""
+    field = "Message-ID: <same@example.com>\r\nDate: {}"
+    for date in ("Fri, 27 Nov 2026 12:00:00 +0000", "Sat, 28 Nov 2026 12:00:00 +0000", "", "x" * 900):
+        for _ in range(2):
+            assert deliver(site, message(date, field=field), "jane") == ["250 2.1.5"]
+    assert len(site.messages("jane")) == 4
+    assert deliver(site, message(field="Message-ID: <same@example.com>"), "jane") == ["250 2.1.5"]
+    assert len(logged(site, "duplicate")) == 5
+
+
+def test_the_database_of_version_0_1_0_is_taken_over(site: Site) -> None:
+    """Its records had no dates: they are those of messages without one."""
+    with opened(site) as connection, connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        columns = "message_id TEXT, mailbox TEXT, at REAL, UNIQUE (message_id, mailbox)"
+        connection.execute(f"CREATE TABLE delivered ({columns})")
+        row = ("<1@example.com>", str(site.spool / "jane"), time.time() - 60)
+        connection.execute("INSERT INTO delivered VALUES (?, ?, ?)", row)
+    site.give(database(site))
+    assert deliver(site, message(), "jane", "joe") == ["250 2.1.5"] * 2
+    assert (site.messages("jane"), len(site.messages("joe"))) == ([], 1)
+    assert deliver(site, message(field="Message-ID: <{}@example.com>\r\nDate: now"), "jane") == ["250 2.1.5"]
+    assert len(site.messages("jane")) == 1
+    assert records(site) == 3
+    with opened(site) as connection:
+        assert connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall() == [("deliveries",)]
+
+
 def test_a_long_id_is_an_id_and_one_beyond_all_measure_is_none(site: Site) -> None:
     for ending in ("a", "b", "a"):
         assert deliver(site, message("x" * 900 + ending), "jane") == ["250 2.1.5"]
@@ -211,7 +240,7 @@ def test_after_the_expiry_it_is_stored_again(site: Site) -> None:
     deliver(site, message(), "jane")
     assert len(site.messages("jane")) == 1
     with opened(site) as connection, connection:
-        assert connection.execute("UPDATE delivered SET at = at - 3601").rowcount == 1
+        assert connection.execute("UPDATE deliveries SET at = at - 3601").rowcount == 1
     deliver(site, message(), "jane")
     assert len(site.messages("jane")) == 2
     # And this is remembered in its turn.
@@ -224,7 +253,7 @@ def test_three_days_are_the_default(site: Site) -> None:
     for number, age in ((1, 3 * DAY - 600), (2, 3 * DAY + 600)):
         deliver(site, message(number), "jane")
         with opened(site) as connection, connection:
-            changed = connection.execute("UPDATE delivered SET at = at - ? WHERE at > ?", (age, time.time() - 300))
+            changed = connection.execute("UPDATE deliveries SET at = at - ? WHERE at > ?", (age, time.time() - 300))
             assert changed.rowcount >= 1
         deliver(site, message(number), "jane")
     assert len(site.messages("jane")) == 4
@@ -366,8 +395,8 @@ def make_it_a_link_to_itself(path: Path) -> None:
 
 def give_it_other_columns(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("DROP TABLE delivered")
-        connection.execute("CREATE TABLE delivered (something, other)")
+        connection.execute("DROP TABLE deliveries")
+        connection.execute("CREATE TABLE deliveries (something, other)")
 
 
 @pytest.mark.parametrize(
@@ -569,5 +598,5 @@ def test_a_python_without_a_database_keeps_no_mail_out(site: Site, monkeypatch: 
 def test_a_path_that_is_no_text_keeps_no_mail_out(site: Site) -> None:
     """As that of a home whose name is not UTF-8; what is raised after a message is stored would bring it once more."""
     duplicates = lmtpd.Duplicates(lmtpd.Config.load(str(site.conf)))
-    duplicates.add("<1@example.com>", ["/home/\udcff"])
-    assert not duplicates.has("<1@example.com>", "/home/\udcff")
+    duplicates.add("<1@example.com>", "", ["/home/\udcff"])
+    assert not duplicates.has("<1@example.com>", "", "/home/\udcff")
