@@ -3765,17 +3765,14 @@ def has_table(database: Database, name: str) -> bool:
 
 
 def make_deliveries(database: Database) -> None:
-    """Makes the table of deliveries. Takes over that of version 0.1.0, which had no dates. Raises sqlite3.Error."""
+    """Makes the table of deliveries, in place of that of version 0.1.0, which had no dates. Raises sqlite3.Error."""
     database.execute("PRAGMA page_size = 1024")  # each record writes two pages
     database.execute("PRAGMA journal_mode = WAL")
     columns = "message_id TEXT, date TEXT, mailbox TEXT, at REAL, UNIQUE (message_id, date, mailbox)"
-    old_records = "SELECT message_id, '', mailbox, at FROM delivered ORDER BY rowid"
     with database:
         database.execute("BEGIN IMMEDIATE")
         database.execute(f"CREATE TABLE IF NOT EXISTS deliveries ({columns})")
-        if has_table(database, "delivered"):
-            database.execute(f"INSERT OR IGNORE INTO deliveries (message_id, date, mailbox, at) {old_records}")
-            database.execute("DROP TABLE delivered")
+        database.execute("DROP TABLE IF EXISTS delivered")
 
 
 # ======================================================================
@@ -4189,10 +4186,10 @@ def recipient_of(userid: str, config: Config) -> Recipient:
 
 
 def is_identified(message: Message) -> bool:
-    """Whether the client sent a Message-ID by which, with the Date, a second copy can be recognized."""
+    """Whether the client sent a Message-ID and a Date, by which a second copy can be recognized."""
     says_something = bool(message.message_id.strip("<> "))  # broken senders give every message an empty one
     is_short = max(len(message.message_id), len(message.date)) <= MESSAGE_ID_LIMIT
-    return message.has_message_id and says_something and is_short
+    return message.has_message_id and says_something and bool(message.date) and is_short
 
 
 # ======================================================================

@@ -34,7 +34,8 @@ def site() -> Iterator[Site]:
 
 
 def message(number: object = 1, field: str = "Message-ID: <{}@example.com>", body: bytes = b"A body.\r\n") -> bytes:
-    return f"{field.format(number)}\r\nSubject: x\r\n\r\n".encode("utf-8", "surrogateescape") + body
+    header = f"{field.format(number)}\r\nDate: Fri, 27 Nov 2026 12:00:00 +0000\r\nSubject: x\r\n\r\n"
+    return header.encode("utf-8", "surrogateescape") + body
 
 
 def deliver(site: Site, content: bytes, *recipients: str) -> list[str]:
@@ -165,18 +166,26 @@ def test_ids_that_differ_in_an_octet_that_is_no_text_are_different(site: Site) -
 
 
 def test_another_date_is_another_message(site: Site) -> None:
-    """Devices and cron jobs may give each message the same id."""
+    """Devices and cron jobs may give each message the same id. The first of two fields counts."""
     field = "Message-ID: <same@example.com>\r\nDate: {}"
-    for date in ("Fri, 27 Nov 2026 12:00:00 +0000", "Sat, 28 Nov 2026 12:00:00 +0000", "", "x" * 900):
+    for date in ("Fri, 27 Nov 2026 12:00:00 +0000", "Sat, 28 Nov 2026 12:00:00 +0000", "x" * 900):
         for _ in range(2):
             assert deliver(site, message(date, field=field), "jane") == ["250 2.1.5"]
-    assert len(site.messages("jane")) == 4
-    assert deliver(site, message(field="Message-ID: <same@example.com>"), "jane") == ["250 2.1.5"]
-    assert len(logged(site, "duplicate")) == 5
+    assert len(site.messages("jane")) == 3
+    assert len(logged(site, "duplicate")) == 3
 
 
-def test_the_database_of_version_0_1_0_is_taken_over(site: Site) -> None:
-    """Its records had no dates: they are those of messages without one."""
+@pytest.mark.parametrize("date", [b"", b"Date:\r\n", b"Date: \r\n\t\r\n"])
+def test_without_a_date_nothing_is_a_duplicate(site: Site, date: bytes) -> None:
+    """Cyrus adds the Date, and so stores what comes a second later."""
+    for _ in range(2):
+        assert deliver(site, b"Message-ID: <1@example.com>\r\n" + date + b"\r\nbody\r\n", "jane") == ["250 2.1.5"]
+    assert len(site.messages("jane")) == 2
+    assert logged(site, "duplicate") == []
+
+
+def test_the_database_of_version_0_1_0_is_replaced(site: Site) -> None:
+    """Its records had no dates, and would make wanted mail a duplicate."""
     with opened(site) as connection, connection:
         connection.execute("PRAGMA journal_mode = WAL")
         columns = "message_id TEXT, mailbox TEXT, at REAL, UNIQUE (message_id, mailbox)"
@@ -184,11 +193,9 @@ def test_the_database_of_version_0_1_0_is_taken_over(site: Site) -> None:
         row = ("<1@example.com>", str(site.spool / "jane"), time.time() - 60)
         connection.execute("INSERT INTO delivered VALUES (?, ?, ?)", row)
     site.give(database(site))
-    assert deliver(site, message(), "jane", "joe") == ["250 2.1.5"] * 2
-    assert (site.messages("jane"), len(site.messages("joe"))) == ([], 1)
-    assert deliver(site, message(field="Message-ID: <{}@example.com>\r\nDate: now"), "jane") == ["250 2.1.5"]
+    for _ in range(2):
+        assert deliver(site, message(), "jane") == ["250 2.1.5"]
     assert len(site.messages("jane")) == 1
-    assert records(site) == 3
     with opened(site) as connection:
         assert connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall() == [("deliveries",)]
 
