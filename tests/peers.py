@@ -379,7 +379,7 @@ class Postfix(Peer):
         for folder in (self.conf, self.queue, self.data):
             folder.mkdir()
         shutil.chown(self.data, "postfix")
-        (self.conf / "main.cf").write_text(self._private_main_cf() + recipe(main_cf, site))
+        (self.conf / "main.cf").write_text(each_once(self._private_main_cf() + recipe(main_cf, site)))
         (self.conf / "master.cf").write_text(self._private_master_cf() + recipe(master_cf, site))
 
     def _private_main_cf(self) -> str:
@@ -427,7 +427,11 @@ tlsmgr    unix  - - n 1000 1 tlsmgr
         self.run([program("postfix"), "-c", str(self.conf), "start-fg"], lambda: answers(self.address))
 
     def stop(self) -> None:
-        subprocess.run([program("postfix"), "-c", str(self.conf), "stop"], check=False, capture_output=True)
+        command = [program("postfix"), "-c", str(self.conf), "stop"]
+        try:
+            subprocess.run(command, check=False, capture_output=True, timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.kill(int((self.queue / "pid/master.pid").read_text()), signal.SIGKILL)
 
     def queued(self) -> str:
         """The queue's listing, one JSON object for each message; empty when everything has left."""
@@ -439,6 +443,18 @@ tlsmgr    unix  - - n 1000 1 tlsmgr
     def wait_until_sent(self) -> None:
         """Returns when no message is left in the queue."""
         wait_for(lambda: not self.queued(), "Postfix's queue to become empty", self.log)
+
+
+def each_once(main_cf: str) -> str:
+    """The settings, each with its last value only.
+
+    Each program of Postfix warns of a setting that is there twice, postlogd too, by a message to itself: when others
+    have filled its socket before, it waits for itself for ever.
+    """
+    settings = {
+        name.strip(): value.strip() for name, _, value in (line.partition("=") for line in main_cf.splitlines())
+    }
+    return "".join(f"{name} = {value}\n" for name, value in settings.items() if name)
 
 
 class Exim:
