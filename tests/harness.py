@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,11 +100,13 @@ def is_free(port: int) -> bool:
 
 
 RESERVED_PORTS = reserved_ports()
+RESERVING = threading.Lock()
 
 
 def free_port() -> int:
     """A port on loopback for a program that cannot be handed a socket that is bound already."""
-    return next(RESERVED_PORTS)
+    with RESERVING:
+        return next(RESERVED_PORTS)
 
 
 class Client:

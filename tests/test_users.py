@@ -337,7 +337,7 @@ def test_what_was_delivered_is_remembered_by_lmtpds_own_account(homes: Homes) ->
     homes.site.configure(duplicatesuppression="yes")
     places = {name: homes.users.add(name, uid) for name, uid in (("jane", JANE), ("joe", JOE))}
     for _ in range(2):
-        message = b"Message-ID: <1@example.com>\r\n" + MESSAGE
+        message = b"Message-ID: <1@example.com>\r\nDate: Fri, 27 Nov 2026 12:00:00 +0000\r\n" + MESSAGE
         assert homes.deliver("jane", "joe", "jane", message=message) == ["250 2.1.5"] * 3
     assert [len(stored(home / "Maildir")) for home in places.values()] == [1, 1]
     accounts = {path.stat().st_uid for path in homes.site.configdirectory.iterdir()}
