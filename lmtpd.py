@@ -4114,7 +4114,7 @@ class DeliveryAgent:
         """Makes a placement durable; first places it anew if its twin has failed. An error becomes the failure."""
         try:
             if placement.twin and placement.twin.failure:  # another recipient's failure is not this one's
-                if first_in[placement.key] is placement.twin:
+                if (first := first_in.get(placement.key)) and first.failure:
                     del first_in[placement.key]
                 placement.event = "delivered"
                 self._place_one(placement, delivery.destination, first_in, may_move=False)

@@ -233,3 +233,22 @@ def test_one_recipients_failure_is_not_that_of_another_with_the_same_folder(site
         assert scene.deliver("jane+both", "jane", "jane") == ["451 4.3.0", "250 2.1.5", "250 2.1.5"]
     assert len(scene.stored()) == 1
     assert len(site.files("jane")) == 1
+
+
+@pytest.mark.parametrize("failures", range(5))
+def test_a_recipient_is_never_a_duplicate_of_what_was_not_stored(site: Site, failures: int) -> None:
+    """Each of four addresses of one mailbox gets a try of its own, until the first succeeds."""
+    scene = Scene(site, duplicatesuppression="yes")
+    scene.agent = DeliveryAgent(scene.config)  # type: ignore[assignment]
+    fail, tries = failing_fsync(site.spool / "jane/new"), []
+
+    def fsync(fd: int) -> None:
+        if os.path.samestat(os.fstat(fd), (site.spool / "jane/new").stat()):
+            tries.append(fd)
+            if len(tries) <= failures:
+                fail(fd)
+
+    with mock.patch.object(os, "fsync", fsync):
+        replies = scene.deliver("jane", "jane+a", "jane+b", "jane+c")
+    assert replies == ["451 4.3.0"] * failures + ["250 2.1.5"] * (4 - failures)
+    assert len(scene.stored()) == len(site.files("jane")) == (failures < 4)
