@@ -626,7 +626,7 @@ class Log:
 
     def _format(self, event: str, fields: dict[str, object]) -> str:
         fields = {**self._context, **fields}
-        return " ".join([event, *(f"{key}={quoted(str(value))}" for key, value in fields.items())])
+        return " ".join([event, *(f"{key}={quoted(text_of(value))}" for key, value in fields.items())])
 
 
 class LogContext:
@@ -641,6 +641,19 @@ class LogContext:
     def __exit__(self, *_: object) -> None:
         for name in self._fields:
             del self._context[name]
+
+
+def text_of(value: object) -> str:
+    """The value of a log field as text; an error of the system as "path: reason (as uid 1000)", as far as it is known.
+
+    The user id is there if the error has passed a Place.
+    """
+    if not isinstance(value, OSError) or not value.strerror:
+        return str(value)
+    names = [os.fsdecode(name) for name in (value.filename, value.filename2) if name]
+    path = f"{' to '.join(names)}: " if names else ""
+    user = getattr(value, "uid", None)
+    return f"{path}{value.strerror}" + ("" if user is None else f" (as uid {user})")
 
 
 def quoted(value: str) -> str:
@@ -1722,6 +1735,7 @@ class Recipient:
 # ======================================================================
 
 NAME_LIMIT = 255  # octets of a name in a file system
+LINK_LIMIT = 40  # symbolic links in a path, as many as the system follows: path_resolution(7)
 NAMES_MADE = itertools.count(1)
 HOST = socket.gethostname().replace("/", "\\057").replace(":", "\\072")  # escaped as in maildir(5)
 WRITEBACK_SIZE = 1 << 20  # octets after which the disk starts to write
@@ -1790,27 +1804,53 @@ def set_effective_ids(uid: int, gid: int, groups: Sequence[int]) -> None:
     os.seteuid(uid)
 
 
+class Place:
+    """A "with" block in which an OSError gets a path, unless it has a full one, and the acting user's id: text_of().
+
+    Calls with a descriptor name no path, or only the last part of it.
+    """
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        if not isinstance(error, OSError):
+            return
+        if not str(error.filename or "").startswith("/"):
+            error.filename, error.filename2 = self._path, None
+        if not hasattr(error, "uid"):
+            error.uid = os.geteuid()  # type: ignore[attr-defined]
+
+
 class Draft:
     """A file in a tmp/, where no reader looks, until it is linked or moved to its place.
 
-    directory: a descriptor of the tmp/, which is closed with the draft. identity: the owner of the file.
-    Raises OSError, save for discard(). Source: maildir(5).
+    directory: a descriptor of the tmp/, which is closed with the draft. path: of the tmp/, for errors. identity: the
+    owner of the file. Raises OSError, save for discard(). Source: maildir(5).
     """
 
-    def __init__(self, directory: int, identity: Identity) -> None:
+    def __init__(self, directory: int, path: str, identity: Identity) -> None:
         self.identity = identity
         self._name = unique_name()
         self._directory = directory
+        self._place = Place(f"{path}/{self._name}")
         self._size = self._writeback_begun = 0
         try:
-            self._fd = os.open(self._name, NEW_FILE, 0o666, dir_fd=directory)
+            with self._place:
+                self._fd = os.open(self._name, NEW_FILE, 0o666, dir_fd=directory)
         except OSError:
             os.close(directory)
             raise
 
     def write(self, data: bytes) -> None:
         """Appends data."""
-        write_all(self._fd, data)
+        with self._place:
+            write_all(self._fd, data)
         self._size += len(data)
         if self._size - self._writeback_begun >= WRITEBACK_SIZE:
             # The disk starts to write while the rest arrives, and sync() has less to wait for.
@@ -1820,7 +1860,8 @@ class Draft:
 
     def read(self, offset: int, size: int) -> bytes:
         """The octets from that offset on, size at most; b"" at the end."""
-        return os.pread(self._fd, size, offset)
+        with self._place:
+            return os.pread(self._fd, size, offset)
 
     def copy_from(self, other: Draft, size: int) -> None:
         """Appends the first size octets of another draft."""
@@ -1829,7 +1870,8 @@ class Draft:
             self.write(data)
             offset += len(data)
         if offset < size:
-            raise OSError(errno.EIO, "a draft is shorter than it was")
+            with other._place:
+                raise OSError(errno.EIO, "a draft is shorter than it was")
 
     def device(self) -> int:
         """The number of the file system that has the file."""
@@ -1838,7 +1880,8 @@ class Draft:
 
     def unlink(self) -> None:
         """Removes the name. Then no other process can open the file; it can only be copied."""
-        os.unlink(self._name, dir_fd=self._directory)
+        with self._place:
+            os.unlink(self._name, dir_fd=self._directory)
         self._name = ""
 
     def is_linkable_for(self, identity: Identity) -> bool:
@@ -1847,7 +1890,8 @@ class Draft:
 
     def sync(self) -> None:
         """Syncs the file: after it all octets are on the disk."""
-        os.fsync(self._fd)
+        with self._place:
+            os.fsync(self._fd)
 
     def make_newer_than(self, timestamp: float) -> None:
         """Makes the file's time later than a timestamp, by a second at least."""
@@ -1868,7 +1912,7 @@ class Draft:
         """Closes the file, and removes it unless it has been moved."""
         try:
             if self._name:
-                with self.identity:
+                with self.identity, self._place:
                     os.unlink(self._name, dir_fd=self._directory)
         except OSError as error:
             log.warning("draft left behind", file=self._name, cause=error)
@@ -1889,7 +1933,7 @@ class Directory:
 
     def path_of(self, name: str) -> str:
         """The path of a directory below."""
-        return f"{self.path}/{name}".rstrip("/")
+        return f"{self.path}/{name.lstrip('/')}".rstrip("/")
 
     def open(self, name: str) -> int:
         """A descriptor of a directory below."""
@@ -1905,8 +1949,12 @@ class Directory:
 
     def make(self, name: str) -> None:
         """Makes a directory below, durably."""
-        parent, name = os.path.split(f"{self.path}/{name}")
+        parent, name = os.path.split(self.path_of(name))
         make_directory(parent, name, self.guarded)
+
+    def new_draft(self, tmp: str) -> Draft:
+        """A draft in a directory below, which is made if it is missing."""
+        return Draft(self.open_or_make(tmp), self.path_of(tmp), self._identity)
 
     def subdirectories(self) -> list[str]:
         """The names of all directories in it."""
@@ -1919,17 +1967,19 @@ class Directory:
 
     def open_file(self, directory: str, name: str, flags: int) -> int:
         """A descriptor of a regular file in a directory below. flags: of open(2)."""
-        if self.guarded:
-            place = self.open(directory)
-            try:
-                fd = os.open(name, flags | EXISTING_FILE, 0o666, dir_fd=place)
-            finally:
-                close_synced(place)
-        else:
-            fd = os.open(f"{self.path_of(directory)}/{name}", flags | EXISTING_FILE, 0o666)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise OSError(errno.EINVAL, "not a regular file", name)
+        path = f"{self.path_of(directory)}/{name}"
+        with Place(path):
+            if self.guarded:
+                place = self.open(directory)
+                try:
+                    fd = os.open(name, flags | EXISTING_FILE, 0o666, dir_fd=place)
+                finally:
+                    close_synced(place)
+            else:
+                fd = os.open(path, flags | EXISTING_FILE, 0o666)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                os.close(fd)
+                raise OSError(errno.EINVAL, "not a regular file")
         return fd
 
     def append_to_file(self, directory: str, name: str, content: bytes) -> bool:
@@ -1939,8 +1989,9 @@ class Directory:
         """
         fd = self.open_file(directory, name, os.O_WRONLY | os.O_APPEND)
         try:
-            write_all(fd, content)
-            return os.fstat(fd).st_nlink > 0
+            with Place(f"{self.path_of(directory)}/{name}"):
+                write_all(fd, content)
+                return os.fstat(fd).st_nlink > 0
         finally:
             os.close(fd)
 
@@ -1969,13 +2020,14 @@ class Directory:
 
     def _put_file(self, directory: str, content: bytes, put: Callable[[Draft, int], None]) -> None:
         """Calls put() with a synced draft of the content and a descriptor of the directory, which is not synced."""
-        draft = Draft(self.open_or_make(f"{directory}/tmp"), self._identity)
+        draft = self.new_draft(f"{directory}/tmp")
         try:
             draft.write(content)
             draft.sync()
             place = self.open(directory)
             try:
-                put(draft, place)
+                with Place(self.path_of(directory)):
+                    put(draft, place)
             finally:
                 close_synced(place)
         finally:
@@ -1985,46 +2037,103 @@ class Directory:
 def open_directory(path: str, guarded: bool) -> int:
     """A descriptor of the directory at an absolute path. Raises OSError.
 
-    guarded: a symbolic link is followed only in directories that belong to root, and that only root can write to.
+    guarded: a symbolic link is followed only in directories that belong to root, and that only root can write to; so
+    are the links to which it leads.
     """
     if not guarded:
         return os.open(path, OPEN_DIRECTORY)
+    names = path.split("/")[::-1]  # those that follow, the next one last
+    where, links = "", 0
     fd = os.open("/", OPEN_DIRECTORY)
-    parts = [part for part in path.split("/") if part] or ["."]
-    for number, part in enumerate(parts, 1):
-        flags = (
-            OPEN_DIRECTORY | os.O_PATH if number < len(parts) else OPEN_DIRECTORY
-        )  # passing through needs no right to read
-        status = os.fstat(fd)
-        trusted = status.st_uid == 0 and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        try:
-            below = os.open(part, flags if trusted else flags | os.O_NOFOLLOW, dir_fd=fd)
-        except NotADirectoryError:
-            raise OSError(errno.ELOOP, "not a directory, or a symbolic link that is not followed", path) from None
-        finally:
+    try:
+        while any(names):
+            if not (name := names.pop()):
+                continue
+            # Passing through a directory needs no right to read it.
+            flags = OPEN_DIRECTORY | os.O_NOFOLLOW | (os.O_PATH if any(names) else 0)
+            try:
+                with Place(f"{where}/{name}"):
+                    below = os.open(name, flags, dir_fd=fd)
+                where = f"{where}/{name}"
+            except NotADirectoryError:
+                links += 1
+                target = trusted_link(fd, name, where, links)
+                names += target.split("/")[::-1]
+                if not target.startswith("/"):
+                    continue
+                where, below = "", os.open("/", OPEN_DIRECTORY)
             os.close(fd)
-        fd = below
+            fd = below
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 
-def make_directories(path: str, spool: str, guarded: bool) -> None:
-    """Makes a directory and its missing parents, durably. spool: the directory of all Maildirs. Raises OSError."""
+def trusted_link(directory: int, name: str, where: str, number: int) -> str:
+    """The target of a symbolic link that may be followed. Raises OSError for one that may not, and for what is no link.
+
+    directory, where: the descriptor and the path of its directory. number: how many links this makes.
+    """
+    with Place(f"{where}/{name}"):
+        try:
+            target = os.readlink(name, dir_fd=directory)
+        except OSError:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
+        status = os.fstat(directory)
+        if status.st_uid != 0 or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            text = "a symbolic link that others than root can make is not followed; put the directory itself there"
+            raise OSError(errno.ELOOP, text)
+        if number > LINK_LIMIT:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return target
+
+
+def make_directories(path: str, guarded: bool) -> None:
+    """Makes a directory and its missing parents, durably. Raises OSError."""
+    if os.path.isdir(path):
+        sync_own_parents(path, guarded)
+        return
     parent, name = os.path.split(path)
-    # Below the spool, parents that exist are synced, too: the process that made one may not have done so yet.
-    if parent not in (spool, "/") and (parent.startswith(f"{spool}/") or not os.path.isdir(parent)):
-        make_directories(parent, spool, guarded)
+    make_directories(parent, guarded)
     make_directory(parent, name, guarded)
+
+
+def sync_own_parents(path: str, guarded: bool) -> None:
+    """Makes an existing directory and its parents durable, as far as they belong to the acting user.
+
+    Another process may have just made them, and not synced them yet. Raises OSError.
+    """
+    while path != "/" and os.stat(path).st_uid == os.geteuid():
+        path = os.path.dirname(path)
+        try:
+            fd = open_directory(path, guarded)
+        except PermissionError:
+            return  # who made something in there is somebody else
+        try:
+            with Place(path):
+                sync_directory(fd)
+        finally:
+            close_synced(fd)
+
+
+def nearest_directory(path: str) -> str:
+    """The path, or the nearest parent of it that exists."""
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return path
 
 
 def make_directory(parent: str, name: str, guarded: bool) -> None:
     """Makes a directory in an existing one, durably. Raises OSError."""
     fd = open_directory(parent, guarded)
     try:
-        os.mkdir(name, 0o777, dir_fd=fd)
-    except FileExistsError:
-        pass  # another process has made it, and perhaps not synced it yet
-    try:
-        sync_directory(fd)
+        with Place(f"{parent}/{name}"):
+            try:
+                os.mkdir(name, 0o777, dir_fd=fd)
+            except FileExistsError:
+                pass  # another process has made it, and perhaps not synced it yet
+            sync_directory(fd)
     finally:
         close_synced(fd)
 
@@ -2612,6 +2721,11 @@ def render_limits(limits: tuple[int, int]) -> str:
     return ",".join(parts)
 
 
+def in_words(amount: tuple[int, int]) -> str:
+    """Octets and messages for the log, such as "1000 octets, 10 messages"; without zeros."""
+    return ", ".join(f"{number} {unit}" for number, unit in zip(amount, ("octets", "messages")) if number)
+
+
 class QuotaFile:
     """The quota of a Maildir, kept in its file maildirsize. Methods raise OSError.
 
@@ -2875,7 +2989,8 @@ class DovecotLock:
     def __enter__(self) -> None:
         self._place = self._directory.open(self._folder)
         try:
-            self._take()
+            with Place(f"{self._directory.path_of(self._folder)}/{LOCK_FILE}"):
+                self._take()
         except OSError:
             os.close(self._place)
             raise
@@ -2895,7 +3010,7 @@ class DovecotLock:
                 fd = os.open(LOCK_FILE, NEW_FILE, 0o666, dir_fd=self._place)
             except FileExistsError:
                 if time.monotonic() > deadline:
-                    raise TimeoutError(errno.ETIMEDOUT, "locked for too long", LOCK_FILE) from None
+                    raise TimeoutError(errno.ETIMEDOUT, "locked for too long") from None
                 self._break_if_stale()
                 time.sleep(0.02)
             else:
@@ -2969,7 +3084,7 @@ ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)  # errors that mean t
 
 
 class StoreError(Exception):
-    """The store does not take a recipient's mail. It has logged the cause, unless the class says it."""
+    """The store does not take a recipient's mail. It has logged the cause, unless the class has it."""
 
 
 class UserUnknown(StoreError):
@@ -2977,7 +3092,11 @@ class UserUnknown(StoreError):
 
 
 class MailboxFull(StoreError):
-    """The mailbox is over its quota, or would be."""
+    """The mailbox is over its quota, or would be. mailbox, used, limit: its name, and how much it has and may have."""
+
+    def __init__(self, mailbox: str, used: str, limit: str) -> None:
+        super().__init__()
+        self.mailbox, self.used, self.limit = mailbox, used, limit
 
 
 class StoreUnavailable(StoreError):
@@ -2991,26 +3110,31 @@ class StoreUnavailable(StoreError):
 class Placed:
     """A message in a folder, where readers can see it. It is durable after sync().
 
-    name: its file's. octets, messages: its share of the quota's usage.
+    path, name: its file's. octets, messages: its share of the quota's usage.
     """
 
-    def __init__(self, mailbox: Maildir, directory: int, name: str, octets: int, messages: int) -> None:
-        self.name = name
+    def __init__(self, mailbox: Maildir, directory: int, path: str, octets: int, messages: int) -> None:
+        self.path, self.name = path, os.path.basename(path)
         self._octets, self._messages = octets, messages
         self._mailbox, self._directory = mailbox, directory
 
     def sync(self) -> None:
         """Makes it durable, or else takes it back and raises OSError. Called once."""
         try:
-            sync_directory(self._directory)
+            with Place(os.path.dirname(self.path)):
+                sync_directory(self._directory)
         except OSError:
             self.take_back()
             raise
 
     def take_back(self) -> None:
-        """Removes it again. Raises OSError."""
-        with self._mailbox.identity:
-            os.unlink(self.name, dir_fd=self._directory)
+        """Removes it again. If it cannot, readers go on seeing it, and the log says so."""
+        try:
+            with self._mailbox.identity, Place(self.path):
+                os.unlink(self.name, dir_fd=self._directory)
+        except OSError as error:
+            log.error("copy left behind", mailbox=self._mailbox.path, file=self.name, cause=error)
+            return
         self._mailbox.charge(-self._octets, -self._messages)
 
     def close(self) -> None:
@@ -3034,10 +3158,18 @@ class Folders:
             try:
                 os.close(self._directory.open(f"{folder}/cur"))
             except OSError as error:
-                if error.errno in ABSENT:
+                if error.errno in (*ABSENT, errno.ELOOP):  # ELOOP: a link that is not followed
                     return False
                 raise
         return True
+
+    def is_taken(self, folder: str) -> bool:
+        """Whether something has the folder's name that is no directory, or a link that is not followed."""
+        path = self._directory.path_of(folder)
+        with self._identity:
+            return os.path.lexists(path) and (
+                not os.path.isdir(path) or (self._directory.guarded and os.path.islink(path))
+            )
 
     def resolve(self, name: str, similar: bool) -> str | None:
         """The existing folder of a name as people write it; None if there is none. similar: see Maildir.resolve()."""
@@ -3130,7 +3262,7 @@ class Maildir:
         if not self._missing:
             return
         with self.identity:
-            make_directories(self.path, self._config.partition, self._directory.guarded)
+            make_directories(self.path, self._directory.guarded)
             for name in ("tmp", "cur"):
                 self._directory.make(name)
             for name in self._config.autocreate_inbox_folders:
@@ -3169,13 +3301,16 @@ class Maildir:
 
     def new_folder(self, name: str) -> str:
         """The folder of a name as people write it; place() makes a missing folder. Raises ValueError."""
-        return folder_directory(folder_parts(name, self._config))
+        folder = folder_directory(folder_parts(name, self._config))
+        if folder and not self._missing and self._folders.is_taken(folder):
+            raise ValueError(f"{name!r} is not a folder's name: {self.key(folder)} is something else")
+        return folder
 
     def spool(self) -> Draft:
         """A draft for a message that is still arriving; the Maildir is made if it is missing. Raises OSError."""
         self.make()
         with self.identity:
-            return Draft(self._directory.open_or_make("tmp"), self.identity)
+            return self._directory.new_draft("tmp")
 
     def check_quota(self, folder: str, octets: int, messages: int) -> None:
         """Raises MailboxFull if so many octets and messages more in the folder would exceed the quota.
@@ -3193,7 +3328,7 @@ class Maildir:
             log.warning("quota unknown", mailbox=self.path, cause=error)
             return
         if usage and not usage.has_room_for(octets, messages):
-            raise MailboxFull
+            raise MailboxFull(self.path, in_words(usage.used), in_words(usage.limits))
 
     def charge(self, octets: int, messages: int) -> None:
         """Adds to the usage of the quota, if there is one."""
@@ -3217,24 +3352,27 @@ class Maildir:
         with self.identity:
             if not message.draft:
                 message.draft = self._finished_draft(message)
-            directory, info = self._open_target(folder, flags)
+            place, info = self._target(folder, flags)
+            directory = self._directory.open_or_make(place)
             name = f"{unique_name()},S={message.size},W={message.size + message.lines}{info}"
+            path = f"{self._directory.path_of(place)}/{name}"
             try:
-                if not self._move_or_link(message.draft, directory, name, may_move):
-                    self._copy(message, directory, name)
+                with Place(path):
+                    if not self._move_or_link(message.draft, directory, name, may_move):
+                        self._copy(message, directory, name)
             except OSError:
                 os.close(directory)
                 raise
             size, number = (message.size, 1) if self._quota.includes(folder, info) else (0, 0)
             self.charge(size, number)
-        return Placed(self, directory, name, size, number)
+        return Placed(self, directory, path, size, number)
 
-    def _open_target(self, folder: str, flags: Sequence[str]) -> tuple[int, str]:
-        """A descriptor of the directory for a message with these flags, and the end of its name. Raises ValueError."""
+    def _target(self, folder: str, flags: Sequence[str]) -> tuple[str, str]:
+        """The directory for a message with these flags, and the end of its name. Raises OSError and ValueError."""
         if folder != INBOX and not self._folders.exists(folder):
             self._folders.make(folder)
         if not flags:
-            return self._directory.open_or_make(f"{folder}/new"), ""
+            return f"{folder}/new", ""
         keywords = [flag for flag in flags if not flag.startswith("\\")]
         if not all(keyword and KEYWORD_ATOM.issuperset(keyword) for keyword in keywords):
             raise ValueError(f"{flags!r} has an invalid keyword")
@@ -3244,7 +3382,7 @@ class Maildir:
             raise ValueError(f"there is no flag {error}") from None
         if keywords:
             letters |= KeywordFile(self._directory, folder).letters(keywords)
-        return self._directory.open_or_make(f"{folder}/cur"), f":2,{''.join(sorted(letters))}"
+        return f"{folder}/cur", f":2,{''.join(sorted(letters))}"
 
     def _move_or_link(self, draft: Draft, directory: int, name: str, may_move: bool) -> bool:
         """Moves or links the draft. False, and nothing done, if that is not possible, and a copy may be."""
@@ -3546,7 +3684,7 @@ class MaildirStore:
 
     placed.name                         Names the message in the log.
     placed.sync()                       Makes it durable, or else takes it back and raises OSError.
-    placed.take_back()                  Removes it again. Raises OSError if the store cannot do it.
+    placed.take_back()                  Removes it again, or logs why it cannot.
     placed.close()                      Frees what it holds.
     """
 
@@ -3576,8 +3714,7 @@ class MaildirStore:
             self._check_absence(path, account, error)
             missing = True
         except ValueError as error:  # a NUL, or a lone surrogate
-            log.error("mailbox not accessible", mailbox=path, cause=error)
-            raise StoreUnavailable from None
+            raise self._inaccessible(path, error) from None
         return Maildir(path, account.identity, self._config, missing, account.limits)
 
     def shared(self) -> Maildir | None:
@@ -3587,6 +3724,8 @@ class MaildirStore:
 
     def _path_of(self, account: Account, recipient: Recipient) -> str:
         """The path of the recipient's Maildir by the option maildir_path. Raises UserUnknown and StoreUnavailable."""
+        if "h" in self._variables and not (account.home.startswith("/") and account.home.strip("/")):
+            raise self._inaccessible(recipient.userid, "the user database has no home directory of the user")
         user, domain = recipient.user, recipient.domain
         if account.userid != recipient.userid:  # the database has another name for the user
             user, _, domain = account.userid.partition("@")
@@ -3595,9 +3734,6 @@ class MaildirStore:
         used = [name for variable, name in names.items() if variable in self._variables]
         if not all(map(is_safe_name, used)) or max(map(len, os.fsencode(path).split(b"/"))) > NAME_LIMIT:
             raise UserUnknown
-        if not path.startswith("/"):
-            log.error("mailbox not accessible", mailbox=path, cause="the user has no home directory")
-            raise StoreUnavailable
         return path
 
     def _has_maildir(self, path: str, identity: Identity) -> bool:
@@ -3612,18 +3748,33 @@ class MaildirStore:
         return True
 
     def _check_absence(self, path: str, account: Account, error: OSError) -> None:
-        """Raises UserUnknown or StoreUnavailable, unless the Maildir does not exist and may be made."""
+        """Raises UserUnknown or StoreUnavailable, unless the Maildir does not exist and can be made."""
         is_certain = error.errno == errno.ENOENT if account.known else error.errno in ABSENT and self._is_spool_there()
         if not is_certain:
-            log.error("mailbox not accessible", mailbox=path, cause=error)
-            raise StoreUnavailable
-        may_be_made = account.known or (self._config.autocreate_post and self._is_among_autocreated(account.userid))
-        if not may_be_made or error.errno != errno.ENOENT:
+            raise self._inaccessible(path, error)
+        may_be_made = error.errno == errno.ENOENT and (account.known or self._is_autocreated(account.userid))
+        try:
+            with account.identity:
+                obstacle = trace_of_cyrus(path, self._config.partition)
+                if may_be_made and not obstacle:
+                    obstacle = missing_right_to_make(path)
+        except OSError as failure:
+            raise self._inaccessible(path, failure) from None
+        if obstacle:
+            raise self._inaccessible(path, obstacle)
+        if not may_be_made:
             raise UserUnknown
 
-    def _is_among_autocreated(self, userid: str) -> bool:
-        """Whether autocreate_users has the user, or one of the user's groups."""
+    def _inaccessible(self, mailbox: str, cause: object) -> StoreUnavailable:
+        """The error for a mailbox that cannot be used, after it has been logged."""
+        log.error("mailbox not accessible", mailbox=mailbox, cause=cause)
+        return StoreUnavailable()
+
+    def _is_autocreated(self, userid: str) -> bool:
+        """Whether autocreate_post is on, and autocreate_users has the user, or one of the user's groups."""
         wanted = self._config.autocreate_users
+        if not self._config.autocreate_post:
+            return False
         if "anyone" in wanted or userid in wanted:
             return True
         return any(is_in_group(userid, name.removeprefix("group:")) for name in wanted if name.startswith("group:"))
@@ -3636,6 +3787,22 @@ class MaildirStore:
                 return self._config.autocreate_post or any(entries)
         except OSError:
             return False
+
+
+def trace_of_cyrus(path: str, spool: str) -> str:
+    """What shows that Cyrus' own mail is in place of a Maildir or in the spool; "" if nothing does, or spool is ""."""
+    for trace in (f"{path}/cyrus.header", f"{spool}/stage."):
+        if spool and os.path.exists(trace):
+            return f"{trace} is of Cyrus, whose mail is not in Maildirs; lmtpd needs a partition of its own"
+    return ""
+
+
+def missing_right_to_make(path: str) -> str:
+    """Why the acting user cannot make the missing directory; "" if it can be tried."""
+    parent = nearest_directory(path)
+    if os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
+        return ""
+    return f"it is missing, and uid {os.geteuid()} has no right to make it in {parent}"
 
 
 def check_folder_names(config: Config) -> None:
@@ -3982,7 +4149,7 @@ class DeliveryAgent:
         """
         mailboxes = list(dict.fromkeys(destination.mailbox for destination in envelope.destinations))
         if len({mailbox.owner for mailbox in mailboxes}) > 1:
-            draft = Draft(open_directory(self._config.configdirectory, guarded=False), self._identity)
+            draft = Directory(self._config.configdirectory, self._identity).new_draft("")
             try:
                 draft.unlink()
             except OSError:
@@ -4127,19 +4294,17 @@ class DeliveryAgent:
         if not placement.is_stored or not placement.placed:
             return
         placement.fail(failure)
-        try:
-            placement.placed.take_back()
-        except OSError as error:
-            log.error("copy left behind", mailbox=placement.key, file=placement.placed.name, cause=error)
+        placement.placed.take_back()
 
 
 def reply_to(error: Exception, config: Config, mailbox: str = "") -> Reply:
-    """The reply to an exception, which is logged unless it is a StoreError or LmtpError."""
+    """The reply to an exception, which is logged unless it is another StoreError than MailboxFull, or LmtpError."""
     if isinstance(error, LmtpError):
         return error.reply
     if isinstance(error, UserUnknown):
         return USER_UNKNOWN
     if isinstance(error, MailboxFull):
+        log.warning("over quota", mailbox=error.mailbox, used=error.used, limit=error.limit)
         return MAILBOX_FULL_PERMANENT if config.lmtp_over_quota_perm_failure else MAILBOX_FULL
     if isinstance(error, StoreUnavailable):
         return MAILBOX_UNUSABLE if error.permanent else STORAGE_FAILED

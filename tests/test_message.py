@@ -443,7 +443,7 @@ def maildir() -> Iterator[Path]:
 
 
 def open_draft(maildir: Path) -> Draft:
-    return Draft(lmtpd.open_directory(f"{maildir}/tmp", guarded=False), lmtpd.Identity.of_process())
+    return lmtpd.Directory(str(maildir), lmtpd.Identity.of_process()).new_draft("tmp")
 
 
 def spool(reads: Iterable[bytes], maildir: Path, limit: int, **options: str) -> Incoming:

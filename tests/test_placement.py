@@ -166,8 +166,8 @@ def test_a_changed_message_is_a_file_of_its_own(scene: Scene, site: Site) -> Non
     ("error", "options", "reply"),
     [
         (lmtpd.UserUnknown(), {}, "550 5.1.1"),
-        (lmtpd.MailboxFull(), {}, "452 4.2.2"),
-        (lmtpd.MailboxFull(), {"lmtp_over_quota_perm_failure": "yes"}, "552 5.2.2"),
+        (lmtpd.MailboxFull("/x", "2 messages", "1 messages"), {}, "452 4.2.2"),
+        (lmtpd.MailboxFull("/x", "2 messages", "1 messages"), {"lmtp_over_quota_perm_failure": "yes"}, "552 5.2.2"),
         (lmtpd.StoreUnavailable(), {}, "451 4.3.0"),
         (lmtpd.StoreUnavailable(permanent=True), {}, "550 5.2.1"),
         (OSError(errno.ENOSPC, "full"), {}, "452 4.3.1"),
@@ -228,7 +228,9 @@ def test_one_recipients_failure_is_not_that_of_another_with_the_same_folder(site
     def plan_both_for_the_first(message: Message, destination: Destination) -> list[Placement]:
         return plan(message, destination)[: 2 if destination.detail == "both" else 1]
 
-    (site.spool / "jane/.Lists").touch()
+    (site.spool / "jane/.Lists").mkdir()
+    (site.spool / "jane/.Lists/new").touch()
+    site.give(site.spool / "jane/.Lists")
     with mock.patch.object(scene.agent, "plan", plan_both_for_the_first):
         assert scene.deliver("jane+both", "jane", "jane") == ["451 4.3.0", "250 2.1.5", "250 2.1.5"]
     assert len(scene.stored()) == 1

@@ -109,15 +109,18 @@ service auth {{
         home.mkdir(mode=0o700)
         if 0 <= uid < NO_ID:
             os.chown(home, uid, uid)
-        mail, rule = fields.get("mail"), fields.get("quota_rule")
+        self.add_row(name, str(home), uid, **fields)
+        return home
+
+    def add_row(self, name: str, home: str, uid: int, **fields: str) -> None:
+        """A user whose home is what the text says."""
         extra = " ".join(f"userdb_{key}={value}" for key, value in fields.items())
         with self._file.open("a") as file:
             file.write(f"{name}:x:{uid}:{uid}::{home}::{extra}\n")
         with sqlite3.connect(self._database) as database:
-            row = (name, str(home), uid, uid, mail, rule)
+            row = (name, home, uid, uid, fields.get("mail"), fields.get("quota_rule"))
             database.execute("INSERT INTO users VALUES (?, ?, ?, ?, ?, ?)", row)
         database.close()
-        return home
 
     def start(self) -> None:
         self.run([program("dovecot"), "-F", "-c", str(self._conf)], lambda: answers(str(self.socket)))
