@@ -973,8 +973,8 @@ class Disconnected(Exception):
 class LineTooLong(LmtpError):
     """A line was too long, and has been skipped. beginning: its first octets."""
 
-    def __init__(self, beginning: bytes) -> None:
-        super().__init__(LINE_TOO_LONG)
+    def __init__(self, beginning: bytes, reply: Reply = LINE_TOO_LONG) -> None:
+        super().__init__(reply)
         self.beginning = beginning
 
 
@@ -1556,6 +1556,8 @@ DOMAIN = frozenset(LETTERS + DIGITS + "-._")  # the underscore is not allowed, b
 KEYWORD = frozenset(LETTERS + DIGITS + "-")
 OTHER_SPACES = dict.fromkeys((0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000), " ")  # Unicode's Zs
 DECIMAL = frozenset(DIGITS)
+UNQUOTED = DOT_STRING | {" "}  # clients that file mail into "user+Some Folder" do not quote the space
+DIVISIONS = 10  # ways to divide an address that are tried
 
 
 def is_printable(text: str) -> bool:
@@ -1590,8 +1592,9 @@ def is_made_of(word: str, alphabet: frozenset[str]) -> bool:
 def parse_path(argument: str) -> tuple[Address | None, str]:
     """The address in "<path> parameters", None for <>, and the parameters.
 
-    A source route is dropped. The domain may be missing, as it often is in local delivery. A local-part may begin or
-    end with a dot, or have several in a row, as some addresses in use have.
+    Addresses in use that break the rules are taken, for a refusal would bounce the mail: the domain may be missing, as
+    it often is in local delivery; dots may be anywhere, as in "a..b@example.com."; a space or a quoted-pair may stand
+    outside of quotes; a literal may be empty, as in qmail's "#@[]". A source route is dropped.
     Raises ValueError with a text for the client. Source: RFC 5321 section 4.1.2, RFC 6531 section 3.3.
     """
     if not argument.startswith("<"):
@@ -1632,11 +1635,18 @@ def scan_local_part(argument: str, start: int) -> tuple[str, int]:
     """The local-part that begins at an index, without quotes, and the index of its end. Raises ValueError."""
     if argument.startswith('"', start):
         return scan_quoted_string(argument, start + 1)
-    end = first_of("@>", argument, start)
-    local = argument[start:end]
-    if local and not is_made_of(local, DOT_STRING):
-        raise ValueError("the local part has characters that must be quoted")
-    return local, end
+    local, end = "", start
+    while True:
+        stop = first_of("@>\\", argument, end)
+        if stop > end and not is_made_of(argument[end:stop], UNQUOTED):
+            raise ValueError("the local part has characters that must be quoted")
+        local += argument[end:stop]
+        if not argument.startswith("\\", stop):
+            break
+        local, end = local + argument[stop + 1 : stop + 2], stop + 2
+    if argument.startswith(" ", start) or argument.endswith(" ", start, stop):
+        raise ValueError("the local part has a space at one of its ends")
+    return local, stop
 
 
 def first_of(characters: str, text: str, start: int = 0) -> int:
@@ -1671,14 +1681,14 @@ def scan_domain(argument: str, start: int) -> tuple[str, int]:
     if argument.startswith("[", start):
         end = argument.find("]", start) + 1
         literal = argument[start + 1 : end - 1]
-        if not literal or not literal.isascii() or not set(literal).isdisjoint(" \\[<>"):
+        if not end or not literal.isascii() or not set(literal).isdisjoint(" \\[<>"):
             raise ValueError("the address literal is malformed")
         return argument[start:end], end
     end = argument.find(">", start)
     domain = argument[start:end]
-    if end < 0 or not is_made_of(domain, DOMAIN) or "" in domain.split("."):
+    if end < 0 or (domain and not is_made_of(domain, DOMAIN)):
         raise ValueError("the domain is malformed")
-    return domain.lower(), end
+    return domain, end
 
 
 def parse_parameters(text: str) -> dict[str, str | None]:
@@ -1699,31 +1709,73 @@ def parse_parameters(text: str) -> dict[str, str | None]:
 
 
 class Recipient:
-    """The user, detail and domain of a forward-path, as the configuration divides it.
+    """One way to divide a forward-path into user, detail and domain.
 
-    user, detail: the local-part before and after the first delimiter. domain: "" if it is not a part of the userid.
-    address: as the client gave it. is_postmaster: whether it is the address that every host must have (RFC 5321 section
-    4.5.1). is_shared: whether the detail names a shared folder, and not one of a user.
+    user, detail: the local-part before and after a delimiter. domain: "" if it is not a part of the userid. address: as
+    the client gave it. is_postmaster: whether it is the address that every host must have (RFC 5321 section 4.5.1).
+    is_shared: whether the detail names a shared folder, and not one of a user.
     """
 
     __slots__ = ("address", "detail", "domain", "is_postmaster", "is_shared", "user")
 
-    def __init__(self, address: Address, config: Config) -> None:
-        self.address = address
-        end = first_of(config.recipient_delimiter, address.local)
-        self.user, self.detail = address.local[:end], address.local[end + 1 :]
-        self.is_postmaster = self.user.lower() == "postmaster"
-        if config.lmtp_downcase_rcpt or self.is_postmaster:
-            self.user = self.user.lower()
+    def __init__(self, address: Address, user: str, detail: str, domain: str, config: Config) -> None:
+        self.address, self.domain = address, domain
+        self.is_postmaster = user.lower() == "postmaster"
+        self.user = composed(user.lower() if config.lmtp_downcase_rcpt or self.is_postmaster else user)
+        self.detail = composed(detail)
         postuser = config.postuser.lower() if config.lmtp_downcase_rcpt else config.postuser
-        self.is_shared = bool(self.detail) and self.user == postuser
-        keeps_domain = config.virtdomains != "off" and address.domain != config.defaultdomain
-        self.domain = address.domain if keeps_domain else ""
+        self.is_shared = bool(detail) and self.user == postuser
 
     @property
     def userid(self) -> str:
         """The user's name in the mailstore."""
         return f"{self.user}@{self.domain}" if self.domain else self.user
+
+
+def recipients_of(address: Address, config: Config) -> list[Recipient]:
+    """The ways to divide an address, the longest user first: the user may have a delimiter in the name.
+
+    The last one is divided at the first delimiter. A domain beyond ASCII is there in both spellings, ASCII last.
+    """
+    domains = [""]
+    if config.virtdomains != "off" and address.domain:
+        domains = domain_spellings(address.domain)
+        if config.defaultdomain and not set(domains).isdisjoint(domain_spellings(config.defaultdomain)):
+            domains = [""]
+    local = address.local
+    ends = [end for end, character in enumerate(local) if character in config.recipient_delimiter][: DIVISIONS - 1]
+    return [
+        Recipient(address, local[:end], local[end + 1 :], domain, config)
+        for end in [len(local), *reversed(ends)]
+        for domain in domains
+    ]
+
+
+def domain_spellings(domain: str) -> list[str]:
+    """A domain in lower case; with characters beyond ASCII in Unicode and in ASCII. Source: UTS 46, RFC 5891."""
+    domain = domain.lower().removesuffix(".")
+    if domain.isascii() and "xn--" not in domain:
+        return [domain]
+    try:
+        import idna
+    except ImportError:
+        cause = "the Python package idna is not installed; see the README"
+        log.warning("domain has one spelling only", domain=domain, cause=cause)
+        return [composed(domain)]
+    try:
+        encoded = idna.encode(domain, uts46=True).decode("ascii")
+        return [idna.decode(encoded), encoded]
+    except UnicodeError:  # idna.IDNAError among them
+        return [composed(domain)]
+
+
+def composed(text: str) -> str:
+    """Text with characters in one way out of several that look the same: in NFC, Unicode Standard Annex 15."""
+    if text.isascii():
+        return text
+    import unicodedata
+
+    return unicodedata.normalize("NFC", text)
 
 
 # ======================================================================
@@ -2595,16 +2647,16 @@ LOCK_PATIENCE, LOCK_STALE = 30, 120  # seconds to wait for a lock; the age at wh
 
 
 def folder_parts(name: str, config: Config) -> tuple[str, ...]:
-    """The levels of a folder's name as people write it; () for the INBOX.
+    """The levels of a folder's name as people write it; () for the INBOX. A slash too many is none.
 
     Raises ValueError for a name that no folder can have.
     """
     if name.upper() == "INBOX":
         return ()
-    parts = tuple(name.split("/" if config.unixhierarchysep else "."))
-    for part in parts:
-        if not part or not is_printable(part) or "/" in part or "." in part:
-            raise ValueError(f"{name!r} cannot be a folder's name")
+    name = composed(name)
+    parts = tuple(filter(None, name.split("/"))) if config.unixhierarchysep else tuple(name.split("."))
+    if not parts or not all(part and is_printable(part) and "/" not in part and "." not in part for part in parts):
+        raise ValueError(f"{name!r} cannot be a folder's name")
     if len(folder_directory(parts)) > NAME_LIMIT:
         raise ValueError(f"{name!r} is too long for a folder's name")
     return parts
@@ -2618,10 +2670,17 @@ def folder_directory(parts: Sequence[str]) -> str:
 def folder_spellings(name: str, config: Config) -> list[str]:
     """The directories that a folder may have: in modified UTF-7, and after it in UTF-8 as Courier writes it.
 
-    Raises ValueError for a name that no folder can have.
+    Each also with decomposed characters, as some clients write them. Raises ValueError for a name that no folder can
+    have.
     """
-    folder = folder_directory(folder_parts(name, config))
-    return sorted({folder, from_modified_utf7(folder)}, key=len, reverse=True)
+    parts = folder_parts(name, config)
+    folder = folder_directory(parts)
+    if "&" not in folder:
+        return [folder]
+    import unicodedata
+
+    in_utf7 = [folder, folder_directory([unicodedata.normalize("NFD", part) for part in parts])]
+    return list(dict.fromkeys([*in_utf7, *map(from_modified_utf7, in_utf7)]))
 
 
 def similar_name(folder: str) -> tuple[str, ...]:
@@ -3659,7 +3718,9 @@ class MaildirStore:
     Then the store may raise ConfigError, but must open no connection. Later the store logs the cause before it raises
     StoreUnavailable; Delivery logs an OSError. A folder is a text; every mailbox has INBOX.
 
-    store.find(recipient) -> mailbox    Raises UserUnknown and StoreUnavailable.
+    store.find(recipient, is_last) -> mailbox
+                                        Raises UserUnknown and StoreUnavailable. is_last: whether there is no other way
+                                        to divide the address, so that a mailbox may be made for an unknown user.
     store.shared() -> mailbox or None   The mailbox of the shared folders.
 
     A mailbox is used in one transaction:
@@ -3702,16 +3763,17 @@ class MaildirStore:
         elif config.userdb == "dovecot":
             self._users = DovecotUsers(config.userdb_socket_path)
 
-    def find(self, recipient: Recipient) -> Maildir:
-        """The recipient's mailbox. Raises UserUnknown and StoreUnavailable."""
-        if not recipient.user or not is_safe_name(recipient.userid):
+    def find(self, recipient: Recipient, is_last: bool = True) -> Maildir:
+        """See above."""
+        is_ambiguous = self._config.virtdomains != "off" and "@" in recipient.user
+        if not recipient.user or is_ambiguous or not is_safe_name(recipient.userid):
             raise UserUnknown
         account = self._users.find(recipient.userid)
         path = (account.path or self._path_of(account, recipient)).rstrip("/")
         try:
             missing = not self._has_maildir(path, account.identity)
         except OSError as error:
-            self._check_absence(path, account, error)
+            self._check_absence(path, account, error, is_last)
             missing = True
         except ValueError as error:  # a NUL, or a lone surrogate
             raise self._inaccessible(path, error) from None
@@ -3747,8 +3809,10 @@ class MaildirStore:
                 return False
         return True
 
-    def _check_absence(self, path: str, account: Account, error: OSError) -> None:
+    def _check_absence(self, path: str, account: Account, error: OSError, is_last: bool) -> None:
         """Raises UserUnknown or StoreUnavailable, unless the Maildir does not exist and can be made."""
+        if not account.known and not is_last and error.errno in ABSENT:
+            raise UserUnknown
         is_certain = error.errno == errno.ENOENT if account.known else error.errno in ABSENT and self._is_spool_there()
         if not is_certain:
             raise self._inaccessible(path, error)
@@ -4039,13 +4103,13 @@ class Router:
         self._store = MaildirStore(config)
         self._listed: Maildir | None = None
 
-    def find(self, recipient: Recipient, envelope: Envelope, size: int, ignores_quota: bool) -> Destination:
-        """The destination of the recipient's copy. size: the octets that the client has announced; 0 if it has not.
+    def find(self, address: Address, envelope: Envelope, size: int, ignores_quota: bool) -> Destination:
+        """The destination of the copy for an address. size: the octets that the client has announced; 0 if it has not.
 
         Raises LmtpError if the user is unknown, the mailbox full, or the store unavailable.
         """
         try:
-            destination = self._destination(recipient, envelope, ignores_quota)
+            destination = self._destination(address, envelope, ignores_quota)
             strict = self._config.lmtp_strict_quota
             # The folder matters only if some folders do not count.
             folder = self.folder_of(destination) if self._config.quota_exclude_folders else INBOX
@@ -4075,39 +4139,45 @@ class Router:
                 return INBOX
         return INBOX if folder is None or mailbox.is_one_of(folder, self._excluded_folders()) else folder
 
-    def _destination(self, recipient: Recipient, envelope: Envelope, ignores_quota: bool) -> Destination:
+    def _destination(self, address: Address, envelope: Envelope, ignores_quota: bool) -> Destination:
         """The recipient's mailbox, else the postmaster's or the catch-all user's. Raises StoreError and LmtpError."""
-        if recipient.is_shared:
-            return Destination(recipient, self._shared(recipient, envelope), recipient.detail, ignores_quota)
-        if mailbox := self._find(recipient, envelope):
+        recipients = recipients_of(address, self._config)
+        last = recipients[-1]
+        if last.is_shared:
+            if shared := self._shared(last, envelope):
+                return Destination(last, shared, last.detail, ignores_quota)
+        elif found := self._first_user(recipients, envelope):
+            recipient, mailbox = found
             return Destination(recipient, mailbox, recipient.detail, ignores_quota)
         substitutes = [self._config.lmtp_catchall_mailbox]
-        if recipient.is_postmaster:
+        if last.is_postmaster:
             substitutes.insert(0, self._config.postmaster)
         for userid in filter(None, substitutes):
-            if mailbox := self._find(recipient_of(userid, self._config), envelope):
-                return Destination(recipient, mailbox, "", ignores_quota)
+            local, _, domain = userid.partition("@")
+            if found := self._first_user(recipients_of(Address(local, domain), self._config), envelope):
+                return Destination(last, found[1], "", ignores_quota)
             log.warning("postmaster or catch-all user does not exist", user=userid)
         raise UserUnknown
 
-    def _shared(self, recipient: Recipient, envelope: Envelope) -> Maildir:
-        """The mailbox of the shared folders, if it has the recipient's. Raises StoreError and LmtpError."""
+    def _shared(self, recipient: Recipient, envelope: Envelope) -> Maildir | None:
+        """The mailbox of the shared folders, if it has the recipient's; else None. Raises StoreError and LmtpError."""
         if not (shared := self._store.shared()):
-            raise UserUnknown
+            return None
         shared = remembered(shared, envelope)
         if not shared.exists():
             log.error("mailbox not accessible", mailbox=shared.path, cause="the directory does not exist")
             raise StoreUnavailable
-        if not self._resolve(shared, recipient.detail):
-            raise UserUnknown
-        return shared
+        return shared if self._resolve(shared, recipient.detail) else None
 
-    def _find(self, recipient: Recipient, envelope: Envelope) -> Maildir | None:
-        """The recipient's mailbox, None if the user is unknown. Raises StoreUnavailable."""
-        try:
-            return remembered(self._store.find(recipient), envelope)
-        except UserUnknown:
-            return None
+    def _first_user(self, recipients: Sequence[Recipient], envelope: Envelope) -> tuple[Recipient, Maildir] | None:
+        """The first of the recipients who exists, and the mailbox; None if there is none. Raises StoreUnavailable."""
+        for recipient in recipients:
+            try:
+                mailbox = self._store.find(recipient, is_last=recipient is recipients[-1])
+            except UserUnknown:
+                continue
+            return recipient, remembered(mailbox, envelope)
+        return None
 
     def _resolve(self, mailbox: Maildir, detail: str) -> str | None:
         """The existing folder that a sub-address names. Raises LmtpError."""
@@ -4342,12 +4412,6 @@ def log_delivery(delivery: Delivery, reply: Reply, message: Message, envelope: E
             reply=reply,
             ms=round((time.monotonic() - started) * 1000),
         )
-
-
-def recipient_of(userid: str, config: Config) -> Recipient:
-    """The recipient whose userid an option gives."""
-    local, _, domain = userid.partition("@")
-    return Recipient(Address(local, domain.lower()), config)
 
 
 def is_identified(message: Message) -> bool:
@@ -4787,6 +4851,7 @@ MECHANISM_LIMIT = 20  # characters of a mechanism's name, RFC 4422 section 3.1
 MECHANISM = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ-_" + DIGITS)
 MAX_FAILURES = 3  # failed AUTHs; the last one ends the session
 BAD_COMMAND_CODES = (500, 501, 555)  # reply codes that make a command count as bad
+ADDRESS_VERBS = (b"MAIL", b"RCPT")
 TRANSACTION_VERBS = (b"MAIL", b"RCPT", b"DATA", b"BDAT")  # do not count as idle when they succeed
 
 OK = Reply(250, "2.0.0", "Ok")
@@ -4826,12 +4891,15 @@ AUTHENTICATE_FIRST = Reply(530, "5.7.0", "Authentication required")
 class Transaction(Envelope):
     """A mail transaction (RFC 5321 section 3.3): the envelope, and the message while it arrives.
 
-    utf8: whether SMTPUTF8 was asked for. announced_size: octets; 0 if the client has not given the size.
+    utf8: whether SMTPUTF8 was asked for. announced_size: octets; 0 if the client has not given the size. asked: the
+    last address that RCPT named. refused: how many addresses were refused.
     """
 
     def __init__(self, reverse_path: Address | None, utf8: bool, announced_size: int, eol: bytes) -> None:
         super().__init__(reverse_path)
         self.utf8, self.announced_size = utf8, announced_size
+        self.asked: Address | None = None
+        self.refused = 0
         self.incoming: Incoming | None = None
         self._eol, self._chunks = eol, ChunkDecoder(eol)
 
@@ -4851,6 +4919,10 @@ class Transaction(Envelope):
         if is_last:
             incoming.write(self._chunks.rest())
 
+    def fields(self, recipient: str) -> dict[str, object]:
+        """What the log says of it, with a recipient or several; size is the announced size in octets."""
+        return {"sender": f"<{self.reverse_path or ''}>", "recipient": recipient, "size": self.announced_size}
+
     def discard(self) -> None:
         """Frees the message, if one has begun to arrive."""
         if self.incoming:
@@ -4868,19 +4940,15 @@ class Dialogue:
         self.in_transaction = False
         self._parting: Reply | None = None
         self._bad_commands = self._idle_commands = 0
-        self._may_end = self._overfull = False
+        self._may_end = False
         connection.wire.on_wakeup = self._on_wakeup
 
     def interpret(self, line: bytes) -> None:
         """Does what a command line says, and replies. Raises LmtpError if the command is refused."""
         raise NotImplementedError
 
-    def loggable(self, line: bytes) -> str:
-        """A command line for the log, without secrets."""
-        raise NotImplementedError
-
-    def after_refusal(self, line: bytes) -> None:
-        """Notes that a command line was refused."""
+    def log_refusal(self, line: bytes, reply: Reply) -> None:
+        """Logs that a command line was refused."""
         raise NotImplementedError
 
     def reply(self, reply: Reply) -> None:
@@ -4930,14 +4998,13 @@ class Dialogue:
             self.interpret(line)
             self._idle_commands += line[:4].upper() not in TRANSACTION_VERBS
         except LmtpError as error:
-            overfull = error.reply is TOO_MANY_RECIPIENTS
-            if not (overfull and self._overfull):  # one line for all of them
-                log.info("refused", command=self.loggable(line), reply=error)
-            self._overfull = overfull
-            self.after_refusal(line)
+            if isinstance(error, LineTooLong):
+                line = error.beginning
+            if line or error.reply.code != 421:  # else the session ends because nothing was said
+                self.log_refusal(line, error.reply)
             self.reply(error.reply)
             self._bad_commands += error.reply.code in BAD_COMMAND_CODES
-            self._idle_commands += not overfull
+            self._idle_commands += error.reply is not TOO_MANY_RECIPIENTS
         if self._parting:
             return
         if 0 < self._config.lmtp_max_bad_commands < self._bad_commands:
@@ -4952,7 +5019,7 @@ class Dialogue:
             return self._connection.read_line()
         except LineTooLong as error:
             if error.beginning[:4].upper() == b"BDAT":
-                raise LmtpError(BAD_CHUNK) from None
+                raise LineTooLong(error.beginning, BAD_CHUNK) from None
             raise
         finally:
             self._may_end = False
@@ -4992,6 +5059,31 @@ class MailDialogue(Dialogue):
         self._delivered = Reply(250, "2.1.5", f"Ok SESSIONID=<{self.id}>")
         self._client = "unknown"
         self._transaction: Transaction | None = None
+        self._last_refusal: Reply | None = None
+
+    def loggable(self, line: bytes) -> str:
+        """A command line for the log, without secrets."""
+        raise NotImplementedError
+
+    def log_refusal(self, line: bytes, reply: Reply) -> None:
+        """See Dialogue.log_refusal(). What says nothing new is logged only with the option debug."""
+        transaction, fields = self._transaction, {}
+        if transaction and line[:4].upper() == b"RCPT":
+            fields = transaction.fields(f"<{transaction.asked or ''}>")
+        is_repeated = reply is self._last_refusal is TOO_MANY_RECIPIENTS
+        follows = reply is NO_RECIPIENTS and transaction and transaction.refused
+        self._last_refusal = reply
+        if log.debugging or not (is_repeated or follows):
+            log.info("refused", command=self.loggable(line), **fields, reply=f"{reply} {reply.text}")
+
+    def log_cut_off(self, reason: str) -> None:
+        """Logs whose message it was, if the session ends before the transaction does."""
+        transaction = self._transaction
+        if not transaction or not transaction.destinations or self._parting is BYE:
+            return
+        recipients = ", ".join(f"<{each.recipient.address}>" for each in transaction.destinations)
+        received = transaction.incoming.wire_size if transaction.incoming else 0
+        log.warning("transaction cut off", **transaction.fields(recipients), received=received, reason=reason)
 
     def do_mail(self, argument: str) -> None:
         """RFC 5321 section 4.1.1.2"""
@@ -5015,19 +5107,26 @@ class MailDialogue(Dialogue):
             raise LmtpError(NO_TRANSACTION)
         if transaction.incoming:
             raise LmtpError(CHUNKING_BEGUN)
-        address, parameters = parse_argument(argument, "TO:")
+        transaction.refused += 1
+        transaction.asked = None
+        transaction.destinations.append(self._destination(argument, transaction))
+        transaction.refused -= 1
+        self.reply(RECIPIENT_OK)
+
+    def _destination(self, argument: str, transaction: Transaction) -> Destination:
+        """The destination for the recipient that the argument of RCPT names. Raises LmtpError."""
+        transaction.asked, parameters = parse_argument(argument, "TO:")
         for keyword, value in parameters.items():
             if keyword != "IGNOREQUOTA" or value is not None:
                 raise unsupported(keyword)
+        address = transaction.asked
         check_characters(address, transaction.utf8, self._config)
         if len(transaction.destinations) >= self._config.lmtp_max_recipients:
             raise LmtpError(TOO_MANY_RECIPIENTS)
         if address is None:
             raise LmtpError(USER_UNKNOWN)
-        recipient, ignores_quota = Recipient(address, self._config), "IGNOREQUOTA" in parameters
-        destination = self._agent.router.find(recipient, transaction, transaction.announced_size, ignores_quota)
-        transaction.destinations.append(destination)
-        self.reply(RECIPIENT_OK)
+        ignores_quota = "IGNOREQUOTA" in parameters
+        return self._agent.router.find(address, transaction, transaction.announced_size, ignores_quota)
 
     def do_data(self, argument: str) -> None:
         """RFC 5321 section 4.1.1.4, RFC 2033 section 4.2"""
@@ -5085,10 +5184,11 @@ class MailDialogue(Dialogue):
 
     def _deliver(self, transaction: Transaction, incoming: Incoming) -> None:
         incoming.complete()
-        for reply in self._agent.deliver(incoming, transaction, self._delivered):
-            self.reply(reply)
+        replies = self._agent.deliver(incoming, transaction, self._delivered)
         self.reset_counts()
         self._reset()
+        for reply in replies:
+            self.reply(reply)
 
     def _reset(self) -> None:
         if self._transaction:
@@ -5107,25 +5207,29 @@ class Session(MailDialogue):
         with log.context(session=self.id):
             log.info("connected", peer=self._peer.name)
             reason = self.run(Reply(220, "", f"{self._config.servername}{product} ready"))
+            self.log_cut_off(reason)
             self._reset()
             log.info("disconnected", reason=reason)
 
     def loggable(self, line: bytes) -> str:
-        """See Dialogue.loggable(). After a refused AUTH, a line that is no command may be a password."""
+        """See MailDialogue.loggable(). After a refused AUTH, a line that is no command may be a password."""
         verb = line.partition(b" ")[0].decode("utf-8", "replace").upper()
         return "..." if self._auth_refused and verb not in self.VERBS else without_secrets(line)
 
-    def after_refusal(self, line: bytes) -> None:
-        """See Dialogue.after_refusal()."""
+    def log_refusal(self, line: bytes, reply: Reply) -> None:
+        """See Dialogue.log_refusal()."""
+        super().log_refusal(line, reply)
         self._auth_refused |= line.lstrip()[:4].upper() == b"AUTH"
 
     def interpret(self, line: bytes) -> None:
         """See Dialogue.interpret()."""
         unreadable = BAD_CHUNK if line[:4].upper() == b"BDAT" else BAD_SYNTAX
         try:
-            command = line.decode("utf-8").rstrip(" ")
+            command = line.decode("utf-8").rstrip()  # RFC 5321 section 4.1.1: tolerate white space at the end
         except UnicodeDecodeError:
-            raise LmtpError(unreadable) from None
+            if self._config.lmtp_strict_rfc2821 or line[:4].upper() not in ADDRESS_VERBS:
+                raise LmtpError(unreadable) from None
+            command = line.translate(EIGHT_BIT_TO_X).decode("ascii").rstrip()
         if self._config.chatty:
             log.info("command", line=self.loggable(line))
         verb, _, argument = command.partition(" ")
@@ -6009,6 +6113,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def command() -> NoReturn:
     """The command lmtpd. It leaves without the interpreter's clean-up, which takes time and does nothing for us."""
+    if sys.getfilesystemencoding() != "utf-8":  # a locale says so; names of files are UTF-8 for all who read Maildirs
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     status = main()
     if sys.stdout:
         sys.stdout.flush()

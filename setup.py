@@ -19,10 +19,10 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     py_modules=["lmtpd"],
-    python_requires=">=3.9",
+    python_requires=">=3.10",
     install_requires=["docopt", 'systemd-python; sys_platform == "linux"'],
-    # For the option sasl_pwcheck_method: file.
-    extras_require={"auth": ["scramp", "argon2-cffi"]},
+    # auth: for the option sasl_pwcheck_method: file. idna: for domains beyond ASCII with the option virtdomains.
+    extras_require={"auth": ["scramp", "argon2-cffi"], "idna": ["idna"]},
     # Our own, because one that pip makes of an entry point imports more than it takes to deliver a message.
     scripts=["units/lmtpd"],
     data_files=[
@@ -34,7 +34,7 @@ setup(
         "Environment :: No Input/Output (Daemon)",
         "License :: OSI Approved :: MIT License",
         "Operating System :: POSIX",
-        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(9, 14)),
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
         "Topic :: Communications :: Email :: Mail Transport Agents",
     ],
 )

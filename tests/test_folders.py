@@ -23,8 +23,8 @@ from peers import Courier, Dovecot
 
 # What no folder can be called, or must not.
 HOSTILE_DETAILS = [
-    *("", "/", "//", "/a", "a/", "a//b", ".", "..", "../joe", "../../joe", "a/../../joe", "a/./b", "./a", "../.Lists"),
-    *(".Lists", "..Lists", "Lists/.Python", "Lists/..", "/etc/passwd", "x" * 300, "x/" * 150, "é" * 120),
+    *("", "/", "//", ".", "..", "../joe", "../../joe", "a/../../joe", "a/./b", "./a", "../.Lists"),
+    *(".Lists", "..Lists", "Lists/.Python", "Lists/..", "x" * 300, "x/" * 150, "é" * 120),
 ]
 HOSTILE_OCTETS = [
     b"\0",
@@ -209,6 +209,14 @@ def test_no_detail_leads_out_of_the_maildir(lists: Site, create: str, hierarchy:
     for detail in HOSTILE_DETAILS if hierarchy == "yes" else HOSTILE_DETAILS + swapped:
         assert destination(lists, client, f"jane+{detail}") == "jane", detail
     assert folders(lists) == before
+
+
+def test_a_slash_too_many_in_a_detail_is_none(lists: Site) -> None:
+    client = connected(lists)
+    for detail in ("/Lists", "Lists/", "//Lists/"):
+        assert destination(lists, client, f"jane+{detail}") == "jane/.Lists", detail
+    client = connected(lists, lmtp_detail_create="yes")
+    assert destination(lists, client, "jane+/etc//passwd") == "jane/.etc.passwd"
 
 
 @pytest.mark.parametrize("create", ["yes", "no"])

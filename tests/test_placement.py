@@ -13,7 +13,7 @@ from harness import Site, config_of
 from mailboxes import letter
 
 import lmtpd
-from lmtpd import Address, Config, DeliveryAgent, Destination, Envelope, Incoming, Message, Placement, Recipient, Reply
+from lmtpd import Address, Config, DeliveryAgent, Destination, Envelope, Incoming, Message, Placement, Reply
 
 DELIVERED = Reply(250, "2.1.5", "Ok")
 
@@ -43,8 +43,7 @@ class Scene:
         """The reply to each user's copy."""
         envelope = Envelope(None)
         for user in users:
-            recipient = Recipient(Address(user, ""), self.config)
-            envelope.destinations.append(self.agent.router.find(recipient, envelope, 0, False))
+            envelope.destinations.append(self.agent.router.find(Address(user, ""), envelope, 0, False))
         incoming = Incoming(b"Return-Path: <>\n", self.config, self.agent.drafts(envelope))
         try:
             incoming.write((message or letter()).replace(b"\r\n", b"\n"))
@@ -131,7 +130,7 @@ def test_a_recipient_who_shares_a_part_that_was_taken_back_shares_the_failure(si
 )
 def test_a_temporary_failure_decides_before_a_permanent_one(scene: Scene, codes: list[int], decides: int) -> None:
     """The client has to try again, for what may still be stored."""
-    destination = scene.agent.router.find(Recipient(Address("jane", ""), scene.config), Envelope(None), 0, False)
+    destination = scene.agent.router.find(Address("jane", ""), Envelope(None), 0, False)
     delivery = lmtpd.Delivery(destination)
     for code in codes:
         delivery.placements.append(Placement(Message(), destination.mailbox, lmtpd.INBOX))
