@@ -1555,6 +1555,7 @@ DOT_STRING = frozenset(LETTERS + DIGITS + "!#$%&'*+-/=?^_`{|}~.")  # RFC 5322 at
 DOMAIN = frozenset(LETTERS + DIGITS + "-._")  # the underscore is not allowed, but in use
 KEYWORD = frozenset(LETTERS + DIGITS + "-")
 OTHER_SPACES = dict.fromkeys((0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000), " ")  # Unicode's Zs
+WHITE_SPACE = " \t\v\f" + "".join(map(chr, OTHER_SPACES))
 DECIMAL = frozenset(DIGITS)
 UNQUOTED = DOT_STRING | {" "}  # clients that file mail into "user+Some Folder" do not quote the space
 DIVISIONS = 10  # ways to divide an address that are tried
@@ -5225,11 +5226,11 @@ class Session(MailDialogue):
         """See Dialogue.interpret()."""
         unreadable = BAD_CHUNK if line[:4].upper() == b"BDAT" else BAD_SYNTAX
         try:
-            command = line.decode("utf-8").rstrip()  # RFC 5321 section 4.1.1: tolerate white space at the end
+            command = line.decode("utf-8").rstrip(WHITE_SPACE)  # RFC 5321 section 4.1.1 has it tolerated
         except UnicodeDecodeError:
             if self._config.lmtp_strict_rfc2821 or line[:4].upper() not in ADDRESS_VERBS:
                 raise LmtpError(unreadable) from None
-            command = line.translate(EIGHT_BIT_TO_X).decode("ascii").rstrip()
+            command = line.translate(EIGHT_BIT_TO_X).decode("ascii").rstrip(WHITE_SPACE)
         if self._config.chatty:
             log.info("command", line=self.loggable(line))
         verb, _, argument = command.partition(" ")

@@ -142,7 +142,7 @@ class Model:
             return
         assert self._next().startswith(b"220 ")
         while (line := self._line()) is not None:
-            chunk = CHUNK.fullmatch(line.rstrip(b" "))
+            chunk = CHUNK.fullmatch(line.rstrip(b" \t\v\f"))
             if chunk and len(self._sent) < int(chunk[1]):
                 break
             reply = self._next()
@@ -204,7 +204,7 @@ class Model:
         return True
 
     def _bdat(self, line: bytes, reply: bytes) -> bool:
-        chunk = CHUNK.fullmatch(line.rstrip(b" "))
+        chunk = CHUNK.fullmatch(line.rstrip(b" \t\v\f"))
         assert chunk, line
         size = int(chunk[1])
         self._chunks += self._sent[:size]

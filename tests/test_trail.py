@@ -145,7 +145,7 @@ def test_a_line_that_is_too_long_is_logged_with_its_beginning(site: Site) -> Non
 # The tokens of a command
 
 
-@pytest.mark.parametrize("space", ["\t", " \t ", "\v", "\f", "\r", "\u00a0", "\u2003"])
+@pytest.mark.parametrize("space", ["\t", " \t ", "\v", "\f", "\u00a0", "\u2003"])
 def test_white_space_after_a_command_is_tolerated(site: Site, space: str) -> None:
     client = connected(site)
     for command, code in {
