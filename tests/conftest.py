@@ -7,16 +7,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import container
 import pytest
-from container import Machine
+from container import OWN, Machine, make_installation
 from harness import Site
 from hypothesis import HealthCheck, settings
 
 # The tests wait more than they compute.
 WORKERS_FOR_A_PROCESSOR = 3
 # The files that take longest, the longest first.
-LONGEST = ("service", "users", "auth", "systemd", "clients", "master", "site", "hostile", "quota", "tls")
+LONGEST = ("service", "users", "auth", "systemd", "clients", "master", "site", "dovecot24", "hostile", "quota", "tls")
 # The name, in the environment, of a folder that this process and the workers, which run the tests, have in common. It
 # is in memory: trusted attributes, which a machine's layers need, are not to be had everywhere.
 SHARED = "LMTPD_TEST_SHARED"
@@ -35,21 +34,27 @@ def site() -> Iterator[Site]:
     site.close()
 
 
-@pytest.fixture(scope="session")
-def installation() -> Path:
-    """What machines are booted from that have lmtpd and Postfix; made by the worker that comes first."""
-    layer = Path(os.environ[SHARED], "installation")
-    with (layer.parent / "lock").open("w") as lock:
+@pytest.fixture(scope="module")
+def base() -> Path:
+    """The Debian root of which the module's machines are copies."""
+    return OWN
+
+
+@pytest.fixture(scope="module")
+def installation(base: Path) -> Path:
+    """The layer, above that root, of machines that have lmtpd and Postfix; made by the worker that comes first."""
+    layer = Path(os.environ[SHARED], base.name)
+    with layer.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not layer.exists():
-            container.make_installation(layer)
+            make_installation(base, layer)
     return layer
 
 
 @pytest.fixture(scope="module")
-def installed(installation: Path) -> Iterator[Machine]:
+def installed(base: Path, installation: Path) -> Iterator[Machine]:
     """A machine of the module's own with lmtpd.socket enabled and Postfix in front of it, as the README leaves it."""
-    machine = Machine(installation)
+    machine = Machine(base, installation)
     yield machine
     machine.close()
 

@@ -1,4 +1,4 @@
-"""A booted systemd: a throw-away copy of the Debian root that need_container in setup.sh makes.
+"""A booted systemd: a throw-away copy of a Debian root that need_container in setup.sh makes.
 
 Needs root, and nothing else of the host: not that it runs systemd itself, nor any one layout of its cgroups.
 """
@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 TOP = Path(__file__).parent.parent
-ROOT = Path(
-    os.environ.get("LMTPD_TEST_ROOT")
-    or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lmtpd-tests/root")
+ROOTS = Path(
+    os.environ.get("LMTPD_TEST_ROOTS")
+    or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lmtpd-tests")
 )
+# The roots of the host's own release and of Debian 13, which may be the same.
+OWN: Path = ROOTS / re.findall(r"^VERSION_CODENAME=(\w+)", Path("/etc/os-release").read_text(), re.MULTILINE)[0]
+DEBIAN_13 = ROOTS / "trixie"
 BOOT_PATIENCE = 90.0
 STOP_PATIENCE = 60.0
 ENVIRONMENT = {
@@ -84,20 +87,20 @@ class Machine:
     `root` is its root folder, as seen from the host: files can be read, written and connected to there. (An absolute
     symbolic link in it would lead to the host's files.)
 
-    layers: folders with what other machines have changed, the uppermost first. kept: where to keep, after its end, what
-    this one has changed.
+    base: the root that it is a copy of. layers: folders with what other machines have changed, the uppermost first.
+    kept: where to keep, after its end, what this one has changed.
     """
 
-    def __init__(self, *layers: Path, kept: Path | None = None) -> None:
-        if not ROOT.is_dir():
-            raise RuntimeError(f"{ROOT} is missing: run tests/run, or need_container of tests/setup.sh")
+    def __init__(self, base: Path, *layers: Path, kept: Path | None = None) -> None:
+        if not base.is_dir():
+            raise RuntimeError(f"{base} is missing: run tests/run, or need_container of tests/setup.sh")
         # Keeps need_container of another test run from making the root anew meanwhile.
-        self._lock = (ROOT.parent / "lock").open("a")
+        self._lock = base.with_suffix(".lock").open("a")
         fcntl.flock(self._lock, fcntl.LOCK_SH)
         # Its name is the machine's too, and must be fit for a host name.
         self._top = Path(tempfile.gettempdir(), f"lmtpd-machine-{os.urandom(6).hex()}")
         self._top.mkdir(0o700)
-        self._layers = [*map(str, layers), str(ROOT)]
+        self._layers = [*map(str, layers), str(base)]
         self._kept = str(kept or "")
         self.console = self._top.with_suffix(".console")
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as status:
@@ -197,15 +200,15 @@ def readme_blocks(title: str, language: str = "sh") -> list[str]:
     return found
 
 
-def make_installation(layer: Path) -> None:
-    """Makes a layer for machines: all that README.md's way to lmtpd with Postfix before it changes in one.
+def make_installation(base: Path, layer: Path) -> None:
+    """Makes a layer for machines of that base: all that README.md's way to lmtpd with Postfix before it changes in one.
 
     A machine boots from it in a fraction of the time that the way takes. So who changes it can have one of his own,
     and what the README's commands have set up has to outlive the boot.
     """
     unfinished = layer.with_suffix(".unfinished")
     unfinished.mkdir()
-    machine = Machine(kept=unfinished)
+    machine = Machine(base, kept=unfinished)
     try:
         install(machine, "## Install", "### systemd and Postfix")
     finally:

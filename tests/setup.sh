@@ -112,59 +112,71 @@ update_package_lists() {
     apt-get update -qq
 }
 
-# The Debian root that tests/container.py boots copies of. LMTPD_TEST_ROOT is its path.
-LMTPD_TEST_ROOT=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests/root
-export LMTPD_TEST_ROOT
+# The Debian roots that tests/container.py boots copies of are in this folder, each by the name of its release: the
+# machine's own, and Debian 13, whose Dovecot is configured in another way than those before.
+LMTPD_TEST_ROOTS=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests
+export LMTPD_TEST_ROOTS
+own_release=$(. /etc/os-release && echo "$VERSION_CODENAME")
 
-# need_container: have that root, made with the machine's own apt sources and settings, and the wheels that pip
-# needs in there, where no network is. Made again when the list of packages changes, or after a month.
+# need_container: have those roots, made with the machine's own apt sources and settings, and in each the wheels that
+# pip needs there, where no network is. Made again when the list of packages changes, or after a month.
 need_container() {
     if [[ $(id -u) -ne 0 ]]; then
         echo "Only root can make and boot a container: the tests that need one will fail" >&2
         return
     fi
     need_packages mmdebstrap systemd-container
+    mkdir -p "$LMTPD_TEST_ROOTS"
+    need_root "$own_release"
+    # The same again on Debian 13 itself: it is there then.
+    need_root trixie
+}
+
+# need_root RELEASE
+need_root() {
     local packages=systemd,systemd-sysv,dbus,python3,python3-venv,python3-docopt,python3-systemd,python3-argon2,postfix,libsasl2-modules,dovecot-imapd,openssl,procps,man-db
-    local cache=${LMTPD_TEST_ROOT%/*}
-    mkdir -p "$cache"
+    local root=$LMTPD_TEST_ROOTS/$1
     (
         # Another test run may have machines booted from it, or be making it, at this moment.
         flock --shared 9
-        is_made "$packages" && exit
+        is_made "$root" "$packages" && exit
         flock 9
-        is_made "$packages" && exit
-        echo "Making a Debian root in $cache"
-        rm -rf "$LMTPD_TEST_ROOT"
-        make_root "$packages"
-        "$venv/bin/pip" wheel --quiet --disable-pip-version-check --wheel-dir "$LMTPD_TEST_ROOT/opt/wheels" setuptools wheel scramp
-        echo "$packages" >"$LMTPD_TEST_ROOT/.made-of"
-    ) 9>"$cache/lock"
+        is_made "$root" "$packages" && exit
+        echo "Making a root of $1 in $LMTPD_TEST_ROOTS"
+        rm -rf "$root"
+        make_root "$1" "$root" "$packages"
+        # Pure Python, so it does not matter whose pip fetches them.
+        "$venv/bin/pip" wheel --quiet --disable-pip-version-check --wheel-dir "$root/opt/wheels" setuptools wheel scramp
+        echo "$packages" >"$root/.made-of"
+    ) 9>"$root.lock"
 }
 
-# is_made PACKAGES: whether the root is there, of these packages and not stale.
+# is_made ROOT PACKAGES: whether the root is there, of these packages and not stale.
 is_made() {
-    local stamp=$LMTPD_TEST_ROOT/.made-of
-    [[ $(cat "$stamp" 2>/dev/null) == "$1" && -n $(find "$stamp" -mtime -30) ]]
+    local stamp=$1/.made-of
+    [[ $(cat "$stamp" 2>/dev/null) == "$2" && -n $(find "$stamp" -mtime -30) ]]
 }
 
-# make_root PACKAGES: the root, with nothing in it that only a person would read, nor this machine's name. Dovecot
-# runs in it where a test starts it.
+# make_root RELEASE ROOT PACKAGES: the root, with nothing in it that only a person would read, nor this machine's name.
+# Dovecot runs in it where a test starts it.
 make_root() {
     local sources settings
-    mapfile -t sources < <(distribution_sources)
-    if [[ ${#sources[@]} -eq 0 ]]; then
-        apt-get update -qq
+    [[ -n $(distribution_sources) ]] || apt-get update -qq
+    if [[ $1 == "$own_release" ]]; then
         mapfile -t sources < <(distribution_sources)
+    else
+        need_keys_of "$1"
+        mapfile -t sources < <(debian_sources "$1")
     fi
     # Proxies, certificates, time-outs and the like.
     settings=$(mktemp)
     apt-config dump Acquire >"$settings"
-    mmdebstrap --quiet --mode=root --variant=minbase --include="$1" --aptopt="$settings" \
+    mmdebstrap --quiet --mode=root --variant=minbase --include="$3" --aptopt="$settings" \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
         --customize-hook='rm -f "$1/etc/apt/apt.conf.d/99mmdebstrap" "$1/etc/hostname"' \
         --customize-hook='chroot "$1" postconf -X myhostname' \
         --customize-hook='chroot "$1" systemctl --quiet disable dovecot.service' \
-        "$(. /etc/os-release && echo "$VERSION_CODENAME")" "$LMTPD_TEST_ROOT" "${sources[@]}"
+        "$1" "$2" "${sources[@]}"
     rm -f "$settings"
 }
 
@@ -175,14 +187,30 @@ distribution_sources() {
         sed -n -E 's/^(Debian|Ubuntu) (.*):[0-9]+$/\2/p' | sort -u
 }
 
+# debian_sources RELEASE: that release of Debian at the mirrors of this machine's own, with its updates if this machine
+# has them. Empty on Ubuntu; then mmdebstrap takes Debian's usual mirrors.
+debian_sources() {
+    apt-get indextargets --format '$(ORIGIN) deb $(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' |
+        sed -n -E "s/^Debian (deb [^ ]+) $own_release(-updates|-security)? /\1 $1\2 /p" | sort -u
+}
+
+# need_keys_of RELEASE: the keys of that release of Debian, which is not this machine's own.
+need_keys_of() {
+    local key=/usr/share/keyrings/debian-archive-$1-stable.gpg
+    [[ -e $key ]] && return
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y debian-archive-keyring >/dev/null
+    [[ -e $key ]] || { echo "$key is missing: debian-archive-keyring is too old for a root of $1" >&2; exit 1; }
+}
+
 # need_inetds: have openbsd-inetd and xinetd, which Debian doesn't install side by side: xinetd is unpacked only, to
 # LMTPD_TEST_XINETD. It needs no library that openbsd-inetd doesn't.
-LMTPD_TEST_XINETD=${LMTPD_TEST_ROOT%/*}/xinetd/usr/sbin/xinetd
+LMTPD_TEST_XINETD=$LMTPD_TEST_ROOTS/xinetd/usr/sbin/xinetd
 export LMTPD_TEST_XINETD
 need_inetds() {
     need_packages openbsd-inetd
     [[ -x $LMTPD_TEST_XINETD ]] && return
-    local folder=${LMTPD_TEST_ROOT%/*}/xinetd
+    local folder=$LMTPD_TEST_ROOTS/xinetd
     mkdir -p "$folder"
     (
         cd "$folder"

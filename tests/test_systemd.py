@@ -447,8 +447,8 @@ def test_pool_with_a_broken_configuration_recovers(pool: Machine) -> None:
 # --- the container itself ---
 
 
-def test_a_machine_leaves_nothing_behind() -> None:
-    machine = Machine()
+def test_a_machine_leaves_nothing_behind(base: Path) -> None:
+    machine = Machine(base)
     try:
         assert machine.run("hostname").stdout == "mx.example.com\n"
         init = Path("/proc", machine.root.parent.name)
