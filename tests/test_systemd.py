@@ -112,7 +112,7 @@ def test_the_command_starts_cheaply(installed: Machine) -> None:
     nothing, _ = imported(installed, python, "-c", "pass")
     plain, said = imported(installed, command, stdin=SESSION.format("Subject: x"))
     assert said.count("\n250 2.1.5 ") == 2
-    assert plain - nothing == {"__future__", "_socket", "errno", "itertools", "lmtpd", "select", "syslog"}
+    assert plain - nothing <= {"__future__", "_socket", "errno", "itertools", "lmtpd", "select", "syslog"}
     # What has an id and a date is looked up in a database.
     database, _ = imported(installed, python, "-c", "import sqlite3")
     named, said = imported(installed, command, stdin=SESSION.format("Message-ID: <cold@example.com>\nDate: now"))
