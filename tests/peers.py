@@ -51,6 +51,7 @@ userdb {
 DOVECOT_24_CONF = """\
 mail_driver = maildir
 mail_path = /var/spool/imap/%{user | username}
+mail_inbox_path = .
 first_valid_uid = 8
 userdb static {
   fields {

@@ -36,19 +36,34 @@ assert imap.select(folder)[0] == "OK"
 for number in imap.search(None, "ALL")[1][0].split():
     print(imap.fetch(number, "(BODY[HEADER.FIELDS (SUBJECT)])")[1][0][1].decode().strip())
 """
+QUOTA = f"""\
+import imaplib, sys
+imap = imaplib.IMAP4("127.0.0.1", timeout=50)
+imap.login(sys.argv[1], "{PASSWORD}")
+print(imap.getquotaroot("INBOX")[1][1][0].decode())
+"""
 
 
 @pytest.fixture(scope="module")
 def site(installed: Machine) -> Machine:
     """A machine after the README's commands, save the last: those for a catch-all."""
-    prepare, users, connect, _ = readme_blocks(SITE)
-    [dovecot] = readme_blocks(SITE, "")
+    prepare, jane, *joe, connect, _ = readme_blocks(SITE)
+    release = int(has_dovecot_24(installed))
     # Dovecot is in the machine already, where no network is to install it from.
     installed.shell(prepare.replace("apt-get install -y dovecot-imapd\n", ""))
-    (installed.root / "etc/dovecot/local.conf").write_text(dovecot)
-    installed.shell(users + connect)
+    (installed.root / "etc/dovecot/local.conf").write_text(readme_blocks(SITE, "")[release])
+    installed.shell(jane + joe[release] + connect)
     installed.shell("postconf -e smtpd_authorized_xclient_hosts=127.0.0.1\npostfix reload")
     return installed
+
+
+def has_dovecot_24(machine: Machine) -> bool:
+    return not machine.run("dovecot", "--version").stdout.startswith("2.3.")
+
+
+def quota(machine: Machine, size: str) -> str:
+    """The field by which Dovecot gives a user his quota."""
+    return f"userdb_quota_storage_size={size}" if has_dovecot_24(machine) else f"userdb_quota_rule=*:storage={size}"
 
 
 def submit(machine: Machine, subject: str, *recipients: str, size: int = 0) -> list[str]:
@@ -74,6 +89,18 @@ def subjects(machine: Machine, user: str, folder: str = "INBOX") -> list[str]:
 
 def wait_for_mail(machine: Machine, subject: str, user: str, folder: str = "INBOX") -> None:
     wait_for(lambda: f"Subject: {subject}" in subjects(machine, user, folder), f"{subject} in {folder} of {user}")
+
+
+def limits_on_disk(machine: Machine, user: str) -> str:
+    """The quota as lmtpd has written it into the user's Maildir."""
+    return (machine.root / SPOOL / user / "maildirsize").read_text().splitlines()[0]
+
+
+def quota_by_doveadm(machine: Machine, user: str) -> tuple[int, int]:
+    """The KiB that the user has in his mailbox, and those he may have, as Dovecot counts them."""
+    shown = machine.run("doveadm", "-f", "tab", "quota", "get", "-u", user).stdout
+    [storage] = [line.split("\t") for line in shown.splitlines() if "\tSTORAGE\t" in line]
+    return int(storage[2]), int(storage[3])
 
 
 def test_mail_to_a_user_is_in_the_inbox(site: Machine) -> None:
@@ -116,16 +143,22 @@ def test_an_account_of_the_system_is_no_user(site: Machine) -> None:
 def test_dovecot_and_lmtpd_agree_on_the_quota(site: Machine) -> None:
     submit(site, "counted", "joe@example.com", size=2_000_000)
     wait_for_mail(site, "counted", "joe")
-    [limits, *_] = (site.root / SPOOL / "joe/maildirsize").read_text().splitlines()
-    assert limits == f"{20 * 1024 * 1024}S"
-    quota = site.run("doveadm", "-f", "tab", "quota", "get", "-u", "joe").stdout
-    [storage] = [line.split("\t") for line in quota.splitlines() if "\tSTORAGE\t" in line]
+    assert limits_on_disk(site, "joe") == f"{20 * 1024 * 1024}S"
     on_disk = sum(path.stat().st_size for path in Path(site.root / SPOOL / "joe").glob("*/*,S=*"))
-    assert (int(storage[2]), storage[3]) == (-(-on_disk // 1024), str(20 * 1024))
+    used, limit = -(-on_disk // 1024), 20 * 1024
+    assert quota_by_doveadm(site, "joe") == (used, limit)
+    assert site.run("python3", "-c", QUOTA, "joe").stdout == f'"User quota" (STORAGE {used} {limit})\n'
+
+
+def test_who_has_no_quota_of_his_own_has_that_of_all(site: Machine) -> None:
+    submit(site, "plenty of room", "jane@example.com")
+    wait_for_mail(site, "plenty of room", "jane")
+    assert limits_on_disk(site, "jane") == f"{1024**3}S"
+    assert quota_by_doveadm(site, "jane")[1] == 1024**2
 
 
 def test_a_user_over_quota_is_put_off_until_there_is_room(site: Machine) -> None:
-    add_user(site, "full", "userdb_quota_rule=*:storage=1M")
+    add_user(site, "full", quota(site, "1M"))
     assert codes(submit(site, "the last straw", "full@example.com", size=1_500_000)) == ["250", "250"]
     wait_for_mail(site, "the last straw", "full")
     submit(site, "waits", "full@example.com")
@@ -140,7 +173,7 @@ def test_a_user_over_quota_is_put_off_until_there_is_room(site: Machine) -> None
 
 def test_the_senders_server_hears_that_the_user_is_full(site: Machine) -> None:
     """Nothing is known of him yet, so Postfix asks before it takes the message."""
-    add_user(site, "stuffed", "userdb_quota_rule=*:storage=1k")
+    add_user(site, "stuffed", quota(site, "1k"))
     site.shell(f"install -d -o lmtpd -g lmtpd -m 700 /{SPOOL}/stuffed /{SPOOL}/stuffed/cur /{SPOOL}/stuffed/new")
     (site.root / SPOOL / "stuffed/cur/1.M0P1.mx,S=2000,W=2000:2,S").write_bytes(b"x" * 2000)
     assert codes(submit(site, "too much", "stuffed@example.com")) == ["450"]
