@@ -3487,6 +3487,19 @@ class Maildir:
 # ======================================================================
 
 NOBODY = 65534  # the user id of the account nobody
+ID_LIMIT = 2**32 - 1  # one more than the greatest id of a user or group, credentials(7)
+DOVECOT_24 = 3  # the minor version of the protocol that Dovecot 2.4 speaks, and 2.3 does not
+# Fields of Dovecot's user database whose names begin like a setting of mailboxes or quotas. A field that is in none of
+# these may change where the mail is or how much there may be.
+PLACE_PREFIXES = ("mail_", "maildir_", "mailbox_", "namespace/", "quota")
+PLACE_FIELDS = ("mail_driver", "mail_home", "mail_inbox_path", "mail_path", "quota_message_count", "quota_storage_size")
+HARMLESS_FIELDS = ("mail_index_path", "mail_max_userip_connections", "mail_plugins", "mail_replica", "mail_debug")
+HARMLESS_PREFIXES = (
+    *("mail_attribute", "mail_log", "quota_exceeded_message", "quota_grace", "quota_over", "quota_rule"),
+    *("quota_storage_grace", "quota_warning"),
+)
+# What Dovecot 2.4 ignores, and has in its place.
+RENAMED_FIELDS = {"mail": "mail_path", "quota_rule": "quota_storage_size"}
 PASSWD_SIZE = 512  # octets, more than a struct passwd has on any system
 
 
@@ -3581,7 +3594,7 @@ class DovecotUsers:
     def __init__(self, path: str) -> None:
         self._path = path
         self._service: DovecotService | None = None
-        self._requests = 0
+        self._version = self._requests = 0
         self._backoff = Backoff()
 
     def find(self, userid: str) -> Account:
@@ -3595,25 +3608,15 @@ class DovecotUsers:
     def _account_of(self, userid: str) -> Account:
         """The user's account. Raises UserUnknown, Unavailable, and ValueError for an answer that cannot be used."""
         userid, fields = self._look_up(userid)
-        home = fields.get("home", "")
-        uid = int(fields.get("uid", os.geteuid()))
-        gid = int(fields.get("gid", os.getegid()))
+        check_dovecot_fields(fields, self._version)
+        home = fields.get("mail_home") or fields.get("home", "")
+        uid, gid = as_id(fields.get("uid", str(os.geteuid()))), as_id(fields.get("gid", str(os.getegid())))
         if uid == 0:
             raise ValueError("root cannot have a mailbox")
         user = fields.get("system_groups_user")
         groups = os.getgrouplist(user, gid) if user else [gid]
-        path, limits = maildir_in_dovecot_fields(fields, home), self._limits(fields, userid)
+        path, limits = maildir_in_dovecot_fields(fields, home), limits_in_dovecot_fields(fields)
         return Account(userid, Identity(uid, gid, groups), home=home, path=path, limits=limits)
-
-    def _limits(self, fields: dict[str, str], userid: str) -> tuple[int, int] | None:
-        """The largest limits in the fields quota_rule; None if there is none, or one that is not understood."""
-        rules = [fields[name] for name in fields if name.startswith("quota_rule")]
-        try:
-            limits = [parse_quota_rule(rule) for rule in rules if rule.startswith("*:")]
-        except ValueError as error:
-            log.warning("quota unknown", user=userid, cause=error)
-            return None
-        return (max(octets for octets, _ in limits), max(number for _, number in limits)) if limits else None
 
     def _look_up(self, userid: str) -> tuple[str, dict[str, str]]:
         """The userid and fields of Dovecot's answer. Raises UserUnknown, Unavailable and ValueError.
@@ -3651,6 +3654,8 @@ class DovecotUsers:
                 if time.monotonic() > deadline:
                     raise ServiceTimeout(f"{self._path}: does not answer")
                 verdict, *words = service.hear()
+                if verdict == "VERSION":
+                    self._version = as_number(words[-1])
                 if words and words[0] == identity and verdict in ("USER", "NOTFOUND", "FAIL"):
                     break
         except ServiceTimeout:
@@ -3668,22 +3673,80 @@ class DovecotUsers:
         }
 
 
-def maildir_in_dovecot_fields(fields: dict[str, str], home: str) -> str:
-    """The path in the field mail, which is "maildir:path" with or without options; "" if there is none.
+def as_id(value: str) -> int:
+    """A user id or group id. Raises ValueError."""
+    if not value.isdigit() or int(value) >= ID_LIMIT:
+        raise ValueError(f"{value} is no id of a user or group")
+    return int(value)
 
-    Raises ValueError for another kind of mailbox. Source: Dovecot's documentation of mail_location.
+
+def check_dovecot_fields(fields: dict[str, str], version: int) -> None:
+    """Raises ValueError if a field may change where the mail is, or how much there may be, in a way that is not known.
+
+    version: the minor version of Dovecot's protocol.
     """
-    if not (location := fields.get("mail", "")):
+    for name, value in fields.items():
+        known = name in PLACE_FIELDS or name in HARMLESS_FIELDS or name.startswith(HARMLESS_PREFIXES)
+        if name.startswith(PLACE_PREFIXES) and not known and not (name in ("mail_uid", "mail_gid") and "uid" in fields):
+            raise ValueError(f"{name}={value}: the field is not known")
+    for old, new in RENAMED_FIELDS.items():
+        if version >= DOVECOT_24 and old in fields and new not in fields:
+            raise ValueError(f"{old}={fields[old]}: Dovecot 2.4 ignores this field; set {new}")
+
+
+def maildir_in_dovecot_fields(fields: dict[str, str], home: str) -> str:
+    """The path of the Maildir by the field mail_path, or mail in Dovecot before 2.4; "" if there is neither.
+
+    Raises ValueError for another kind of mailbox. Source: Dovecot's documentation of mail_path and mail_location.
+    """
+    driver, inbox = fields.get("mail_driver", "maildir"), fields.get("mail_inbox_path", ".")
+    if driver.lower() != "maildir":
+        raise ValueError(f"mail_driver={driver}: not maildir")
+    if "mail_path" in fields:
+        path = absolute_maildir(f"mail_path={fields['mail_path']}", fields["mail_path"], home)
+    else:
+        path = maildir_in_location(fields.get("mail", ""), home)
+    if inbox != "." and absolute_maildir(f"mail_inbox_path={inbox}", inbox, home) != path:
+        raise ValueError(f"mail_inbox_path={inbox}: not mail_path; the INBOX of a Maildir++ is the Maildir itself")
+    return path
+
+
+def maildir_in_location(location: str, home: str) -> str:
+    """The path in "maildir:path", with or without options; "" if the location is "". Raises ValueError."""
+    if not location:
         return ""
     kind, _, rest = location.partition(":")
     path, *settings = rest.split(":")
-    if home:
-        path = path.replace("%h", home)
-        path = home + path[1:] if path.startswith("~/") else path
     elsewhere = [setting for setting in settings if setting.startswith(("INBOX=", "LAYOUT=")) and "++" not in setting]
-    if kind != "maildir" or not path.startswith("/") or "%" in path or elsewhere:
+    if kind != "maildir" or elsewhere:
         raise ValueError(f"mail={location}: not a Maildir++ with an absolute path")
-    return path
+    return absolute_maildir(f"mail={location}", path.replace("%h", home) if home else path, home)
+
+
+def absolute_maildir(field: str, path: str, home: str) -> str:
+    """The path in a field, in which ~/ may stand for the home directory. Raises ValueError for a relative one."""
+    whole = home + path[1:] if home and f"{path}/".startswith("~/") else path
+    if not whole.startswith("/") or "%" in whole:
+        raise ValueError(f"{field}: not a Maildir++ with an absolute path")
+    return whole.rstrip("/")
+
+
+def limits_in_dovecot_fields(fields: dict[str, str]) -> tuple[int, int] | None:
+    """The octets and messages that the Maildir may have, 0 for no limit; None if no field says it. Raises ValueError.
+
+    quota_storage_size and quota_message_count in Dovecot 2.4; before, the largest limits of all quota_rule.
+    """
+    size, count = fields.get("quota_storage_size"), fields.get("quota_message_count")
+    if size is not None or count is not None:
+        try:
+            octets = 0 if size in (None, "unlimited") else as_octets(size.lower().replace("ib", "b"))
+            messages = 0 if count in (None, "unlimited") else as_number(count)
+        except ValueError as error:
+            raise ValueError(f"quota_storage_size={size} quota_message_count={count}: {error}") from None
+        return octets, messages
+    rules = [fields[name] for name in fields if name.startswith("quota_rule")]
+    limits = [parse_quota_rule(rule) for rule in rules if rule.startswith("*:")]
+    return (max(octets for octets, _ in limits), max(number for _, number in limits)) if limits else None
 
 
 def parse_quota_rule(rule: str) -> tuple[int, int]:
@@ -3695,12 +3758,17 @@ def parse_quota_rule(rule: str) -> tuple[int, int]:
     folder, *limits = rule.split(":")
     for limit in limits:
         name, _, value = limit.partition("=")
+        if limit == "ignore":
+            return 0, 0
         if folder != "*" or name not in ("storage", "bytes", "messages"):
-            raise ValueError(f"quota_rule={rule}: only storage, bytes and messages for * are known")
-        if name == "messages":
-            messages = as_number(value)
-        else:
-            octets = as_octets(f"{value}K" if name == "storage" and value.isdigit() else value)
+            raise ValueError(f"quota_rule={rule}: only storage, bytes, messages and ignore for * are known")
+        try:
+            if name == "messages":
+                messages = as_number(value)
+            else:
+                octets = as_octets(f"{value}K" if name == "storage" and value.isdigit() else value)
+        except ValueError as error:
+            raise ValueError(f"quota_rule={rule}: {value!r} {error}") from None
     return octets, messages
 
 

@@ -112,8 +112,8 @@ service auth {{
         self.add_row(name, str(home), uid, **fields)
         return home
 
-    def add_row(self, name: str, home: str, uid: int, **fields: str) -> None:
-        """A user whose home is what the text says."""
+    def add_row(self, name: str, home: str, uid: int | str, **fields: str) -> None:
+        """A user whose home and user id are what the texts say."""
         extra = " ".join(f"userdb_{key}={value}" for key, value in fields.items())
         with self._file.open("a") as file:
             file.write(f"{name}:x:{uid}:{uid}::{home}::{extra}\n")
