@@ -25,13 +25,19 @@ unique_subject = no
 default_crl_days = 2
 policy = any
 copy_extensions = copy
+x509_extensions = signed
 [any]
 commonName = supplied
+[signed]
+authorityKeyIdentifier = keyid
 """
 
 
 class Authority:
-    """An authority in a scratch folder that the store's owner can read."""
+    """An authority in a scratch folder that the store's owner can read.
+
+    Its certificates have the extensions without which Python trusts none, from 3.13 on.
+    """
 
     def __init__(self, site: Site) -> None:
         self.folder = site.root / "authority"
@@ -39,7 +45,7 @@ class Authority:
         for name, content in {"index": "", "serial": "01\n", "crlnumber": "01\n", "conf": CONF}.items():
             (self.folder / name).write_text(content)
         self.file = self.folder / "ca.pem"
-        self._request("ca", "Test authority", "-x509", "-days", "2")
+        self._request("ca", "Test authority", "-x509", "-days", "2", "-addext", "keyUsage=critical,keyCertSign,cRLSign")
 
     def openssl(self, *arguments: str) -> None:
         result = subprocess.run(["openssl", *arguments], cwd=self.folder, capture_output=True, text=True)
