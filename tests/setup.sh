@@ -134,7 +134,7 @@ need_container() {
 
 # need_root RELEASE
 need_root() {
-    local packages=systemd,systemd-sysv,dbus,python3,python3-venv,python3-docopt,python3-systemd,python3-idna,python3-argon2,postfix,libsasl2-modules,dovecot-imapd,openssl,procps,man-db
+    local packages=systemd,systemd-sysv,dbus,python3,python3-venv,python3-docopt,python3-systemd,python3-idna,python3-argon2,python3-cffi,postfix,libsasl2-modules,dovecot-imapd,openssl,procps,man-db
     local root=$LMTPD_TEST_ROOTS/$1
     (
         # Another test run may have machines booted from it, or be making it, at this moment.

@@ -11,6 +11,7 @@ from test_site import PASSWORD, codes, submit, wait_for_mail
 from test_systemd import MESSAGE, connect
 
 if OWN != DEBIAN_13:  # else they run on it anyway
+    from test_clients import TestReadme, on_tcp, tcp_machine  # noqa: F401
     from test_systemd import (  # noqa: F401
         machine,
         pool,
