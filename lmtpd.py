@@ -5293,12 +5293,12 @@ class Session(MailDialogue):
     def interpret(self, line: bytes) -> None:
         """See Dialogue.interpret()."""
         unreadable = BAD_CHUNK if line[:4].upper() == b"BDAT" else BAD_SYNTAX
+        if not self._config.lmtp_strict_rfc2821 and line[:4].upper() in ADDRESS_VERBS:
+            line = utf8_address(line)
         try:
             command = line.decode("utf-8").rstrip(WHITE_SPACE)  # RFC 5321 section 4.1.1 has it tolerated
         except UnicodeDecodeError:
-            if self._config.lmtp_strict_rfc2821 or line[:4].upper() not in ADDRESS_VERBS:
-                raise LmtpError(unreadable) from None
-            command = line.translate(EIGHT_BIT_TO_X).decode("ascii").rstrip(WHITE_SPACE)
+            raise LmtpError(unreadable) from None
         if self._config.chatty:
             log.info("command", line=self.loggable(line))
         verb, _, argument = command.partition(" ")
@@ -5443,6 +5443,16 @@ def without_secrets(line: bytes) -> str:
     name = argument.partition(" ")[0]
     is_name = verb.upper() == "AUTH" and len(name) <= MECHANISM_LIMIT and MECHANISM.issuperset(name)
     return f"AUTH {name}" if is_name else "AUTH ..."
+
+
+def utf8_address(line: bytes) -> bytes:
+    """A command line in which each 8-bit octet before the domain is X, unless all of it is UTF-8."""
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        local, at, domain = line.partition(b"@")
+        return local.translate(EIGHT_BIT_TO_X) + at + domain
+    return line
 
 
 def malformed(text: str) -> LmtpError:

@@ -144,7 +144,7 @@ class Machine:
 
     def start(self, *command: str, **popen: Any) -> subprocess.Popen[str]:
         """A command in the machine, as root, not waited for."""
-        inside = ["nsenter", "--target", str(self._leader), "--all", "--root", "--wd=/"]
+        inside = ["nsenter", "--target", str(self._leader), "--all", "--root", "--wd"]
         child: subprocess.Popen[str] = subprocess.Popen([*inside, *command], env=ENVIRONMENT, text=True, **popen)
         return child
 
