@@ -304,6 +304,15 @@ class Site:
     def messages(self, user: str, folder: str = "") -> list[bytes]:
         return [path.read_bytes() for path in self.files(user, folder)]
 
+    def stored(self) -> set[Path]:
+        """The files of all new messages."""
+        return {path for folder in ("*", "*/.*") for path in self.spool.glob(f"{folder}/new/*")}
+
+    def place(self, message: Path) -> str:
+        """The user and the folder that has a message: "jane", "jane/lists", "jane@example.com/lists/new"."""
+        user, *folder = str(message.parent.parent.relative_to(self.spool)).split("/.")
+        return "/".join([user, *(part.replace(".", "/") for part in folder)])
+
     def close(self) -> None:
         for child in self._children:
             if child.poll() is None:

@@ -857,6 +857,19 @@ class Cyrus(Peer):
         found = [path for path in (self.folder / "spool").rglob("[0-9]*.") if self._belongs(path, user)]
         return [path.read_bytes() for path in sorted(found, key=lambda path: int(path.name[:-1]))]
 
+    def stored(self) -> set[Path]:
+        """The files of all messages."""
+        return set((self.folder / "spool").rglob("[0-9]*."))
+
+    def place(self, message: Path) -> str:
+        """The user and the folder that has a message, as Site.place has it; Cyrus says example.com!user.jane.lists."""
+        header = (message.parent / "cyrus.header").read_bytes()
+        found = re.search(rb' N ("[^"]*"|\S+) ', header)
+        assert found is not None, header
+        *domain, folder = found[1].decode().strip('"').split("!")
+        _, user, *rest = (part.replace("^", ".") for part in re.split(r"[.\x1f]", folder))
+        return "/".join(["@".join([user, *domain]), *rest])
+
     @staticmethod
     def _belongs(path: Path, user: str) -> bool:
         header = (path.parent / "cyrus.header").read_bytes()

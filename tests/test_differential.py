@@ -1,11 +1,15 @@
-"""The same sessions to a real Cyrus lmtpd and to ours: the reply codes agree, but for differences with a name."""
+"""The same sessions to a real Cyrus lmtpd and to ours: the reply codes agree, but for differences with a name.
+
+So do the places of the messages and their Return-Path.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Union
 
 import pytest
@@ -511,3 +515,344 @@ def without_trace(text: bytes) -> tuple[bytes, bytes]:
     fields = re.split(rb"\n(?![ \t])", headers)
     added = (b"received:", b"x-cyrus-session-id:", b"x-sieve:", b"message-id:", b"date:")
     return b"\n".join(field for field in fields if not field.lower().startswith(added)), body
+
+
+# Addresses: where a message goes, and what its Return-Path is.
+PathText = Union[str, bytes]
+REFUSED = "refused"  # with a code 5xx: the message would go back to its sender
+DEFERRED = "deferred"  # with a code 4xx
+ADDRESS_OPTIONS = {"unixhierarchysep": "yes", "altnamespace": "yes", "autocreate_acl": "lists anyone p"}
+
+
+class Outcome(NamedTuple):
+    """The folder that a message was stored in, REFUSED or DEFERRED, and its Return-Path."""
+
+    place: str
+    return_path: str = ""
+
+
+class Other(NamedTuple):
+    """What ours makes of a path, the folder or the Return-Path, where it is meant to differ from Cyrus, and why."""
+
+    ours: str
+    reason: str
+    in_every_version: bool = True  # of Cyrus
+
+
+class Layout(NamedTuple):
+    """The users, the options that are not in ADDRESS_OPTIONS, and the recipients of each folder."""
+
+    users: tuple[str, ...]
+    options: dict[str, str]
+    recipients: dict[str, tuple[PathText, ...]]
+    others: dict[PathText, Other]
+
+
+def stretched(path: str, size: int) -> str:
+    """The path with its first letter repeated, so that it is this long."""
+    return path[:2] + path[1] * (size - len(path)) + path[2:]
+
+
+UNDERSCORE = "a domain may have an underscore"
+LITERAL = "an address literal may be one of IPv6"
+ROUTE = "a source route is left out of Return-Path"
+QUOTES = "the quotes of a local part are no part of it"
+CONTROL = "control characters are refused"
+LONG = "an address may have 900 octets"
+SPACES = "spaces at the end of a command, and several between its parts, are taken"
+POSTMASTER = "postmaster is a user in every domain"
+HIERARCHY = "the circumflex does not stand for a dot in a name"
+
+KEPT_SENDERS = (
+    *("<>", "<a@b>", "<A@b.example>", "<a..b@c>", "<.a@b>", "<a.@b>", "<.@b>", "<a@-b>", "<a@b->", "<a@1.2.3.4>"),
+    *("<a@[1.2.3.4]>", '<"a b"@c>', '<"a\\"b"@c>', '<"a\\\\b"@c>', '<"a>b"@c>', '<"a@b"@c>', '<""@b>', "<'a'@b>"),
+    *("<a%b@c>", "<a!b@c>", "<a/b@c>", "<//@c>", "<a+b=c@d.example>", "<prvs=1a/a@b>", "<SRS0=x=yy=b.example=a@c>"),
+    *("<a{b}|c~d`e^f&g$h?i*j#k@l>", stretched("<a@b.example>", 200), stretched("<a@b.example>", 900)),
+)
+SENDERS: dict[str, tuple[PathText, ...]] = {
+    REFUSED: (
+        *("", "<", "< >", "a@b", "<a@b", "a@b>", " <a@b>", " a@b", "\t<a@b>", "<<a@b>>", "<<a@b>", "<a@b>>", "<@b>"),
+        *("<@>", "<a@@b>", "<a@b@c>", "<a b@c>", "<a @b>", "< a@b>", "<a@b >", "<a@ b>", "<a\tb@c>", "<a,b@c>"),
+        *("<a:b@c>", "<a;b@c>", "<a(b)@c>", "<a[b@c>", "<a]b@c>", '<a"b@c>', '<"a@c>', '<"a"."b"@c>', "<a@b,c>"),
+        *("<a@b:c>", "<a@b;c>", "<a@b(c)>", "<a@b\\c>", '<a@b"c>', "<a@b/c>", "<a@b%c>", "<a@b!c>", "<a@b*>", "<a@[b>"),
+        *("<a@b]>", "<a@[1.2.3.4]x>", "<a@[1.2.3.4>", "<@r>", "<@r,s:a@b>", "<@r:@s:a@b>", "<@r a@b>", "<a@b>x"),
+        *("<a@b>SIZE=1", "<a@b>\t", "<a@b> \t", "<a@b>\tSIZE=1", "<a@b>\v", "<a@b>\f", "<a@b>\u00a0", "<a@b> x"),
+        *("<a@b> RET=FULL", "<a@b> AUTH", "<a@b> AUTH=+zz", "<a@b> BODY=", "<a@b> BODY=7BITx", "<\u00e9@b.example>"),
+        *("<a@\u00e9.example>", b"<\xe9@b.example>", b"<a@\xe9.example>"),
+    ),
+    "<a@b>": ("<a@b> SIZE=1", "<a@b> AUTH=<>", "<a@b> AUTH=a+2Bb", "<a@b> BODY=8BITMIME SIZE=10"),
+    "<a@mx.example.com>": ("<a>",),
+    "<MAILER-DAEMON@mx.example.com>": ("<MAILER-DAEMON>",),
+    "<a!b@mx.example.com>": ("<a!b>",),
+    '<""@mx.example.com>': ('<"">',),
+    **{path: (path,) for path in KEPT_SENDERS},
+}
+OTHER_SENDERS: dict[PathText, Other] = {
+    "<a@b_c.example>": Other("<a@b_c.example>", UNDERSCORE),
+    "<a@[IPv6:::1]>": Other("<a@[IPv6:::1]>", LITERAL),
+    "<@r:a@b>": Other("<a@b>", ROUTE),
+    "<@r,@s:a@b>": Other("<a@b>", ROUTE),
+    "<@[1.2.3.4]:a@b>": Other("<a@b>", ROUTE),
+    "<@r:a>": Other("<a@mx.example.com>", ROUTE),
+    '<"a"@b>': Other("<a@b>", QUOTES),
+    '<"a@b">': Other('<"a@b"@mx.example.com>', QUOTES),
+    "<a\x7fb@c>": Other(REFUSED, CONTROL),
+    '<"a\tb"@c>': Other(REFUSED, CONTROL),
+    "<a@b>\0x": Other(REFUSED, CONTROL),
+    stretched("<a@b.example>", 1000): Other(REFUSED, LONG),
+    "<a@b> ": Other("<a@b>", SPACES),
+    "<a@b>  SIZE=1": Other("<a@b>", SPACES),
+    "<a@b> SIZE=1 ": Other("<a@b>", SPACES),
+}
+
+# What is nobody's address, whatever the layout.
+MALFORMED: tuple[PathText, ...] = (
+    *("", "<", "<>", "< >", "jane", "jane@example.com", " <jane>", "<<jane>>", "<<jane>", "<jane>>", "<jane>x"),
+    *("<@example.com>", "<@>", "<jane@@example.com>", "<jane@example.com@other.example>", "<jane@x@example.com>"),
+    *("<jane @example.com>", "< jane@example.com>", "<jane@example.com >", "<jane@ example.com>", "<jane joe>"),
+    *("<jane+Some Folder>", "<jane+Some Folder@example.com>", '<jane+"lists">', '<"jane"+lists>', '<j"an"e>'),
+    *("<jane,joe>", "<jane:>", "<:jane>", "<jane;x>", "<jane(c)>", "<(c)jane@b>", "<jane@b(c)>", "<jane@b,c>", "<@r:>"),
+    *("<jane@b:c>", "<jane@b;c>", "<jane@b/c>", "<jane@b%c>", "<jane@b!c>", "<jane@b+c>", "<jane@b\\c>", "<@r,s:jane>"),
+    *("<jane>\t", "<jane> \t", "<jane>\v", "<jane>\f", "<jane>\u00a0", b"<jane>\xa0", "<jane\t>", "<jane\x01>"),
+    *("<jan\u00e9>", b"<jan\xe9>", "<jane+\u00e9>", b"<jane+\xe9>", "<jane@\u00e9.example>", b"<jane@\xe9.example>"),
+    *("<jane> x", "<jane> NOTIFY=NEVER", "<jane> ORCPT=rfc822;jane@x", "<jane> IGNOREQUOTAx", "<jane>\tIGNOREQUOTA"),
+)
+# Names that only look like jane's.
+UNKNOWN: tuple[PathText, ...] = (
+    *("<nobody>", "<anyone>", "<cyrus>", "<root>", "<mail>", "<.>", "<..>", "<+>", "<+jane>", "<+@example.com>"),
+    *("<.jane>", "<jane.>", "<ja..ne>", "<jane/>", "</jane>", "<~jane>", "<jane*>", "<jan?>", "<&jane>", "<'jane'>"),
+    *("<jane%example.com>", "<jane%other.example@example.com>", "<jane!x>", "<x!jane>", "<jane=x>", "<jane-lists>"),
+    *("<jane_lists>", "<jane.lists>", "<jane/lists>", "<user.jane>", "<user/jane>", "<../jane>", "<mary-x>"),
+    *("<mary+ann>", "<+user/jane>", "<+lists>", f"<{'j' * 400}@example.com>", "<nobody+lists@example.com>", "<jan%>"),
+)
+# Domains that the user, or the default domain, does not have, however like.
+EMPTY_LABELS: tuple[PathText, ...] = (
+    *("<jane@>", "<jane@.>", "<jane@..>", "<jane@example.com.>", "<jane@.example.com>", "<jane@example..com>"),
+)
+# The details of jane that name no folder of hers, and those that do.
+DETAILS = (
+    *("", "a", "a+b", "+lists", "Lists", "LISTS", "INBOX", "inbox", "INBOX/lists", "INBOX.lists", "lists.sub"),
+    *("lists/sub", "lists^", ".lists", "lists.", "lists/.", "./lists", "..", "../joe", "user/joe", "user/jane/lists"),
+    *("#lists", "~", "some_folder", "Some.Folder", "Some%20Folder", "lists+x", "&AOk-", "x" * 300, "'lists'", "lists-"),
+)
+JANE_OF_EVERY_LAYOUT: tuple[PathText, ...] = (
+    *("<jane>", "<JANE>", "<Jane>", "<@r:jane>", "<@r,@s:jane>", "<jane> IGNOREQUOTA"),
+    *(f"<jane+{detail}>" for detail in DETAILS),
+)
+LISTS_OF_EVERY_LAYOUT: tuple[PathText, ...] = ("<jane+lists>", "<JANE+lists>", "<@r:jane+lists>")
+OTHERS_OF_EVERY_LAYOUT: dict[PathText, Other] = {
+    '<"jane">': Other("jane", QUOTES),
+    '<"JANE">': Other("jane", QUOTES),
+    '<"ja\\ne">': Other("jane", QUOTES),
+    '<"jane+lists">': Other("jane/lists", QUOTES),
+    '<"jane+Some Folder">': Other("jane/Some Folder", QUOTES),
+    "<jane> ": Other("jane", SPACES),
+    "<jane>  IGNOREQUOTA": Other("jane", SPACES),
+    "<jane>\0": Other(REFUSED, CONTROL),
+}
+
+LAYOUTS = {
+    "off": Layout(
+        ("jane", "joe", "mary-ann", "jo.hn"),
+        {"virtdomains": "off", "defaultdomain": "example.com"},
+        {
+            "jane": (
+                *("<jane@example.com>", "<jane@other.example>", "<JANE@EXAMPLE.COM>", "<jane@localhost>", "<jane@-b>"),
+                *("<jane@xn--mnchen-3ya.example>", "<jane@[127.0.0.1]>", "<jane@1.2.3.4>", "<jane+@example.com>"),
+                *("<@r:jane@example.com>", f"<jane@{'a' * 300}.example>", *JANE_OF_EVERY_LAYOUT),
+            ),
+            "jane/lists": ("<jane+lists@example.com>", "<Jane+lists@other.example>", *LISTS_OF_EVERY_LAYOUT),
+            "mary-ann": ("<mary-ann>", "<Mary-Ann@example.com>", "<mary-ann+x>"),
+            "jo.hn": ("<jo.hn>", "<JO.HN@example.com>", "<jo.hn+x>"),
+            REFUSED: ("<j.o.h.n>", *MALFORMED, *UNKNOWN),
+        },
+        {
+            "<jane@b_c.example>": Other("jane", UNDERSCORE),
+            "<jane@[IPv6:::1]>": Other("jane", LITERAL),
+            '<"jane"@example.com>': Other("jane", QUOTES),
+            "<jo^hn>": Other(REFUSED, HIERARCHY),
+            **OTHERS_OF_EVERY_LAYOUT,
+        },
+    ),
+    "userid": Layout(
+        ("jane", "joe", "postmaster", "jane@example.com", "jo.hn@example.com", "jane@xn--mnchen-3ya.example"),
+        {"virtdomains": "userid"},
+        {
+            "jane": JANE_OF_EVERY_LAYOUT,
+            "jane/lists": LISTS_OF_EVERY_LAYOUT,
+            "postmaster": ("<postmaster>", "<PostMaster>", "<postmaster+x>"),
+            "jane@example.com": (
+                *("<jane@example.com>", "<JANE@EXAMPLE.COM>", "<Jane@Example.com>", "<@r:jane@example.com>"),
+                *("<jane+@example.com>", "<jane+x@example.com>", "<jane+Lists@EXAMPLE.com>"),
+            ),
+            "jane@example.com/lists": ("<jane+lists@example.com>", "<JANE+lists@EXAMPLE.COM>"),
+            "jo.hn@example.com": ("<jo.hn@example.com>", "<Jo.Hn@Example.com>"),
+            "jane@xn--mnchen-3ya.example": ("<jane@xn--mnchen-3ya.example>", "<jane@XN--MNCHEN-3YA.example>"),
+            REFUSED: (
+                *("<joe@example.com>", "<jane@other.example>", "<jane@sub.example.com>", "<jane@com>"),
+                *("<jane@ample.com>", "<jo.hn>", "<jane@mx.example.com>", "<jane@localhost>", "<jane@defdomain>"),
+                *("<jane@[127.0.0.1]>", "<jane@b_c.example>", "<jane@[IPv6:::1]>", f"<jane@{'a' * 300}.example>"),
+                *(*UNKNOWN, *EMPTY_LABELS),
+            ),
+        },
+        {
+            '<"jane"@example.com>': Other("jane@example.com", QUOTES),
+            '<"jane+lists"@example.com>': Other("jane@example.com/lists", QUOTES),
+            "<postmaster@example.com>": Other("postmaster", POSTMASTER),
+            **OTHERS_OF_EVERY_LAYOUT,
+        },
+    ),
+    "on, with a default": Layout(
+        ("jane", "jane@other.example", "jane@sub.example.com"),
+        {"virtdomains": "on", "defaultdomain": "example.com"},
+        {
+            "jane": ("<jane@example.com>", "<Jane@example.com>", "<jane+x@example.com>", *JANE_OF_EVERY_LAYOUT),
+            "jane/lists": ("<jane+lists@example.com>", *LISTS_OF_EVERY_LAYOUT),
+            "jane@other.example": ("<jane@other.example>", "<JANE@OTHER.EXAMPLE>", "<jane+x@other.example>"),
+            "jane@other.example/lists": ("<jane+lists@other.example>", "<Jane+lists@Other.example>"),
+            "jane@sub.example.com": ("<jane@sub.example.com>", "<jane@SUB.example.com>"),
+            REFUSED: (
+                *("<jane@nowhere.example>", "<jane@com>", "<jane@ample.com>", "<jane@xexample.com>"),
+                *("<jane@localhost>", "<jane@other.example.>", *UNKNOWN, *EMPTY_LABELS),
+            ),
+        },
+        {
+            '<"jane"@other.example>': Other("jane@other.example", QUOTES),
+            # 3.6.1 stores the message, fails an assertion and hangs up.
+            "<jane@EXAMPLE.COM>": Other("jane", "the default domain may be in any case", in_every_version=False),
+            **OTHERS_OF_EVERY_LAYOUT,
+        },
+    ),
+    "dots for levels": Layout(
+        ("jane", "mary-ann"),
+        {"unixhierarchysep": "no"},
+        {
+            "jane": ("<jane>", "<jane@example.com>", "<jane+lists/x>", "<jane+lists/>", "<jane+user.jane.lists>"),
+            "jane/lists": ("<jane+lists>", "<JANE+lists@example.com>"),
+            "mary-ann": ("<mary-ann>",),
+            REFUSED: ("<jane.lists>", "<jane/lists>", "<user.jane>", "<+user.jane>", "<.jane>", "<jane.>"),
+        },
+        {},
+    ),
+    "a catch-all": Layout(
+        ("jane", "joe"),
+        {"virtdomains": "userid", "lmtp_catchall_mailbox": "joe"},
+        {
+            "jane": ("<jane>", "<jane+x>", "<JANE>"),
+            "joe": (
+                *("<nobody>", "<nobody@example.com>", "<nobody+lists>", "<jane@example.com>", "<jane@[1.2.3.4]>"),
+                *("<.>", "<..>", "<a/b>", "<jane/>", f"<{'x' * 300}>", f"<jane@{'a.' * 150}b>", "<jane%example.com>"),
+                '<"nobody">',
+            ),
+            REFUSED: ("<nobody joe>", "<jane@@b>", "<n,o>", "nobody", "<jan\u00e9>", "<nobody@a/b>"),
+        },
+        {'<"jane">': Other("jane", QUOTES)},
+    ),
+}
+
+
+class Correspondent:
+    """A client that sends a server one message after the other, and looks where it has stored them."""
+
+    def __init__(self, server: Cyrus | Site) -> None:
+        self._server = server
+        self._client: Client | None = None
+        self._seen = server.stored()
+
+    def send(self, mail: bytes, rcpt: bytes) -> Outcome:
+        """What comes of a message with these commands. What goes wrong ends the connection."""
+        client, self._client = self._client or self._connect(), None
+        for step in (mail, rcpt, b"DATA", MESSAGE + b"."):
+            reply = client.command(step)
+            if not reply.startswith(("2", "3")):
+                break
+        new = self._server.stored() - self._seen
+        self._seen |= new
+        if reply.startswith("4"):
+            client.close()
+            return Outcome(DEFERRED)
+        assert client.command("RSET").startswith("250")
+        self._client = client
+        if reply.startswith("5"):
+            assert not new
+            return Outcome(REFUSED)
+        (path,) = new
+        found = re.match(rb"Return-Path: (.*?)\r?\n", path.read_bytes())
+        assert found is not None
+        return Outcome(self._server.place(path), found[1].decode())
+
+    def _connect(self) -> Client:
+        client = self._server.connect()
+        client.hello()
+        return client
+
+    def close(self) -> None:
+        if self._client:
+            self._client.close()
+
+
+# Gives clients of Cyrus and of ours for the name of a layout.
+Both = Callable[[str], tuple[Correspondent, Correspondent]]
+
+
+@pytest.fixture(scope="module")
+def both() -> Iterator[Both]:
+    """A layout's servers run from its first test on."""
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def correspondents(name: str) -> tuple[Correspondent, Correspondent]:
+            layout = LAYOUTS[name]
+            options = {**ADDRESS_OPTIONS, **layout.options}
+            site = Site(**options, lmtp_max_bad_commands="0", lmtp_max_idle_commands="0")
+            stack.callback(site.close)
+            for user in layout.users:
+                site.add_user(user, f"{user}/.lists", f"{user}/.Some Folder")
+            cyrus = stack.enter_context(Cyrus(site.root / "cyrus", layout.users, ("lists", "Some Folder"), **options))
+            pair = Correspondent(cyrus), Correspondent(site)
+            for correspondent in pair:
+                stack.callback(correspondent.close)
+            return pair
+
+        yield correspondents
+
+
+Row = tuple[str, PathText, Union[str, Other]]
+
+
+def rows(layout: str, alike: dict[str, tuple[PathText, ...]], others: dict[PathText, Other]) -> list[Row]:
+    """Each path, and what is to come of it."""
+    return [
+        *((layout, path, outcome) for outcome, paths in alike.items() for path in paths),
+        *((layout, path, other) for path, other in others.items()),
+    ]
+
+
+RECIPIENTS = [row for name, layout in LAYOUTS.items() for row in rows(name, layout.recipients, layout.others)]
+
+
+def name_of(row: Row) -> str:
+    return f"{row[0]}: {row[1]!r:.60}"
+
+
+@pytest.mark.parametrize("row", RECIPIENTS, ids=name_of)
+def test_mail_goes_where_cyrus_puts_it_or_elsewhere_for_a_reason(row: Row, both: Both) -> None:
+    layout, path, expected = row
+    theirs, ours = (client.send(b"MAIL FROM:<a@b>", b"RCPT TO:" + octets(path)[:-2]) for client in both(layout))
+    compare(theirs.place, ours.place, expected)
+
+
+@pytest.mark.parametrize("row", rows("off", SENDERS, OTHER_SENDERS), ids=name_of)
+def test_return_path_is_that_of_cyrus_or_another_for_a_reason(row: Row, both: Both) -> None:
+    layout, path, expected = row
+    theirs, ours = (client.send(b"MAIL FROM:" + octets(path)[:-2], b"RCPT TO:<jane>") for client in both(layout))
+    compare(theirs.return_path or theirs.place, ours.return_path or ours.place, expected)
+
+
+def compare(theirs: str, ours: str, expected: str | Other) -> None:
+    if isinstance(expected, Other):
+        if expected.in_every_version:
+            assert theirs != expected.ours, "Cyrus does the same: no difference any more"
+        assert ours == expected.ours, expected.reason
+    else:
+        assert (theirs, ours) == (expected, expected)
