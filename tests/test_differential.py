@@ -92,6 +92,8 @@ SESSIONS = [
     lockstep("LHLO again", "LHLO other.example", MAIL),
     lockstep("LHLO in a transaction", MAIL, JANE, "LHLO other.example", MAIL, JANE, "DATA", message()),
     lockstep("LHLO without a name", "LHLO"),
+    lockstep("LHLO with an empty name", "LHLO "),
+    lockstep("LHLO with more than a name", "LHLO a b", "LHLO  a", "LHLO a\t", "LHLO [127.0.0.1]", "LHLO -"),
     lockstep("HELO and EHLO", "HELO client.example", "EHLO client.example"),
     lockstep("nested MAIL", MAIL, MAIL, JANE, "DATA", message()),
     lockstep("RCPT before MAIL", JANE, *TRANSACTION),
@@ -114,6 +116,10 @@ SESSIONS = [
     lockstep("8-bit octets in a command", b"X\xc3\xa9", b"NOOP\xff", "NOOP"),
     lockstep("lower case", "mail from:<sender@example.com>", "rcpt to:<jane>", "data", message()),
     lockstep("trailing spaces", "NOOP  ", "RSET ", MAIL + "  ", JANE + "  ", "DATA ", message()),
+    lockstep("trailing white space", "NOOP\t", "RSET \t", MAIL + "\f", JANE + "\v", "DATA\t ", message(), "QUIT\t"),
+    lockstep("a trailing bare CR", "NOOP\r", "RSET\r", "QUIT\r"),
+    lockstep("a trailing NUL", "NOOP\0", "RSET\0x", MAIL + "\0", JANE + "\0", "QUIT\0"),
+    lockstep("leading white space", " NOOP", "\tRSET", " " + MAIL, " QUIT"),
     lockstep("spaces after the colon", "MAIL FROM: <sender@example.com>", "RCPT TO: <jane>", "RSET"),
     lockstep("a long line", "NOOP " + "x" * 3000, "X" * 3000, "NOOP"),
     lockstep("a very long line", "X" * 20000, "NOOP"),
@@ -235,6 +241,14 @@ DIFFERENCES: dict[str, Difference] = {
     "trailing spaces": Difference(
         ("250 2.0.0", "250 2.0.0", "250 2.1.0", "250 2.1.5", "354", "250 2.1.5", "221 2.0.0"), TOLERANT
     ),
+    "trailing white space": Difference(
+        ("250 2.0.0", "250 2.0.0", "250 2.1.0", "250 2.1.5", "354", "250 2.1.5", "221 2.0.0"), TOLERANT
+    ),
+    "a trailing NUL": Difference(
+        (*["500 5.5.2"] * 5, "221 2.0.0"),
+        "A NUL is no end of a line, as it is for Cyrus, whose lines are strings of C.",
+    ),
+    "LHLO with an empty name": Difference(("501 5.5.4", "221 2.0.0"), ARGUMENT),
     "IGNOREQUOTA on MAIL": Difference(("555 5.5.4", "250 2.0.0", "221 2.0.0"), UNKNOWN_PARAMETER),
     "a parameter of RCPT that is unknown": Difference(
         ("250 2.1.0", "555 5.5.4", "250 2.1.5", "221 2.0.0"), UNKNOWN_PARAMETER
@@ -688,6 +702,7 @@ OTHERS_OF_EVERY_LAYOUT: dict[PathText, Other] = {
     **dict.fromkeys(
         ("<jane> ", "<jane> IGNOREQUOTA ", "<jane>\t", "<jane> \t", "<jane>\v", "<jane>\u00a0"), Other("jane", WHITE)
     ),
+    "<+user/jane/lists>": Other(REFUSED, POSTUSER),
     "<jane>\0": Other(REFUSED, STRICT),
     f"<jane+{'x' * 1000}>": Other(REFUSED, STRICT),
 }
