@@ -28,7 +28,7 @@ Options:
 # Addresses       paths and parameters of commands; user, detail and domain of a recipient
 # Files           identities, guarded paths, drafts, durable files and directories
 # Message         what comes after DATA or BDAT: decoding, limits, header, added fields
-# Maildir++       names of folders and files on the disk, quota, keywords, Dovecot's lock
+# Maildir++       names of folders and files on the disk, quota, keywords, subscriptions, locks
 # Mailboxes       a user's Maildir: folders, quota check, placing a message
 # Users           the user databases
 # Mailstore       the way from a recipient to a mailbox
@@ -102,6 +102,52 @@ FACILITIES = {  # syslog(3)
     **{f"local{number}": 16 + number << 3 for number in range(8)},
 }
 XLIST = "xlist-"  # before the special use, in the name of an option
+# The options of Cyrus IMAP 3.6 that lmtpd does not implement. Those of the first group change what happens to mail.
+CHANGING_OPTIONS = """
+    anysievefolder autocreate_sieve_compiled_script autocreate_sieve_folders autocreate_sieve_script
+    autocreate_sieve_script_compile autocreate_sieve_script_compiled autosievefolders mailbox_initial_flags
+    mailnotifier notifysocket proxyservers sendmail sendmail_auth_id sieve_allowreferrals
+    sieve_duplicate_max_expiration sieve_extensions sieve_folder sieve_maxscripts sieve_maxscriptsize
+    sieve_sasl_send_unsolicited_capability sieve_use_lmtp_reject sieve_utf8fileinto sieve_vacation_max_response
+    sieve_vacation_min_response sievedir sievenotifier sieveusehomedir smtp_auth_authname smtp_auth_password
+    smtp_auth_realm smtp_backend smtp_host userdeny_db userdeny_db_path username_tolower
+"""
+OTHER_OPTIONS = """
+    acl_admin_implies_write afspts_localrealms afspts_mycell allowallsubscribe allowanonymouslogin allowapop
+    allowdeleted allownewnews allowsetacl allowusermoves altnamespace altprefix anyoneuseracl auditlog auth_mech
+    autocreate_acl autocreate_subscribe_sharedfolders autocreate_subscribe_sharedfolders_all
+    autocreateinboxfolders autocreatequota autocreatequotamsg autoexpunge autosubscribe_all_sharedfolders
+    autosubscribeinboxfolders autosubscribesharedfolders boundary_limit client_bind client_bind_name
+    client_timeout commandmintimer createonpost crossdomains crossdomains_onlyother cyrus_group
+    debug_writefail_guid defaultacl defaultsearchtier defaultserver delete_mode delete_unsubscribe deletedprefix
+    deleteright disable_shared_namespace disable_user_namespace disconnect_on_vanished_mailbox duplicate_db
+    expunge_mode failedloginpause flushseenstate foolstupidclients force_sasl_client_mech fulldirhash
+    generate_compiled_sieve_script hashimapspool hostname_mechs hostname_password idlesocket ignorereference
+    imapidlepoll imapidletimeout imapidresponse imapmagicplus imipnotifier implicit_owner_rights
+    improved_mboxlist_sort iolog literalminus lmtp_preparse lmtpsocket lmtptxn_timeout lock_debugtime
+    loginrealms loginuseacl logtimestamps mailbox_default_options mailbox_legacy_dirs
+    mailbox_maxmessages_addressbook mailbox_maxmessages_calendar mailbox_maxmessages_email
+    master_bind_errors_fatal maxheaderlines maxlogins_per_host maxlogins_per_user maxquoted maxword mboxkey_db
+    mboxlist_db mboxlist_db_path metapartition_files netscapeurl notesmailbox notify_external
+    plaintextloginalert plaintextloginpause proc_path ptloader_sock qosmarking quota_db quota_db_path
+    quota_use_conversations quotawarn quotawarnkb quotawarnmsg readonly restore_authname restore_password
+    restore_realm reverseacls reverseuniqueids rfc2046_strict rfc2047_utf8 rfc3028_strict seenstate_db
+    sharedprefix skiplist_always_checkpoint skiplist_unsafe sortcache_db specialuse_extra specialuse_nochildren
+    specialuse_protect specialusealways srvtab statuscache statuscache_db statuscache_db_path submitservers
+    subscription_db suppress_capabilities telemetry_bysessionid temp_path timeout tls_ca_file tls_ca_path
+    tls_cert_file tls_cipher_list tls_client_cert tls_client_key tls_eccurve tls_key_file
+    tls_prefer_server_ciphers tls_server_ca_dir tls_server_ca_file tls_server_dhparam tls_session_timeout
+    tls_sessions_db tls_sessions_db_path tlscache_db tlscache_db_path uidl_format unix_group_enable userprefix
+    websocket_timeout
+"""
+# Options beginning so are Cyrus', in every version: lmtpd would have nothing to do with them.
+OPTION_FAMILIES = """
+    addressbook annotation_ aps_ archive_ backup_ caldav_ calendar carddav_ caringo_ conversations dav event_
+    fastmail http icalendar_ ischedule_ jmap ldap_ mboxname_ mupdate_ news nntp object_storage_ openio_
+    partition_select_ pop prometheus_ proxyd_ proxy_ pts rss_ sasl_ search_ serverlist sync_ sql_ srs_ vcard_
+    virusscan_ xbackup_ zoneinfo_
+"""
+SIMILAR = 0.8  # how similar the name of an option is to a misspelt one, by difflib
 
 
 class ConfigError(Exception):
@@ -338,10 +384,15 @@ class Config:
     )
     duplicate_expiry = option(as_duration, "3d", "how long a delivered message is remembered")
     duplicatesuppression = option(as_switch, "yes", "do not store a message that the mailbox already has")
+    lmtp_auth_timeout = option(
+        limited(as_duration, "1s", "1d"), "60s", "the time for a client that is not trusted to authenticate"
+    )
+    lmtp_autosubscribe = option(as_switch, "no", "subscribe users to the folders that are made for them")
     lmtp_catchall_mailbox = option(as_text, "", "the user who gets the mail of unknown users")
     lmtp_command_timeout = option(
         limited(as_duration, "1s", "1d"), "360s", "the time for a client to send a line or read a reply"
     )
+    lmtp_delivered_to = option(as_switch, "no", "add a field Delivered-To with the recipient to each copy")
     lmtp_detail_create = option(as_switch, "no", "make the folder that a sub-address names")
     lmtp_downcase_rcpt = option(as_switch, "yes", "put the user part of recipients into lower case")
     lmtp_exclude_specialuse = option(
@@ -355,6 +406,9 @@ class Config:
     lmtp_max_recipients = option(limited(as_number, "1", "999999"), "1000", "the most recipients of a transaction")
     lmtp_maxchild = option(
         limited(as_number, "1", "100000"), "50", "the most connections that a listening lmtpd serves at once"
+    )
+    lmtp_maxchild_untrusted = option(
+        limited(as_number, "0", "100000"), "0", "the same for clients that are not trusted; 0: as lmtp_maxchild"
     )
     lmtp_over_quota_perm_failure = option(
         as_switch, "no", "refuse mail for a full mailbox permanently (552), not temporarily"
@@ -419,7 +473,7 @@ class Config:
     tls_versions = option(
         as_words(*TLS_VERSIONS), "tls1_2 tls1_3", "the versions of TLS; those before 1.2 are never used"
     )
-    umask = option(limited(as_octal, "0", "777"), "077", "the file creation mask")
+    umask = option(limited(as_octal, "0", "077"), "077", "the file creation mask")
     unixhierarchysep = option(as_switch, "yes", "whether a slash divides the levels of a folder's name, and not a dot")
     userdb = option(as_choice("maildir", "passwd", "dovecot"), "maildir", "the user database")
     userdb_socket_path = option(as_path, "/run/dovecot/auth-userdb", "the socket of Dovecot's user database")
@@ -428,7 +482,8 @@ class Config:
     files: tuple[str, ...]  # the configuration file, and those that it includes
     partition: str  # the directory of all Maildirs
     special_uses: dict[str, str]  # special uses (RFC 6154) and their folders, from the options xlist-USE
-    unknown: list[str]  # options that lmtpd does not know, each "file:line: name"
+    ignored: list[tuple[str, str]]  # options that have no effect, each "file:line" and the name
+    warnings: list[str]  # what is odd about the settings, for the log
 
     @classmethod
     def table(cls) -> dict[str, Option]:
@@ -459,8 +514,37 @@ class Config:
         for prefix in (XLIST, f"{service}_{XLIST}"):  # the latter overrides the other
             for name in [name for name in settings if name.startswith(prefix)]:
                 config.special_uses[f"\\{name[len(prefix) :]}"] = settings.pop(name)[0]
-        config.unknown = [f"{where}: {name}" for name, (_, where) in settings.items() if "partition-" not in name]
+        config.ignored = [(where, name) for name, (_, where) in settings.items() if "partition-" not in name]
+        config.warnings = []
+        if config.lmtp_prefork > config.lmtp_maxchild:
+            config.warnings.append(
+                f"lmtp_prefork is {config.lmtp_prefork}, but lmtp_maxchild allows {config.lmtp_maxchild}"
+            )
         return config
+
+
+def is_cyrus_option(name: str) -> bool:
+    """Whether it is an option of Cyrus that lmtpd does not implement, perhaps with the name of a service before it."""
+    cyrus_options = {*CHANGING_OPTIONS.split(), *OTHER_OPTIONS.split()}
+    service_free = name.partition("_")[2]
+    families = tuple(OPTION_FAMILIES.split())
+    return any(
+        each in cyrus_options or each in Config.table() or each.startswith(families) for each in (name, service_free)
+    )
+
+
+def changes_mail(name: str) -> bool:
+    """Whether an option that lmtpd does not implement changes what happens to mail, perhaps only that of a service."""
+    options = CHANGING_OPTIONS.split()
+    return name in options or name.partition("_")[2] in options
+
+
+def similar_option(name: str) -> str:
+    """The option whose name is most similar to that of an unknown one; "" if none is similar."""
+    import difflib
+
+    known = [*Config.table(), *CHANGING_OPTIONS.split(), *OTHER_OPTIONS.split()]
+    return next(iter(difflib.get_close_matches(name, known, 1, SIMILAR)), "")
 
 
 def default_partition(config: Config, settings: dict[str, tuple[str, str]], service: str, file: str) -> str:
@@ -990,8 +1074,8 @@ class Wire:
         self.on_wakeup: Callable[[], None] = lambda: None
         self.is_socket = stat.S_ISSOCK(os.fstat(source).st_mode)
         self._source, self._sink, self._wakeup = source, sink, wakeup
-        self._timeout = timeout
-        self._end = time.monotonic() + limit if limit else FOREVER
+        self._timeout, self._start = timeout, time.monotonic()
+        self.set_limit(limit)
         self._readable, self._writable = select.poll(), select.poll()
         self._readable.register(source, select.POLLIN)
         self._writable.register(sink, select.POLLOUT)
@@ -1001,6 +1085,10 @@ class Wire:
         self._non_blocking = stat.S_ISSOCK(os.fstat(sink).st_mode)
         if self._non_blocking:
             os.set_blocking(sink, False)
+
+    def set_limit(self, limit: float) -> None:
+        """Sets the limit to so many seconds from the start; 0 for no limit."""
+        self._end = self._start + limit if limit else FOREVER
 
     def has_input(self) -> bool:
         """Whether a read would return at once."""
@@ -1304,19 +1392,14 @@ class Connection:
 
 
 def load_tls_context(config: Config) -> SSLContext | None:
-    """The settings for STARTTLS; None if STARTTLS is off or, as the log says, fails.
-
-    Raises ConfigError if tls_required is on but STARTTLS is not.
-    """
+    """The settings for STARTTLS; None if STARTTLS is off or, as the log says, impossible."""
     problem = "set allowstarttls and tls_server_cert"
     if config.allowstarttls and config.tls_server_cert:
         try:
             return make_tls_context(config)
         except (OSError, ValueError) as error:  # ssl.SSLError among them
             problem = f"{config.tls_server_cert}: {error}"
-    if config.tls_required:
-        raise ConfigError(f"tls_required is on, but STARTTLS cannot be offered: {problem}")
-    if config.allowstarttls:
+    if config.allowstarttls or config.tls_required:
         log.error("STARTTLS not offered", cause=problem)
     return None
 
@@ -1525,19 +1608,46 @@ def unescaped(value: str) -> str:
     return first + "".join(DOVECOT_ESCAPES.get(part[:1], part[:1]) + part[1:] for part in rest)
 
 
-class Backoff:
-    """After a failure, do not try again for BACKOFF seconds, so that no client waits for a service that is down."""
+class Stamp:
+    """A file whose time tells all processes when something happened last. Errors of the file system are ignored."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def set(self) -> None:
+        """Notes that it happens now."""
+        try:
+            os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666))
+            os.utime(self._path)
+        except OSError:
+            return
+
+    def time(self) -> float:
+        """When it happened last, by time.time(); 0 if never."""
+        try:
+            return os.stat(self._path).st_mtime
+        except OSError:
+            return 0
+
+
+class Backoff:
+    """After a failure, do not try again for BACKOFF seconds, so that no client waits for a service that is down.
+
+    file: tells the other processes of it, for many serve one connection each.
+    """
+
+    def __init__(self, file: str) -> None:
         self._end = 0.0
+        self._stamp = Stamp(file)
 
     def start(self) -> None:
         """Starts the back-off."""
         self._end = time.monotonic() + BACKOFF
+        self._stamp.set()
 
     def is_active(self) -> bool:
         """Whether it is too early for another try."""
-        return time.monotonic() < self._end
+        return time.monotonic() < self._end or 0 <= time.time() - self._stamp.time() < BACKOFF
 
 
 # ======================================================================
@@ -1916,15 +2026,15 @@ class Draft:
         with self._place:
             return os.pread(self._fd, size, offset)
 
-    def copy_from(self, other: Draft, size: int) -> None:
-        """Appends the first size octets of another draft."""
+    def copy_from(self, read: Callable[[int, int], bytes], size: int) -> None:
+        """Appends size octets that a function reads, given an offset and the most octets that it may return."""
         offset = 0
-        while data := other.read(offset, min(READ_SIZE, size - offset)):
+        while data := read(offset, min(READ_SIZE, size - offset)):
             self.write(data)
             offset += len(data)
         if offset < size:
-            with other._place:
-                raise OSError(errno.EIO, "a draft is shorter than it was")
+            with self._place:
+                raise OSError(errno.EIO, "what is copied is shorter than it was")
 
     def device(self) -> int:
         """The number of the file system that has the file."""
@@ -2388,10 +2498,13 @@ class Message:
     header: the header section, with the added fields, as far as it lies in the first MEMORY_LIMIT octets. body_offset:
     the index after it and the empty line. size: octets. lines: LFs without a CR, to which an IMAP server adds one.
     message_id: the Message-ID as text. has_message_id: whether the client sent it. date: the Date that the client sent.
-    content: all octets; b"" if they are only in the draft. draft: a file with all octets; None while there is none.
+    content: all octets; b"" if they are not in memory. draft: a file with all octets; None while there is none.
     """
 
-    __slots__ = ("body_offset", "content", "date", "draft", "has_message_id", "header", "lines", "message_id", "size")
+    __slots__ = (
+        *("_beginning", "_original", "body_offset", "content", "date", "draft", "has_message_id", "header", "lines"),
+        *("message_id", "size"),
+    )
 
     def __init__(self) -> None:
         self.header = NO_HEADER
@@ -2399,9 +2512,31 @@ class Message:
         self.message_id, self.has_message_id, self.date = "", False, ""
         self.content = b""
         self.draft: Draft | None = None
+        self._original: Message | None = None  # for a variant: what follows its beginning
+        self._beginning = b""
+
+    def with_field(self, field: bytes) -> Message:
+        """A variant with a field after the first one, Return-Path. It reads this message, and has no draft yet.
+
+        field: with the LF at its end.
+        """
+        start = self.header.octets.index(LF) + 1
+        variant = Message()
+        variant._original, variant._beginning = self, self.header.octets[:start] + field
+        variant.header = Header(variant._beginning + self.header.octets[start:])
+        variant.body_offset, variant.size = self.body_offset + len(field), self.size + len(field)
+        variant.lines = self.lines + count_of_lf(field)
+        variant.message_id, variant.has_message_id, variant.date = self.message_id, self.has_message_id, self.date
+        return variant
 
     def read(self, offset: int, size: int) -> bytes:
         """The octets from that offset on, size at most; b"" at the end. Raises OSError."""
+        if self._original:
+            beginning = self._beginning[offset : offset + size]
+            if len(beginning) == size:
+                return beginning
+            start = offset + len(beginning) - self.size + self._original.size
+            return beginning + self._original.read(start, size - len(beginning))
         if self.content or not self.draft:
             return self.content[offset : offset + size]
         return self.draft.read(offset, size)
@@ -2431,7 +2566,7 @@ class Spool:
         while True:
             try:
                 if draft is not self.draft:
-                    draft.copy_from(self.draft, self._size)
+                    draft.copy_from(self.draft.read, self._size)
                 draft.write(data)
                 break
             except OSError as error:
@@ -2630,13 +2765,15 @@ def trace_header(origin: Origin, reverse_path: Address | None, recipient: Addres
 # ======================================================================
 # Maildir++
 #
-# Owns the names of folders and message files, the quota file, the keyword file
-# and Dovecot's lock.
+# Owns the names of folders and message files, the files of quota, keywords and
+# subscriptions, and Dovecot's locks.
 # Must not know whose Maildir it is.
 # ======================================================================
 
 INBOX = ""
 QUOTA_FILE, KEYWORD_FILE, LOCK_FILE = "maildirsize", "dovecot-keywords", "dovecot-uidlist.lock"
+SUBSCRIPTIONS, SUBSCRIPTIONS_LOCK = "subscriptions", "subscriptions.lock"
+COURIER_SUBSCRIPTIONS = "courierimapsubscribed"
 QUOTA_FILE_LIMIT = 5120  # octets; a larger file is replaced by a new count
 QUOTA_STALE = 15 * 60  # seconds; if the file is older, a recount comes before a refusal
 RECOUNTS = 3  # counts of a Maildir that changes meanwhile
@@ -3036,20 +3173,67 @@ class KeywordFile:
         return {name.lower(): (number, name) for number, name in numbered if number < len(KEYWORD_LETTERS)}, changed
 
 
+class SubscriptionFiles:
+    """The files in which Dovecot and Courier keep the folders that a user is subscribed to. Methods raise OSError.
+
+    A folder is the name of its directory. Source: Dovecot's and Courier's documentation of their Maildirs.
+    """
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+
+    def create(self, folders: Sequence[str]) -> None:
+        """Makes the files of a new Maildir."""
+        for_dovecot = ["V\t2", "", *map(subscription_in_dovecot, folders)]
+        for file, lines in (
+            (SUBSCRIPTIONS, for_dovecot),
+            (COURIER_SUBSCRIPTIONS, [f"INBOX{folder}" for folder in folders]),
+        ):
+            self._directory.add_file(INBOX, file, "".join(f"{line}\n" for line in lines).encode())
+
+    def add(self, folder: str) -> None:
+        """Adds a folder to both files."""
+        with DovecotLock(self._directory, INBOX, SUBSCRIPTIONS_LOCK):
+            content = self._read(SUBSCRIPTIONS) or b"V\t2\n\n"
+            is_old = not content.startswith(b"V\t2\n")
+            self._append(SUBSCRIPTIONS, content, folder[1:] if is_old else subscription_in_dovecot(folder))
+        self._append(COURIER_SUBSCRIPTIONS, self._read(COURIER_SUBSCRIPTIONS), f"INBOX{folder}")
+
+    def _append(self, file: str, content: bytes, line: str) -> None:
+        if line.encode() in content.split(LF):
+            return
+        end = b"" if content.endswith(LF) or not content else LF
+        self._directory.replace_file(INBOX, file, content + end + line.encode() + LF)
+
+    def _read(self, file: str) -> bytes:
+        """The content of a file; b"" if it is missing."""
+        try:
+            fd = self._directory.open_file(INBOX, file, os.O_RDONLY)
+        except FileNotFoundError:
+            return b""
+        with open(fd, "rb") as stream:
+            return stream.read()
+
+
+def subscription_in_dovecot(folder: str) -> str:
+    """A folder in the file of Dovecot: its levels with tabs between them."""
+    return folder[1:].replace(".", "\t") or "INBOX"
+
+
 class DovecotLock:
-    """Dovecot's lock on a folder, by which its processes keep each other from changing it; held during a "with" block.
+    """A lock file of Dovecot's, by which its processes keep each other from changing files; held in a "with" block.
 
     Raises OSError, TimeoutError among them.
     """
 
-    def __init__(self, directory: Directory, folder: str) -> None:
-        self._directory, self._folder = directory, folder
+    def __init__(self, directory: Directory, folder: str, name: str = LOCK_FILE) -> None:
+        self._directory, self._folder, self._name = directory, folder, name
         self._place = -1
 
     def __enter__(self) -> None:
         self._place = self._directory.open(self._folder)
         try:
-            with Place(f"{self._directory.path_of(self._folder)}/{LOCK_FILE}"):
+            with Place(f"{self._directory.path_of(self._folder)}/{self._name}"):
                 self._take()
         except OSError:
             os.close(self._place)
@@ -3057,8 +3241,8 @@ class DovecotLock:
 
     def __exit__(self, *_: object) -> None:
         try:
-            if self._holder()[0] == str(os.getpid()):  # a stale lock may have another holder by now
-                os.unlink(LOCK_FILE, dir_fd=self._place)
+            if self._holder(self._name)[0] == str(os.getpid()):  # a stale lock may have another holder by now
+                os.unlink(self._name, dir_fd=self._place)
         finally:
             os.close(self._place)
 
@@ -3067,7 +3251,7 @@ class DovecotLock:
         deadline = time.monotonic() + LOCK_PATIENCE
         while True:
             try:
-                fd = os.open(LOCK_FILE, NEW_FILE, 0o666, dir_fd=self._place)
+                fd = os.open(self._name, NEW_FILE, 0o666, dir_fd=self._place)
             except FileExistsError:
                 if time.monotonic() > deadline:
                     raise TimeoutError(errno.ETIMEDOUT, "locked for too long") from None
@@ -3077,13 +3261,13 @@ class DovecotLock:
                 try:
                     write_all(fd, f"{os.getpid()}:{socket.gethostname()}".encode())
                 except OSError:
-                    os.unlink(LOCK_FILE, dir_fd=self._place)
+                    os.unlink(self._name, dir_fd=self._place)
                     raise
                 finally:
                     os.close(fd)
                 return
 
-    def _holder(self, name: str = LOCK_FILE) -> tuple[str, str, float]:
+    def _holder(self, name: str) -> tuple[str, str, float]:
         """The process and the host that hold the lock, "" if nobody does, and the age of the lock in seconds."""
         try:
             fd = os.open(name, os.O_RDONLY | EXISTING_FILE, dir_fd=self._place)
@@ -3096,18 +3280,18 @@ class DovecotLock:
             os.close(fd)
         return process, host, age
 
-    def _is_stale(self, name: str = LOCK_FILE) -> bool:
+    def _is_stale(self, name: str) -> bool:
         """Whether the process that holds the lock has ended, or has held it for too long."""
         process, host, age = self._holder(name)
         return age > LOCK_STALE or (host == socket.gethostname() and process.isdigit() and has_ended(int(process)))
 
     def _break_if_stale(self) -> None:
         """Removes a stale lock. It is moved aside first: another process may have replaced it meanwhile."""
-        if not self._is_stale():
+        if not self._is_stale(self._name):
             return
-        aside = f"{LOCK_FILE}.{unique_name()}"
+        aside = f"{self._name}.{unique_name()}"
         try:
-            os.rename(LOCK_FILE, aside, src_dir_fd=self._place, dst_dir_fd=self._place)
+            os.rename(self._name, aside, src_dir_fd=self._place, dst_dir_fd=self._place)
         except FileNotFoundError:
             return
         try:
@@ -3115,7 +3299,7 @@ class DovecotLock:
                 process = self._holder(aside)[0]
                 log.warning("stale lock removed", mailbox=self._directory.path_of(self._folder), process=process)
             else:
-                os.link(aside, LOCK_FILE, src_dir_fd=self._place, dst_dir_fd=self._place, follow_symlinks=False)
+                os.link(aside, self._name, src_dir_fd=self._place, dst_dir_fd=self._place, follow_symlinks=False)
         except FileExistsError:
             return  # a third process has taken the lock
         finally:
@@ -3210,6 +3394,7 @@ class Folders:
 
     def __init__(self, directory: Directory, identity: Identity, config: Config) -> None:
         self._directory, self._identity, self._config = directory, identity, config
+        self._subscriptions = SubscriptionFiles(directory)
         self._by_similar_name: dict[tuple[str, ...], list[str]] | None = None
 
     def exists(self, folder: str) -> bool:
@@ -3255,19 +3440,16 @@ class Folders:
             self._directory.make(f"{folder}/{name}")
         if self._by_similar_name is not None:
             self._by_similar_name.setdefault(similar_name(folder), []).append(folder)
+        if self._config.lmtp_autosubscribe:
+            try:
+                self._subscriptions.add(folder)
+            except OSError as error:
+                log.warning("not subscribed", mailbox=self._directory.path_of(folder), cause=error)
 
     def subscribe(self, names: Sequence[str]) -> None:
-        """Makes the files in which Dovecot and Courier keep the folders that the user is subscribed to."""
-        folders = [folder_parts(name, self._config) for name in names]
-        if not folders:
-            return
-        for_dovecot = ["\t".join(map(to_modified_utf7, parts or ("INBOX",))) for parts in folders]
-        for_courier = [f"INBOX{folder_directory(parts)}" for parts in folders]
-        for file, lines in (
-            ("subscriptions", ["V\t2", "", *for_dovecot]),
-            ("courierimapsubscribed", for_courier),
-        ):
-            self._directory.add_file(INBOX, file, "".join(f"{line}\n" for line in lines).encode())
+        """Subscribes the user of a new Maildir to folders, given their names as people write them."""
+        if names:
+            self._subscriptions.create([folder_directory(folder_parts(name, self._config)) for name in names])
 
     def _most_similar(self, wanted: tuple[str, ...]) -> str | None:
         """The existing folder with this similar_name(), else with that of the nearest parent; else None."""
@@ -3325,10 +3507,10 @@ class Maildir:
             make_directories(self.path, self._directory.guarded)
             for name in ("tmp", "cur"):
                 self._directory.make(name)
+            self._folders.subscribe(self._config.autocreate_subscribe_folders)
             for name in self._config.autocreate_inbox_folders:
                 if (folder := self.new_folder(name)) != INBOX:
                     self._folders.make(folder)
-            self._folders.subscribe(self._config.autocreate_subscribe_folders)
             self._quota.create()
             self._directory.make("new")  # new/ last: MaildirStore looks for it
         self._missing = False
@@ -3468,10 +3650,10 @@ class Maildir:
         """A draft in this Maildir with all octets of the message, on the disk."""
         draft = self.spool()
         try:
-            if message.draft and not message.content:
-                draft.copy_from(message.draft, message.size)
-            else:
+            if message.content:
                 draft.write(message.content)
+            else:
+                draft.copy_from(message.read, message.size)
             draft.sync()
         except OSError:
             draft.discard()
@@ -3591,11 +3773,10 @@ class DovecotUsers:
     Source: Dovecot's documentation of its authentication protocol, the part for masters.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, path: str, backoff: Backoff) -> None:
+        self._path, self._backoff = path, backoff
         self._service: DovecotService | None = None
         self._version = self._requests = 0
-        self._backoff = Backoff()
 
     def find(self, userid: str) -> Account:
         """The user's account. Raises UserUnknown and StoreUnavailable."""
@@ -3623,13 +3804,13 @@ class DovecotUsers:
 
         If Dovecot has closed the connection, asks again on a new one.
         """
-        if self._backoff.is_active():
-            raise Unavailable(f"{self._path}: not asked again yet after a timeout")
         if self._service:
             try:
                 return self._look_up_on(self._service, userid)
             except ServiceClosed:
                 self._close()
+        if self._backoff.is_active():
+            raise Unavailable(f"{self._path}: not asked again yet after a timeout")
         try:
             self._service = DovecotService(self._path)
             self._service.say("VERSION", "1", "1")
@@ -3830,7 +4011,8 @@ class MaildirStore:
         if config.userdb == "passwd":
             self._users = PasswdUsers(config.passwd_min_uid)
         elif config.userdb == "dovecot":
-            self._users = DovecotUsers(config.userdb_socket_path)
+            backoff = Backoff(f"{config.configdirectory}/userdb.backoff")
+            self._users = DovecotUsers(config.userdb_socket_path, backoff)
 
     def find(self, recipient: Recipient, is_last: bool = True) -> Maildir:
         """See above."""
@@ -3975,7 +4157,7 @@ class Duplicates:
         self._path = config.duplicate_db_path or f"{config.configdirectory}/deliver.db"
         self._expiry = config.duplicate_expiry
         self._database: Database | None = None
-        self._backoff = Backoff()
+        self._backoff = Backoff(f"{config.configdirectory}/deliver.backoff")
 
     def prepare(self) -> None:
         """Imports what is needed, before workers fork."""
@@ -4010,7 +4192,7 @@ class Duplicates:
 
     def _execute(self, statements: Sequence[tuple[str, Sequence[object]]]) -> list[object]:
         """The rows that the last of the statements returns."""
-        if self._backoff.is_active():
+        if not self._database and self._backoff.is_active():
             return []
         try:
             import sqlite3
@@ -4338,6 +4520,8 @@ class DeliveryAgent:
     def plan(self, message: Message, destination: Destination) -> list[Placement]:
         """The placements of a message for one recipient, at least one. Raises StoreError, LmtpError and OSError."""
         destination.mailbox.make()
+        if self._config.lmtp_delivered_to:
+            message = message.with_field(f"Delivered-To: {destination.recipient.address}\n".encode())
         return [Placement(message, destination.mailbox, self.router.folder_of(destination))]
 
     def _place_all(self, message: Message, deliveries: Sequence[Delivery]) -> None:
@@ -4350,15 +4534,10 @@ class DeliveryAgent:
             batch.append(delivery)
             waiting += len(delivery.placements)
             if waiting >= BATCH or delivery is deliveries[-1]:
-                self._settle(batch, first_in)
+                self._settle(message, batch, first_in)
                 batch, waiting = [], 0
-        stored = []
-        for delivery in deliveries:
-            for placement in delivery.placements:
-                if placement.is_stored:
-                    stored.append(placement.key)
-                if placement.message is not message:
-                    placement.message.discard()
+        placements = [placement for delivery in deliveries for placement in delivery.placements]
+        stored = [placement.key for placement in placements if placement.is_stored]
         if stored and self._duplicates and is_identified(message):
             self._duplicates.add(message.message_id, message.date, stored)
 
@@ -4403,8 +4582,11 @@ class DeliveryAgent:
             return False
         return self._duplicates.has(message.message_id, message.date, key)
 
-    def _settle(self, deliveries: Sequence[Delivery], first_in: dict[str, Placement]) -> None:
-        """Makes the placements of each recipient durable; if one of them fails, takes that recipient's others back."""
+    def _settle(self, message: Message, deliveries: Sequence[Delivery], first_in: dict[str, Placement]) -> None:
+        """Makes the placements of each recipient durable; if one of them fails, takes that recipient's others back.
+
+        Frees messages other than the one that was sent.
+        """
         for delivery in deliveries:
             for placement in delivery.placements:
                 if not delivery.failure:
@@ -4415,6 +4597,8 @@ class DeliveryAgent:
             for placement in delivery.placements:
                 if placement.placed:
                     placement.placed.close()
+                if placement.message is not message:
+                    placement.message.discard()
 
     def _sync(self, placement: Placement, delivery: Delivery, first_in: dict[str, Placement]) -> None:
         """Makes a placement durable; first places it anew if its twin has failed. An error becomes the failure."""
@@ -4569,9 +4753,11 @@ def scram(name: str, verifiers: PasswordFile, binding: bytes) -> Mechanism:
         server.set_client_final(response.decode("utf-8"))
         yield server.get_server_final().encode()
     except ScramException as error:
-        if isinstance(error.__cause__, (AuthenticationFailed, Unavailable)):  # verifier() raised it
+        if isinstance(error.__cause__, Unavailable):  # verifier() raised it
             raise error.__cause__ from None
-        raise AuthenticationFailed(str(error), "".join(users)) from None
+        user, plain_name = "".join(users), name.removesuffix("-PLUS")
+        known = verifiers.has(user, plain_name)
+        raise AuthenticationFailed(str(error) if known else f"no verifier for {plain_name}", user) from None
     return str(users[0])
 
 
@@ -4603,8 +4789,8 @@ class PasswordFile:
 
     Argon2id: as the command argon2 -e prints it, "$argon2id$...". SCRAM: as Dovecot's doveadm pw prints it,
     "{SCRAM-SHA-256}iterations,salt,stored key,server key".
-    Methods raise AuthenticationFailed for an unknown user or a wrong password, and Unavailable when the file cannot
-    be used.
+    Methods raise Unavailable when the file cannot be used. To a client, an unknown user is like one with another
+    password: what it is told, and how long that takes, are the same.
     """
 
     def __init__(self, path: str) -> None:
@@ -4612,7 +4798,45 @@ class PasswordFile:
 
     def check(self, user: str, password: str) -> None:
         """Raises AuthenticationFailed unless that is the user's password."""
-        verifier = self._verifier(user)
+        verifiers = self._verifiers()
+        verifier = verifiers.get(user) or next(iter(verifiers.values()), "")
+        try:
+            self._check_verifier(user, password, verifier)
+        except (AuthenticationFailed, Unavailable):
+            if user in verifiers:
+                raise
+        if user not in verifiers:
+            raise AuthenticationFailed("unknown user", user)
+
+    def scram(self, user: str, name: str) -> tuple[bytes, bytes, bytes, int]:
+        """The salt, stored key, server key and iterations of a user for the SCRAM mechanism of that name.
+
+        For a user without a verifier, those of a password that nobody has. The salt is always the same (RFC 5802
+        section 9): it is made of the user's name, and of a key that nobody but the file has.
+        Raises AuthenticationFailed if nobody has a verifier for that mechanism.
+        """
+        import hmac
+
+        verifiers, prefix = self._verifiers(), f"{{{name}}}"
+        if verifiers.get(user, "").startswith(prefix):
+            return self._parsed_scram(user, verifiers[user])
+        other = next((other for other in verifiers if verifiers[other].startswith(prefix)), "")
+        if not other:
+            raise AuthenticationFailed(f"no verifier for {name}", user)
+        salt, stored_key, server_key, iterations = self._parsed_scram(other, verifiers[other])
+        made_up = hmac.digest(stored_key, user.encode(), "sha512")
+        return made_up[: len(salt)], os.urandom(len(stored_key)), os.urandom(len(server_key)), iterations
+
+    def has(self, user: str, name: str) -> bool:
+        """Whether the user has a verifier for the SCRAM mechanism of that name."""
+        return self._verifiers().get(user, "").startswith(f"{{{name}}}")
+
+    def scram_mechanisms(self) -> list[str]:
+        """The SCRAM mechanisms for which the file has a verifier."""
+        verifiers = self._verifiers().values()
+        return [name for name in SCRAM_MECHANISMS if any(each.startswith(f"{{{name}}}") for each in verifiers)]
+
+    def _check_verifier(self, user: str, password: str, verifier: str) -> None:
         if verifier.startswith("$argon2"):
             self._check_argon2(user, password, verifier)
             return
@@ -4623,7 +4847,7 @@ class PasswordFile:
         name = verifier[1:].partition("}")[0]
         if name not in SCRAM_MECHANISMS:
             raise self._malformed(user)
-        salt, stored_key, _, iterations = self.scram(user, name)
+        salt, stored_key, _, iterations = self._parsed_scram(user, verifier)
         try:
             _, computed_key, _, _ = ScramMechanism(name).make_auth_info(password, iterations, salt)
         except ScramException as error:
@@ -4631,16 +4855,12 @@ class PasswordFile:
         if not compare_digest(stored_key, computed_key):
             raise AuthenticationFailed("wrong password", user)
 
-    def scram(self, user: str, name: str) -> tuple[bytes, bytes, bytes, int]:
-        """The salt, stored key, server key and iterations of a user for the SCRAM mechanism of that name."""
+    def _parsed_scram(self, user: str, verifier: str) -> tuple[bytes, bytes, bytes, int]:
+        """The salt, stored key, server key and iterations of a verifier for SCRAM."""
         from base64 import b64decode
 
-        prefix = f"{{{name}}}"
-        verifier = self._verifier(user)
-        if name not in SCRAM_MECHANISMS or not verifier.startswith(prefix):
-            raise AuthenticationFailed(f"no verifier for {name}", user)
         try:
-            iterations, *keys = verifier[len(prefix) :].split(",")
+            iterations, *keys = verifier.partition("}")[2].split(",")
             salt, stored_key, server_key = (b64decode(key, validate=True) for key in keys)
             if len(salt) < SALT_MINIMUM or int(iterations) < ITERATIONS_MINIMUM:
                 raise self._malformed(user)
@@ -4662,19 +4882,20 @@ class PasswordFile:
     def _malformed(self, user: str) -> Unavailable:
         return Unavailable(f"{self._path}: the verifier of {user} is malformed")
 
-    def _verifier(self, user: str) -> str:
-        """The user's verifier. Raises AuthenticationFailed, and Unavailable, also for a file that is open to others."""
+    def _verifiers(self) -> dict[str, str]:
+        """The verifier of each user. A file that is open to others cannot be used."""
+        verifiers: dict[str, str] = {}
         try:
             with open(self._path, encoding="utf-8") as file:
                 if os.fstat(file.fileno()).st_mode & (stat.S_IROTH | stat.S_IWOTH):
                     raise Unavailable(f"{self._path}: open to everybody; chmod o-rw")
                 for line in file:
-                    name, _, verifier = line.strip().partition(":")
-                    if name == user and verifier and not name.startswith("#"):
-                        return verifier
+                    user, _, verifier = line.strip().partition(":")
+                    if verifier and not user.startswith("#"):
+                        verifiers.setdefault(user, verifier)
         except (OSError, UnicodeDecodeError) as error:
             raise Unavailable(f"{self._path}: {error}") from None
-        raise AuthenticationFailed("unknown user", user)
+        return verifiers
 
 
 def check_with_saslauthd(path: str, service: str, user: str, password: str) -> None:
@@ -4850,8 +5071,12 @@ class Authenticator:
         if self._config.sasl_pwcheck_method == "file":
             if not self._config.sasl_password_file:
                 return names
-            bound = [f"{name}-PLUS" for name in SCRAM_MECHANISMS] if tls and tls.binding() else []
-            names += [*bound, *SCRAM_MECHANISMS]
+            try:
+                names_of_scram = PasswordFile(self._config.sasl_password_file).scram_mechanisms()
+            except Unavailable:
+                names_of_scram = list(SCRAM_MECHANISMS)  # AUTH is deferred then, and logged
+            bound = [f"{name}-PLUS" for name in names_of_scram] if tls and tls.binding() else []
+            names += [*bound, *names_of_scram]
         return [*names, *PLAINTEXT_MECHANISMS]
 
     def _is_wanted(self, name: str) -> bool:
@@ -4948,6 +5173,7 @@ MALFORMED_RESPONSE = Reply(501, "5.5.2", "Malformed response")
 CANCELLED = Reply(501, "5.7.0", "Authentication cancelled")
 NOT_NOW = Reply(503, "5.5.1", "Done already, or a transaction is open")
 UNKNOWN_MECHANISM = Reply(504, "5.5.4", "Mechanism not available")
+TLS_IMPOSSIBLE = Reply(421, "4.7.0", "TLS is required, but not possible now, try again later")
 TLS_FIRST = Reply(530, "5.7.0", "Must issue a STARTTLS command first")
 FAILED = Reply(535, "5.7.8", "Authentication failed")
 FAILED_TOO_OFTEN = Reply(535, "5.7.8", "Authentication failed too often, closing the connection", closes=True)
@@ -5275,7 +5501,10 @@ class Session(MailDialogue):
         product = {"on": f" {PRODUCT}", "min": " LMTP", "off": ""}[self._config.serverinfo]
         with log.context(session=self.id):
             log.info("connected", peer=self._peer.name)
-            reason = self.run(Reply(220, "", f"{self._config.servername}{product} ready"))
+            greeting = Reply(220, "", f"{self._config.servername}{product} ready")
+            if self._config.tls_required and not self._is_protected() and not self._connection.tls_context:
+                greeting = TLS_IMPOSSIBLE
+            reason = self.run(greeting)
             self.log_cut_off(reason)
             self._reset()
             log.info("disconnected", reason=reason)
@@ -5378,6 +5607,8 @@ class Session(MailDialogue):
             raise LmtpError(FAILED_TOO_OFTEN if is_last else FAILED) from None
         except ValueError:
             raise LmtpError(MALFORMED_RESPONSE) from None
+        if self._authenticator.may_deliver:
+            self._connection.wire.set_limit(self._config.lmtp_session_timeout)
         self.reply(AUTHENTICATED)
 
     def _ask(self, challenge: bytes) -> bytes:
@@ -5597,7 +5828,8 @@ class Snapshot:
         for file in self._files:
             try:
                 status = os.stat(file)
-                states.append((status.st_mtime_ns, status.st_size, status.st_ino))
+                # The time of the last change of owner or permissions, too: the file may be readable now.
+                states.append((status.st_ctime_ns, status.st_size, status.st_ino))
             except OSError:
                 states.append(None)
         return states
@@ -5607,15 +5839,22 @@ class ConnectionHandler:
     """Serves one connection after the other on standard input and output.
 
     arguments: the command line. service: the name under which the process was started.
-    snapshot: the files that it has read. tls_context: the settings for STARTTLS; None if there is no TLS.
+    snapshot: the files that it has read. tls_context: the settings for STARTTLS; None if there is no TLS. tls_files:
+    where they come from.
     """
 
     def __init__(
-        self, config: Config, arguments: Arguments, service: str, tls_context: SSLContext | None, stop: Stop
+        self,
+        config: Config,
+        arguments: Arguments,
+        service: str,
+        tls_context: SSLContext | None,
+        tls_files: Sequence[str],
+        stop: Stop,
     ) -> None:
         """Raises ConfigError."""
         self.config, self.arguments, self.service, self.stop = config, arguments, service, stop
-        self.snapshot = Snapshot((__file__, *config.files, *(files_for_tls(config) if tls_context else ())))
+        self.snapshot = Snapshot((__file__, *config.files, *tls_files))
         self._tls_context = tls_context
         self._agent = DeliveryAgent(config)
 
@@ -5631,6 +5870,7 @@ class ConnectionHandler:
         if peer.internet and config.tcp_keepalive:
             keep_alive(0, config)
         if arguments.expects_proxy:
+            wire.set_limit(config.lmtp_auth_timeout)
             wire.on_wakeup = self._disconnect_if_stopped
             try:
                 peer = read_proxy_header(connection, peer)
@@ -5638,9 +5878,16 @@ class ConnectionHandler:
                 log.warning("connection refused", peer=peer.name, cause=error)
                 return
         trusted = arguments.trusts_internet or not peer.internet
+        limits = [config.lmtp_session_timeout, 0 if trusted else config.lmtp_auth_timeout]
+        wire.set_limit(min(filter(None, limits), default=0))
         authenticator = Authenticator(config, self.service, peer, trusted)
         Session(connection, peer, authenticator, self._agent, self.stop, config).serve()
         authenticator.close()
+
+    def trusts(self, listener: Socket) -> bool:
+        """Whether the clients of a listening socket are trusted, all of them."""
+        may_be_remote = listener.family != socket.AF_UNIX or self.arguments.expects_proxy
+        return self.arguments.trusts_internet or not may_be_remote
 
     def debug(self) -> None:
         """With -D, runs debug_command on this process and waits for its end. See run_debugger()."""
@@ -5789,6 +6036,42 @@ def accept(listener: Socket) -> Socket | None:
         return None
 
 
+class Group:
+    """The workers for some of a pool's sockets. limit: how many there may be.
+
+    workers: the process id of each, and its last message; 0 before the first. idle_one_left: whether an idle worker has
+    left: the kernel may have woken only that one for a new connection.
+    """
+
+    def __init__(self, listeners: Sequence[Socket], limit: int) -> None:
+        self.listeners, self.limit = listeners, limit
+        self.workers: dict[int, int] = {}
+        self.idle_one_left = False
+
+    @classmethod
+    def divide(cls, listeners: Sequence[Socket], handler: ConnectionHandler) -> list[Group]:
+        """The groups for these sockets: one for clients that are trusted, one for the others.
+
+        So there is always a worker for the former, however many of the latter hold a connection.
+        """
+        config = handler.config
+        limits = {True: config.lmtp_maxchild, False: config.lmtp_maxchild_untrusted or config.lmtp_maxchild}
+        divided = {trust: [each for each in listeners if handler.trusts(each) is trust] for trust in limits}
+        return [cls(divided[trust], limit) for trust, limit in limits.items() if divided[trust]]
+
+    def ready(self) -> int:
+        """How many workers wait for a connection."""
+        return sum(message in (0, AVAILABLE) for message in self.workers.values())
+
+    def is_full(self) -> bool:
+        """Whether no worker may be added."""
+        return len(self.workers) >= self.limit
+
+    def needs_worker(self) -> bool:
+        """Whether a connection that waits needs another worker, and may have one."""
+        return (self.idle_one_left or not self.ready()) and not self.is_full()
+
+
 class Pool:
     """The parent of workers on the listening sockets of systemd or inetd. They report to it as to master(8).
 
@@ -5797,23 +6080,16 @@ class Pool:
     """
 
     def __init__(self, handler: ConnectionHandler, listeners: Sequence[Socket]) -> None:
-        self._handler, self._listeners = handler, listeners
+        self._handler, self._groups = handler, Group.divide(listeners, handler)
         self._stop, self._timeout = handler.stop, handler.arguments.timeout
         self._notifier = Notifier()
-        self._workers: dict[int, int] = {}  # process id to the last message; 0 before the first
         self._served = 0
         self._busy_at = time.monotonic()
         self._not_before = 0.0  # back-off: no fork until then
         self._child_left = self._outdated = False
-        self._idle_one_left = False  # the kernel may have woken only that worker for a new connection
         self._reports, self._reported = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._events, self._arrivals = select.poll(), select.poll()
-        for fd in (self._stop.wakeup.fd, self._reports):
-            self._events.register(fd, select.POLLIN)
-            self._arrivals.register(fd, select.POLLIN)
         for listener in listeners:
             listener.setblocking(False)
-            self._arrivals.register(listener, select.POLLIN)
 
     def run(self) -> None:
         """Serves until it is time to leave, and no worker is left."""
@@ -5823,8 +6099,9 @@ class Pool:
         while not self._is_over():
             self._prefork()
             happened = self._wait(self._tell_status())
-            if any(listener.fileno() in happened for listener in self._listeners):
-                self._start_worker(preforked=False)
+            for group in self._groups:
+                if any(listener.fileno() in happened for listener in group.listeners):
+                    self._start_worker(group, preforked=False)
             if self._reports in happened:
                 self._read_reports()
             self._reap()
@@ -5840,26 +6117,33 @@ class Pool:
             log.info("program, configuration or certificates changed, leaving")
             return True
         idle = time.monotonic() - self._busy_at
-        return not self._workers and 0 < self._timeout <= idle
+        return not self._workers() and 0 < self._timeout <= idle
 
-    def _ready(self) -> int:
-        return sum(message in (0, AVAILABLE) for message in self._workers.values())
-
-    def _may_start(self) -> bool:
-        return len(self._workers) < self._handler.config.lmtp_maxchild and time.monotonic() >= self._not_before
+    def _workers(self) -> list[int]:
+        return [process for group in self._groups for process in group.workers]
 
     def _prefork(self) -> None:
-        while self._ready() < self._handler.config.lmtp_prefork and self._may_start() and not self._outdated:
-            self._start_worker(preforked=True)
+        for group in self._groups:
+            wanted = min(self._handler.config.lmtp_prefork, group.limit)
+            while group.ready() < wanted and not group.is_full() and self._may_fork() and not self._outdated:
+                self._start_worker(group, preforked=True)
+
+    def _may_fork(self) -> bool:
+        return time.monotonic() >= self._not_before
 
     def _wait(self, patience: float) -> set[int]:
         """Waits so many seconds for something to happen; the descriptors that have become readable.
 
         Listening sockets are among them only if a connection that waits there needs a worker.
         """
-        wanted = (self._idle_one_left or not self._ready()) and self._may_start()
-        self._idle_one_left = self._idle_one_left and not wanted
-        poll = self._arrivals if wanted else self._events
+        poll = select.poll()
+        for fd in (self._stop.wakeup.fd, self._reports):
+            poll.register(fd, select.POLLIN)
+        for group in self._groups:
+            if self._may_fork() and group.needs_worker():
+                group.idle_one_left = False
+                for listener in group.listeners:
+                    poll.register(listener, select.POLLIN)
         happened = {fd for fd, _ in poll.poll(self._patience(patience) * 1000)}
         if self._stop.wakeup.fd in happened:
             self._stop.wakeup.drain()
@@ -5869,13 +6153,13 @@ class Pool:
         """Seconds until the next timed action."""
         now = time.monotonic()
         waits = [longest]
-        if not self._workers and self._timeout:
+        if not self._workers() and self._timeout:
             waits.append(self._busy_at + self._timeout - now)
         if self._not_before > now:
             waits.append(self._not_before - now)
         return max(min(waits), 0.001)
 
-    def _start_worker(self, preforked: bool) -> None:
+    def _start_worker(self, group: Group, preforked: bool) -> None:
         """Forks a worker, or sets _outdated if a file has changed. A failed fork starts a back-off of a second."""
         self._outdated = self._handler.snapshot.is_outdated()
         if self._outdated:
@@ -5885,15 +6169,15 @@ class Pool:
         try:
             process = os.fork()
             if not process:
-                self._become_worker(preforked)
-            self._workers[process] = 0
+                self._become_worker(group, preforked)
+            group.workers[process] = 0
         except OSError as error:
             log.error("worker not started", cause=error)
             self._not_before = time.monotonic() + 1
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
-    def _become_worker(self, preforked: bool) -> NoReturn:
+    def _become_worker(self, group: Group, preforked: bool) -> NoReturn:
         status = os.EX_SOFTWARE
         try:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -5902,7 +6186,7 @@ class Pool:
             os.close(self._reports)
             os.set_blocking(self._reported, True)
             reporter = Reporter(self._reported, self._stop)
-            Worker(self._handler, self._listeners, reporter, self._timeout, preforked).run()
+            Worker(self._handler, group.listeners, reporter, self._timeout, preforked).run()
             status = os.EX_OK
         except Exception:
             log.traceback("internal error")
@@ -5913,23 +6197,25 @@ class Pool:
         for message, process in Reporter.parse(os.read(self._reports, READ_SIZE)):
             self._served += message == CONNECTED
             self._busy_at = self._busy_at if message == UNAVAILABLE else time.monotonic()
-            if process in self._workers:
-                self._workers[process] = message
+            for group in self._groups:
+                if process in group.workers:
+                    group.workers[process] = message
 
     def _reap(self) -> None:
         """Forgets workers that have ended. If one died before its first report, starts a back-off of a second."""
         if not self._child_left:
             return
         self._child_left = False
-        while self._workers:
+        while self._workers():
             process, status = os.waitpid(-1, os.WNOHANG)
             if not process:
                 return
-            message = self._workers.pop(process, 0)
+            group = next((group for group in self._groups if process in group.workers), self._groups[0])
+            message = group.workers.pop(process, 0)
             if message == CONNECTED:  # it left at the end of a connection
                 self._busy_at = time.monotonic()
             else:
-                self._idle_one_left = True
+                group.idle_one_left = True
             if status:
                 log.error("worker died", worker=process, status=os.waitstatus_to_exitcode(status))
                 if not message:  # it died before its first connection, and the next one will, too
@@ -5937,8 +6223,8 @@ class Pool:
 
     def _tell_status(self) -> float:
         """Tells systemd the number of workers; the seconds after which to tell it again."""
-        ready = self._ready()
-        busy = len(self._workers) - ready
+        ready = sum(group.ready() for group in self._groups)
+        busy = len(self._workers()) - ready
         return self._notifier.status(f"{ready} workers ready, {busy} busy, {self._served} connections served")
 
     def _finish(self) -> None:
@@ -5947,11 +6233,11 @@ class Pool:
         self._notifier.send("STOPPING=1")
         deadline = time.monotonic() + RELOAD_PATIENCE
         urgency = -1  # then 0: SIGHUP, 1: SIGTERM, 2: SIGTERM again
-        while self._workers:
+        while workers := self._workers():
             wanted = stop.requested + stop.at_once or int(time.monotonic() > deadline)
             if wanted > urgency:
                 urgency = wanted
-                for process in self._workers:
+                for process in workers:
                     os.kill(process, signal.SIGTERM if urgency else signal.SIGHUP)
             poll = select.poll()
             poll.register(stop.wakeup.fd, select.POLLIN)
@@ -6162,19 +6448,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         service = os.environ.get("CYRUS_SERVICE", "lmtp")
         config = Config.load(options.config_file, service)
         log.open(config.syslog_prefix, config.syslog_facility, config.debug)
-        for setting in config.unknown:
-            log.debug("unknown option", where=setting)
         if options.debugs and not config.debug_command:
             raise ConfigError("-D needs the option debug_command")
         may_need_tls = not options.trusts_internet and (options.expects_proxy or is_on_internet())
-        tls_context = (
-            load_tls_context(config) if may_need_tls else None
-        )  # before dropping root: only root may read the key
+        # Before root's rights are given up: only root may be able to read the key.
+        tls_context = load_tls_context(config) if may_need_tls else None
+        tls_files = files_for_tls(config) if may_need_tls and config.allowstarttls else []
         drop_privileges(config.cyrus_user, keep=config.userdb != "maildir")
         os.umask(config.umask)
+        log_settings(config)
         stop = Stop(ShutdownFile(f"{config.configdirectory}/msg/shutdown"))
         stop.install_handlers()
-        run(ConnectionHandler(config, options, service, tls_context, stop))
+        run(ConnectionHandler(config, options, service, tls_context, tls_files, stop))
     except UsageError as error:
         log.startup_error("usage error", cause=error)
         return refuse_to_start(os.EX_USAGE, str(error))
@@ -6211,6 +6496,23 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
         except DocoptExit as error:
             raise UsageError(str(error)) from None
     return Arguments(options)
+
+
+def log_settings(config: Config) -> None:
+    """Logs what is odd about the settings; options without effect at info only once, until a file changes."""
+    for text in config.warnings:
+        log.warning("odd setting", cause=text)
+    named = Stamp(f"{config.configdirectory}/options.named")
+    first = bool(config.ignored) and max(Stamp(file).time() for file in config.files) > named.time()
+    for where, name in config.ignored:
+        if not is_cyrus_option(name):
+            log.warning("unknown option", where=where, name=name, similar=similar_option(name))
+        elif first and changes_mail(name):
+            log.info("option without effect", where=where, name=name)
+        else:
+            log.debug("option ignored", where=where, name=name)
+    if first:
+        named.set()
 
 
 def refuse_to_start(status: int, text: str) -> int:

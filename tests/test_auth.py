@@ -13,13 +13,17 @@ from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
+import argon2
 import pytest
 from harness import Client, Site
 from peers import PASSWORD as EVERYBODYS
 from peers import Dovecot, Peer, answers, program
 from scramp import ScramClient
 from test_session import MESSAGE, over_tcp
+
+import lmtpd
 
 PASSWORD = "a pass,phrase"
 MAIL = "MAIL FROM:<sender@example.com>"
@@ -150,6 +154,85 @@ def test_scram(auth_site: Site, client: Client, name: str, user: str) -> None:
 def test_scram_that_fails(client: Client, name: str, user: str, password: str) -> None:
     assert scram(client, name, user, password)[:9] == "535 5.7.8"
     assert client.command(MAIL).startswith("430")
+
+
+def challenge(site: Site, name: str, user: str) -> tuple[bytes, int]:
+    """The salt and the iterations that a client on a connection of its own is told."""
+    client = over_tcp(site)
+    client.hello()
+    reply = client.command(f"AUTH {name} {encoded(ScramClient([name], user, PASSWORD).get_client_first())}")
+    client.close()
+    assert reply.startswith("334 ")
+    fields = dict(field.split("=", 1) for field in b64decode(reply[4:]).decode().split(","))
+    return b64decode(fields["s"]), int(fields["i"])
+
+
+@pytest.mark.parametrize("name", ["SCRAM-SHA-1", "SCRAM-SHA-256"])
+def test_scram_does_not_tell_who_exists(auth_site: Site, name: str) -> None:
+    real = challenge(auth_site, name, {"SCRAM-SHA-1": "sha1", "SCRAM-SHA-256": "sha256"}[name])
+    others = [challenge(auth_site, name, user) for user in ("nobody", "somebody", "relay", "nobody")]
+    assert {(len(salt), iterations) for salt, iterations in [real, *others]} == {(len(real[0]), real[1])}
+    assert len({salt for salt, _ in [real, *others]}) == 4
+    assert others[0] == others[3]
+
+
+def test_the_log_tells_who_does_not_exist(auth_site: Site, client: Client) -> None:
+    assert scram(client, "SCRAM-SHA-256", "nobody").startswith("535")
+    assert client.command(f"AUTH PLAIN {plain('nobody', PASSWORD)}").startswith("535")
+    causes = re.findall(r'user=nobody peer=\S+ cause="([^"]*)"', auth_site.log_text())
+    assert causes == ["no verifier for SCRAM-SHA-256", "unknown user"]
+
+
+def test_an_unknown_user_takes_as_long_as_a_wrong_password(auth_site: Site) -> None:
+    """The work that a password takes is done for a user who is not there, too."""
+    file = lmtpd.PasswordFile(auth_site.options["sasl_password_file"])
+    for user, cause in (("relay", "wrong password"), ("nobody", "unknown user")):
+        with mock.patch("argon2.PasswordHasher.verify", side_effect=argon2.exceptions.VerifyMismatchError) as verify:
+            with pytest.raises(lmtpd.AuthenticationFailed, match=cause):
+                file.check(user, "wrong")
+            assert verify.call_count == 1
+
+
+def test_scram_is_offered_only_where_somebody_has_a_verifier(auth_site: Site) -> None:
+    file = Path(auth_site.options["sasl_password_file"])
+    for users, mechanisms in {
+        ("sha1", "relay"): ["SCRAM-SHA-1"],
+        ("sha256",): ["SCRAM-SHA-256"],
+        ("relay",): [],
+        (): [],
+    }.items():
+        file.write_text("".join(f"{user}:{VERIFIERS[user]}\n" for user in users))
+        assert offered(over_tcp(auth_site)) == [*mechanisms, "PLAIN", "LOGIN"]
+    client = over_tcp(auth_site)
+    client.hello()
+    assert client.command("AUTH SCRAM-SHA-1 biwsbj1h").startswith("504")
+
+
+def test_a_client_has_little_time_to_authenticate(auth_site: Site) -> None:
+    auth_site.configure(lmtp_auth_timeout="1s", lmtp_session_timeout="1h")
+    client = over_tcp(auth_site)
+    client.hello()
+    started = time.monotonic()
+    assert client.reply()[0].startswith("421 4.4.2 Session time limit")
+    assert time.monotonic() - started < 30
+    assert client.line() == b""
+
+
+def test_a_client_that_has_authenticated_has_all_the_time(auth_site: Site) -> None:
+    auth_site.configure(lmtp_auth_timeout="3s")
+    client = over_tcp(auth_site)
+    client.hello()
+    assert client.command(f"AUTH PLAIN {plain('relay', PASSWORD)}").startswith("235")
+    time.sleep(3.5)
+    assert client.deliver(MESSAGE, "jane")[0].startswith("250")
+
+
+def test_a_client_that_may_not_deliver_does_not_gain_time_by_its_password(auth_site: Site) -> None:
+    auth_site.configure(lmtp_auth_timeout="3s")
+    client = over_tcp(auth_site)
+    client.hello()
+    assert client.command(f"AUTH PLAIN {plain('guest', PASSWORD)}").startswith("235")
+    assert client.reply()[0].startswith("421 4.4.2 Session time limit")
 
 
 def test_scram_for_somebody_else_fails(client: Client) -> None:

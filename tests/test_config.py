@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 from harness import AS_ROOT, LMTPD, PATIENCE, STORE_USER, Site, config_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peers import unpacked
 
 import lmtpd
 from lmtpd import Config, ConfigError
@@ -381,7 +384,7 @@ def test_no_partition_is_needed_when_maildirs_are_elsewhere(conf: Conf) -> None:
 
 def test_settings_of_other_programs_are_noted_with_their_place(conf: Conf) -> None:
     config = conf.load(f"{ALWAYS}partition-other: /other\nimapidlepoll: 60\nimap_maxmessagesize: ?\n")
-    assert config.unknown == [f"{conf.main}:4: imapidlepoll", f"{conf.main}:5: imap_maxmessagesize"]
+    assert config.ignored == [(f"{conf.main}:4", "imapidlepoll"), (f"{conf.main}:5", "imap_maxmessagesize")]
 
 
 # ----------------------------------------------------------------------
@@ -717,3 +720,82 @@ def test_only_ascii_letters_have_another_case(conf: Conf, text: str) -> None:
 @pytest.mark.parametrize("number", ["40000", "2147483647"])
 def test_a_probe_that_the_system_cannot_do_is_refused(conf: Conf, option: str, number: str) -> None:
     assert f"{option}: '{number}' must be from 0 to " in conf.error(f"{ALWAYS}{option}: {number}\n")
+
+
+# ----------------------------------------------------------------------
+# Options that have no effect
+# ----------------------------------------------------------------------
+
+
+def logged_settings(site: Site) -> list[str]:
+    """What a start logs of the settings, without the paths."""
+    site.log.write_text("")
+    site.pipe(b"QUIT\r\n")
+    lines = site.log_text().replace(str(site.conf), "imapd.conf").splitlines()
+    return [line for line in lines if "option" in line or "odd" in line]
+
+
+@pytest.mark.parametrize(
+    ("name", "similar"),
+    [
+        ("maxmesagesize", "maxmessagesize"),
+        ("lmtp_stict_quota", "lmtp_strict_quota"),
+        ("sieve_usehomedir", "sieveusehomedir"),
+        ("something_else_entirely", '""'),
+    ],
+)
+def test_a_name_that_nobody_knows_is_warned_of_with_the_nearest(site: Site, name: str, similar: str) -> None:
+    site.configure(**{name: "1"})
+    place = f"imapd.conf:{len(site.options)}"
+    for _ in range(2):
+        assert logged_settings(site) == [f"<4>unknown option where={place} name={name} similar={similar}"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("imapidlepoll", "idlesocket", "quota_db", "sasl_canon_user_plugin", "jmap_future_option", "partition-x"),
+        *(
+            "imap_admins",
+            "lmtp_admins",
+            "lmtpunix_maxmessagesize",
+            "httpd_tls_server_cert",
+            "metapartition-x",
+            "xlist-y",
+        ),
+        *("archivepartition-x", "searchpartition-x", "imap_sasl_mech_list"),
+    ],
+)
+def test_an_option_of_cyrus_is_no_reason_to_warn(site: Site, name: str) -> None:
+    site.configure(**{name: "/x"})
+    assert logged_settings(site) == []
+
+
+def test_an_option_that_changes_what_happens_to_mail_is_named_once(site: Site) -> None:
+    site.configure(sievedir="/var/spool/sieve", lmtp_username_tolower="no", idlesocket="/run/idle")
+    named = [
+        "<6>option without effect where=imapd.conf:6 name=sievedir",
+        "<6>option without effect where=imapd.conf:7 name=lmtp_username_tolower",
+    ]
+    assert logged_settings(site) == named
+    assert logged_settings(site) == []
+    site.configure(debug="yes")
+    os.utime(site.conf, (time.time() + 1, time.time() + 1))
+    assert len([line for line in logged_settings(site) if "option without effect" in line]) == 2
+    os.utime(site.conf, (1, 1))
+    assert [line.split()[1] for line in logged_settings(site)] == ["ignored"] * 3
+
+
+def test_every_option_of_cyrus_is_known(site: Site) -> None:
+    """Those that its own manual page lists."""
+    [page] = (unpacked("cyrus") / "usr/share/man/man5").glob("imapd.conf.5.gz")
+    names = re.findall(r"^\\fB([a-z][a-z_0-9]+):\\fP", gzip.decompress(page.read_bytes()).decode(), re.MULTILINE)
+    assert len(names) > 400
+    unknown = [name for name in names if name not in Config.table() and not lmtpd.is_cyrus_option(name)]
+    assert unknown == []
+
+
+@pytest.mark.parametrize("umask", ["777", "0177", "100"])
+def test_a_mask_that_takes_the_owners_rights_is_refused(conf: Conf, umask: str) -> None:
+    with pytest.raises(ConfigError, match=r"umask: '.*' must be from 0 to 077"):
+        conf.load(f"{ALWAYS}umask: {umask}\n")

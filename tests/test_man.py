@@ -185,10 +185,10 @@ def test_examples_of_configuration_load(tmp_path: Path) -> None:
     file = tmp_path / "imapd.conf"
     file.write_text(minimal)
     config = lmtpd.Config.load(str(file))
-    assert (config.partition, config.cyrus_user, config.unknown) == ("/srv/mail", "vmail", [])
+    assert (config.partition, config.cyrus_user, config.ignored) == ("/srv/mail", "vmail", [])
     file.write_text(larger)
     config = lmtpd.Config.load(str(file), "lmtpinside")
-    assert (config.servername, config.maxmessagesize, config.unknown) == ("mail.inside.example.com", 50 << 20, [])
+    assert (config.servername, config.maxmessagesize, config.ignored) == ("mail.inside.example.com", 50 << 20, [])
 
 
 # lmtpd(8)

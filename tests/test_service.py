@@ -180,6 +180,41 @@ class TestPool:
             clients[0].leave()
             assert waiting.line().startswith(b"220 ")
 
+    def test_clients_that_are_not_trusted_leave_workers_for_those_that_are(self, site: Site) -> None:
+        site.configure(lmtp_maxchild="2", lmtp_maxchild_untrusted="3", lmtp_auth_timeout="1h")
+        port = free_port()
+        with pool(site, more_addresses=(f"127.0.0.1:{port}",)) as starter:
+            strangers = [Client(connect(("127.0.0.1", port))) for _ in range(5)]
+            for stranger in strangers[:3]:
+                stranger.hello()
+            assert greets_not(strangers[3])
+            clients = [open_session(starter) for _ in range(2)]
+            for client in clients:
+                assert client.deliver(b"Subject: x\r\n\r\nA body.\r\n", "jane")[0].startswith("250")
+            assert len(children(starter.process.pid)) == 5
+            assert greets_not(starter.connect())
+            strangers[0].leave()
+            assert strangers[3].hello()
+
+    def test_clients_that_have_to_authenticate_may_be_as_many_as_the_others(self, site: Site) -> None:
+        site.configure(lmtp_maxchild="2", lmtp_prefork="1")
+        port = free_port()
+        with pool(site, more_addresses=(f"127.0.0.1:{port}",)) as starter:
+            strangers = [Client(connect(("127.0.0.1", port))) for _ in range(3)]
+            for stranger in strangers[:2]:
+                stranger.hello()
+            client = open_session(starter)
+            wait_for_workers(starter.process.pid, 4)  # one is kept ready for those that are trusted
+            assert greets_not(strangers[2])
+            client.leave()
+
+    def test_more_idle_workers_than_may_be_are_an_odd_setting(self, site: Site) -> None:
+        site.configure(lmtp_maxchild="2", lmtp_prefork="5")
+        with pool(site) as starter:
+            open_session(starter)
+            wait_for_workers(starter.process.pid, 2)
+        assert '<4>odd setting cause="lmtp_prefork is 5, but lmtp_maxchild allows 2"' in site.log_text()
+
     def test_workers_are_kept_ready(self, site: Site) -> None:
         site.configure(lmtp_prefork="3")
         with pool(site) as starter:

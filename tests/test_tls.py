@@ -11,15 +11,19 @@ import ssl
 import stat
 import subprocess
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from authority import Authority, secure
-from harness import PATIENCE, Client, Site
-from starters import Inetd
+from harness import PATIENCE, Client, Site, connect, free_port
+from starters import Inetd, SocketActivate
 from test_auth import MAIL, PASSWORD, encoded, plain, scram, write_passwords
 from test_service import logged
 from test_session import MESSAGE, over_tcp
+
+import lmtpd
 
 
 @pytest.fixture
@@ -455,8 +459,44 @@ def test_tls_that_is_required_and_cannot_be_had(tls_site: Site, what: str) -> No
     tls_site.configure(tls_required="yes")
     break_settings(tls_site, what)
     client = over_tcp(tls_site)
-    assert client.reply()[0].startswith("421 4.3.0")
-    assert tls_site.child.wait(PATIENCE) == 78
+    assert client.reply() == ["421 4.7.0 TLS is required, but not possible now, try again later"]
+    assert client.line() == b""
+    assert "<3>STARTTLS not offered cause=" in tls_site.log_text()
+    assert tls_site.child.wait(PATIENCE) == 0
+
+
+def test_a_certificate_that_cannot_be_read_is_the_trouble_of_tcp_alone(tls_site: Site) -> None:
+    """A renewed certificate with the wrong owner: mail comes in on the unix socket, and TLS is back after chown."""
+    tls_site.configure(tls_required="yes")
+    certificate, port = Path(tls_site.options["tls_server_cert"]), free_port()
+    content = certificate.read_text()
+    certificate.write_text("")
+    unix = str(tls_site.root / "lmtp")
+    with SocketActivate(logged(tls_site), address=unix, more_addresses=(f"127.0.0.1:{port}",)) as starter:
+        client = starter.connect()
+        client.hello()
+        assert client.deliver(MESSAGE, "jane")[0].startswith("250")
+        assert Client(connect(("127.0.0.1", port))).reply()[0].startswith("421 4.7.0 TLS is required")
+        assert tls_site.log_text().count("STARTTLS not offered") == 1
+        client.leave()
+        certificate.write_text(content)
+        with suppress(OSError):  # the pool leaves for the change, and this starter starts no other
+            Client(connect(("127.0.0.1", port))).reply()
+        assert starter.process.wait(PATIENCE) == 0
+    assert "configuration or certificates changed" in tls_site.log_text()
+
+
+@pytest.mark.parametrize("change", [lambda file: os.chown(file, 0, 8), lambda file: file.chmod(0o644)])
+def test_a_change_of_the_owner_or_the_permissions_of_a_file_is_one(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    file = tmp_path / "certificate"
+    file.touch(mode=0o600)
+    snapshot = lmtpd.Snapshot([str(file)])
+    assert not snapshot.is_outdated()
+    time.sleep(0.02)  # the clock of the file system is coarse
+    change(file)
+    assert snapshot.is_outdated()
 
 
 def test_tls_that_is_required(tls_site: Site, context: ssl.SSLContext) -> None:
