@@ -546,6 +546,17 @@ lmtp:
         return list((self.spool / "input").glob("*-H"))
 
 
+def dovecot_version() -> tuple[int, ...]:
+    version = subprocess.run([program("dovecot"), "--version"], check=True, capture_output=True, text=True).stdout
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
+
+
+def dovecot_24_head() -> str:
+    """What a configuration has to begin with from Dovecot 2.4 on."""
+    version = ".".join(map(str, dovecot_version()))
+    return f"dovecot_config_version = {version}\ndovecot_storage_version = {version}\n"
+
+
 class Dovecot(Peer):
     """Dovecot's IMAP server on the Maildirs of a site, as whose owner it reads them.
 
@@ -563,17 +574,12 @@ class Dovecot(Peer):
         self.storage, self.messages = storage, messages
         self.address = ("127.0.0.1", free_port())
         self.conf = self.folder / "dovecot.conf"
-        self.version = self._version()
+        self.version = dovecot_version()
         old = self.version < (2, 4)
         private = self._private_conf() if old else self._private_24_conf()
         text = recipe(DOVECOT_CONF if old else DOVECOT_24_CONF, site)
         wanted = self._namespaces_conf(old) + (self._quota_conf() if old else self._quota_24_conf())
         self.conf.write_text(private + text + wanted)
-
-    @staticmethod
-    def _version() -> tuple[int, ...]:
-        version = subprocess.run([program("dovecot"), "--version"], check=True, capture_output=True, text=True).stdout
-        return tuple(map(int, re.findall(r"\d+", version)[:3]))
 
     def _private_conf(self) -> str:
         """What keeps the instance to itself: folders, a port, a password for everyone."""
@@ -602,10 +608,8 @@ service imap-login {{
 
     def _private_24_conf(self) -> str:
         """The same in the language of Dovecot 2.4."""
-        version = ".".join(map(str, self.version))
         return f"""\
-dovecot_config_version = {version}
-dovecot_storage_version = {version}
+{dovecot_24_head()}\
 base_dir = {self.folder}/run
 state_dir = {self.folder}/run
 log_path = {self.log}

@@ -23,13 +23,39 @@ from typing import NamedTuple
 import pytest
 from container import Machine, readme_blocks
 from harness import PATIENCE, STORE_USER, Client, Site, connect, wait_for
-from peers import Peer, answers, program
+from peers import Peer, answers, dovecot_24_head, dovecot_version, program
 
 MESSAGE = b"Subject: x\r\n\r\nA body.\r\n"
 # Too large to be kept in memory: it is spooled into a draft.
 LARGE = MESSAGE + b"0123456789abcdef" * 62 + b"\r\n" + b"x" * 1_000_000 + b"\r\n"
 JANE, JOE = 20001, 20002  # user ids, and the same for the groups
 NO_ID = 2**32 - 1  # which setreuid(2) takes for "leave it as it is"
+
+
+COLUMNS = (
+    "home",
+    "uid",
+    "gid",
+    "mail",
+    "quota_rule",
+    "mail_driver",
+    "mail_path",
+    "quota_storage_size",
+    "quota_message_count",
+)
+QUERY = f"SELECT {', '.join(COLUMNS)} FROM users WHERE name ="
+
+
+def as_dovecot_24_says(fields: dict[str, str]) -> dict[str, str]:
+    """The same as the fields mail and quota_rule in the language of Dovecot 2.4."""
+    new = {}
+    if "mail" in fields:
+        new["mail_driver"], new["mail_path"], *_ = fields["mail"].split(":")
+    names = {"storage": "quota_storage_size", "messages": "quota_message_count"}
+    for limit in fields.get("quota_rule", "*").split(":")[1:]:
+        name, _, value = limit.partition("=")
+        new[names[name]] = value
+    return new
 
 
 class Users(Peer):
@@ -40,6 +66,7 @@ class Users(Peer):
     def __init__(self, site: Site, kind: str) -> None:
         super().__init__(site.root / "users")
         self.kind = kind
+        self._is_old = dovecot_version() < (2, 4)
         self.socket = self.folder / "run/auth-userdb"
         self.homes = site.root / "home"
         self.homes.mkdir(exist_ok=True)
@@ -51,18 +78,28 @@ class Users(Peer):
         self._write_conf()
 
     def _write_conf(self) -> None:
-        sql = self.folder / "sql.conf"
-        fields = "home, uid, gid, mail, quota_rule"
-        sql.write_text(
-            f"driver = sqlite\nconnect = {self._database}\nuser_query = SELECT {fields} FROM users WHERE name = '%u'\n"
-        )
-        arguments = sql if self.kind == "sql" else self._file
         self._conf.write_text(f"""\
+{"" if self._is_old else dovecot_24_head()}\
 base_dir = {self.folder}/run
 state_dir = {self.folder}/run
 log_path = {self.log}
 protocols =
 ssl = no
+{self._databases() if self._is_old else self._24_databases()}\
+service auth {{
+  unix_listener auth-userdb {{
+    mode = 0600
+    user = {STORE_USER}
+  }}
+}}
+""")
+
+    def _databases(self) -> str:
+        """Who there is."""
+        sql = self.folder / "sql.conf"
+        sql.write_text(f"driver = sqlite\nconnect = {self._database}\nuser_query = {QUERY} '%u'\n")
+        arguments = sql if self.kind == "sql" else self._file
+        return f"""\
 passdb {{
   driver = static
   args = nopassword=y
@@ -71,13 +108,23 @@ userdb {{
   driver = {self.kind}
   args = {arguments}
 }}
-service auth {{
-  unix_listener auth-userdb {{
-    mode = 0600
-    user = {STORE_USER}
+"""
+
+    def _24_databases(self) -> str:
+        """The same in the language of Dovecot 2.4."""
+        users = f"query = {QUERY} '%{{user}}'" if self.kind == "sql" else f"passwd_file_path = {self._file}"
+        return f"""\
+sql_driver = sqlite
+sqlite_path = {self._database}
+passdb static {{
+  fields {{
+    nopassword = yes
   }}
 }}
-""")
+userdb {self.kind} {{
+  {users}
+}}
+"""
 
     def open_to_all(self) -> None:
         """Gives the socket the owner and the permissions that it has unless it is configured."""
@@ -88,7 +135,7 @@ service auth {{
 
     def _create_table(self) -> None:
         with sqlite3.connect(self._database) as database:
-            database.execute("CREATE TABLE users (name, home, uid, gid, mail, quota_rule)")
+            database.execute(f"CREATE TABLE users (name, {', '.join(COLUMNS)})")
         database.close()
 
     def break_down(self) -> None:
@@ -114,12 +161,15 @@ service auth {{
 
     def add_row(self, name: str, home: str, uid: int | str, **fields: str) -> None:
         """A user whose home and user id are what the texts say."""
+        if not self._is_old:
+            fields = as_dovecot_24_says(fields)
         extra = " ".join(f"userdb_{key}={value}" for key, value in fields.items())
         with self._file.open("a") as file:
             file.write(f"{name}:x:{uid}:{uid}::{home}::{extra}\n")
         with sqlite3.connect(self._database) as database:
-            row = (name, home, uid, uid, fields.get("mail"), fields.get("quota_rule"))
-            database.execute("INSERT INTO users VALUES (?, ?, ?, ?, ?, ?)", row)
+            row = {"name": name, "home": home, "uid": uid, "gid": uid, **fields}
+            marks = ", ".join(f":{column}" for column in row)
+            database.execute(f"INSERT INTO users ({', '.join(row)}) VALUES ({marks})", row)
         database.close()
 
     def start(self) -> None:
