@@ -740,6 +740,11 @@ def text_of(value: object) -> str:
     return f"{path}{value.strerror}" + ("" if user is None else f" (as uid {user})")
 
 
+def with_path(path: str, error: Exception) -> str:
+    """The text of an error, see text_of(), with that path if the error names none."""
+    return text_of(error) if getattr(error, "filename", None) else f"{path}: {text_of(error)}"
+
+
 def quoted(value: str) -> str:
     """The value of a log field as short printable ASCII, in quotes if it could be taken for anything else."""
     if len(value) > FIELD_LIMIT:
@@ -1398,7 +1403,7 @@ def load_tls_context(config: Config) -> SSLContext | None:
         try:
             return make_tls_context(config)
         except (OSError, ValueError) as error:  # ssl.SSLError among them
-            problem = f"{config.tls_server_cert}: {error}"
+            problem = with_path(config.tls_server_cert, error)
     if config.allowstarttls or config.tls_required:
         log.error("STARTTLS not offered", cause=problem)
     return None
@@ -1417,6 +1422,8 @@ def make_tls_context(config: Config) -> SSLContext:
     context.num_tickets = 0
     if config.tls_ciphers:
         context.set_ciphers(config.tls_ciphers)
+    for file in files_for_tls(config):
+        os.close(os.open(file, os.O_RDONLY | os.O_CLOEXEC))  # for an error that names the file
     context.load_cert_chain(config.tls_server_cert, config.tls_server_key or None, password=no_password)
     if config.tls_client_certs == "off":
         return context
@@ -1559,7 +1566,7 @@ def connect_to_service(path: str) -> socket.socket:
         sock.connect(path)
     except OSError as error:
         sock.close()
-        raise Unavailable(f"{path}: {error}") from None
+        raise Unavailable(with_path(path, error)) from None
     sock.settimeout(SERVICE_TIMEOUT)
     return sock
 
@@ -1582,7 +1589,7 @@ class DovecotService:
         except socket.timeout:
             raise ServiceTimeout(f"{self.path}: does not answer") from None
         except OSError as error:
-            raise ServiceClosed(f"{self.path}: {error}") from None
+            raise ServiceClosed(with_path(self.path, error)) from None
 
     def hear(self) -> list[str]:
         """The fields of the next line."""
@@ -1591,7 +1598,7 @@ class DovecotService:
         except socket.timeout:
             raise ServiceTimeout(f"{self.path}: does not answer") from None
         except OSError as error:
-            raise ServiceClosed(f"{self.path}: {error}") from None
+            raise ServiceClosed(with_path(self.path, error)) from None
         if not line.endswith(b"\n"):
             raise ServiceClosed(f"{self.path}: the connection was closed")
         return line[:-1].decode("utf-8", "replace").split("\t")
@@ -4894,7 +4901,7 @@ class PasswordFile:
                     if verifier and not user.startswith("#"):
                         verifiers.setdefault(user, verifier)
         except (OSError, UnicodeDecodeError) as error:
-            raise Unavailable(f"{self._path}: {error}") from None
+            raise Unavailable(with_path(self._path, error)) from None
         return verifiers
 
 
@@ -4911,7 +4918,7 @@ def check_with_saslauthd(path: str, service: str, user: str, password: str) -> N
             sock.sendall(b"".join(len(field).to_bytes(2, "big") + field for field in fields))
             answer = answers.read(int.from_bytes(answers.read(2), "big"))
         except OSError as error:
-            raise Unavailable(f"{path}: {error}") from None
+            raise Unavailable(with_path(path, error)) from None
     if not answer:
         raise Unavailable(f"{path}: no answer")
     if not answer.startswith(b"OK"):

@@ -105,6 +105,25 @@ def failing_fsync(path: Path) -> Callable[[int], None]:
     return fsync
 
 
+def test_a_copy_that_can_neither_be_synced_nor_removed_is_logged(
+    scene: Scene, site: Site, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The disk has become read-only, for example."""
+    unlink = os.unlink
+
+    def fail(name: str, **arguments: int) -> None:
+        if ",S=" in name:
+            raise OSError(errno.EROFS, "Read-only file system")
+        unlink(name, **arguments)
+
+    with mock.patch.object(os, "fsync", failing_fsync(site.spool / "jane/new")), mock.patch.object(os, "unlink", fail):
+        assert scene.deliver("jane") == ["451 4.3.0"]
+    [file] = site.files("jane")
+    log = capfd.readouterr().err
+    assert f'copy left behind mailbox={site.spool}/jane file="{file.name}" cause="{file}: Read-only file system' in log
+    assert f'delivery failed mailbox={site.spool}/jane cause="{site.spool}/jane/new: broken' in log
+
+
 @pytest.mark.parametrize("broken", ["jane/new", "jane/.Lists/new"])
 def test_a_part_that_cannot_be_synced_takes_the_others_back(scene: Scene, site: Site, broken: str) -> None:
     assert scene.deliver("jane") == ["250 2.1.5"]

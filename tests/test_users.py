@@ -349,6 +349,24 @@ def test_a_user_database_that_fails_is_no_reason_to_bounce(sql_homes: Homes) -> 
     assert sql_homes.deliver("jane", "nobody") == ["250 2.1.5", "550 5.1.1"]
 
 
+def test_a_user_database_that_hangs_costs_one_connection_time_and_not_all(sql_homes: Homes) -> None:
+    """Each connection has a process of its own."""
+    home = sql_homes.users.add("jane", JANE)
+    assert sql_homes.deliver("jane") == ["250 2.1.5"]
+    sql_homes.site.figures = {"SERVICE_TIMEOUT": 2, "BACKOFF": 300}
+    group = sql_homes.users.process.pid
+    os.killpg(group, signal.SIGSTOP)
+    try:
+        assert [sql_homes.deliver("jane") for _ in range(4)] == [["451 4.3.0"]] * 4
+    finally:
+        os.killpg(group, signal.SIGCONT)
+    causes = re.findall(r'user database unavailable .* cause="[^"]*: ([^"]*)"', sql_homes.site.log_text())
+    assert causes == ["does not answer", *["not asked again yet after a timeout"] * 3]
+    os.utime(sql_homes.site.configdirectory / "userdb.backoff", (0, 0))
+    assert sql_homes.deliver("jane") == ["250 2.1.5"]
+    assert len(stored(home / "Maildir")) == 2
+
+
 def test_a_socket_that_tells_lmtpd_nothing_is_no_reason_to_bounce(sql_homes: Homes) -> None:
     """Dovecot tells every account of the host who itself is, and not who others are."""
     users = sql_homes.users
