@@ -1993,7 +1993,7 @@ class Place:
             return
         if not str(error.filename or "").startswith("/"):
             error.filename, error.filename2 = self._path, None
-        if not hasattr(error, "uid"):
+        if error.errno != errno.ENOENT and not hasattr(error, "uid"):  # what is missing is so for everybody
             error.uid = os.geteuid()  # type: ignore[attr-defined]
 
 
