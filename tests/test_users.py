@@ -167,7 +167,8 @@ userdb {self.kind} {{
         with self._file.open("a") as file:
             file.write(f"{name}:x:{uid}:{uid}::{home}::{extra}\n")
         with sqlite3.connect(self._database) as database:
-            row = {"name": name, "home": home, "uid": uid, "gid": uid, **fields}
+            row = {"name": name, "home": home, "uid": uid, "gid": uid}
+            row |= {column: fields[column] for column in COLUMNS if column in fields}
             marks = ", ".join(f":{column}" for column in row)
             database.execute(f"INSERT INTO users ({', '.join(row)}) VALUES ({marks})", row)
         database.close()
