@@ -140,14 +140,14 @@ OTHER_OPTIONS = """
     tls_sessions_db tls_sessions_db_path tlscache_db tlscache_db_path uidl_format unix_group_enable userprefix
     websocket_timeout
 """
-# Options beginning so are Cyrus', in every version: lmtpd would have nothing to do with them.
+# Options of Cyrus in every version begin so. They do not concern lmtpd.
 OPTION_FAMILIES = """
     addressbook annotation_ aps_ archive_ backup_ caldav_ calendar carddav_ caringo_ conversations dav event_
     fastmail http icalendar_ ischedule_ jmap ldap_ mboxname_ mupdate_ news nntp object_storage_ openio_
     partition_select_ pop prometheus_ proxyd_ proxy_ pts rss_ sasl_ search_ serverlist sync_ sql_ srs_ vcard_
     virusscan_ xbackup_ zoneinfo_
 """
-SIMILAR = 0.8  # how similar the name of an option is to a misspelt one, by difflib
+SIMILARITY_MINIMUM = 0.8  # how similar the name of an option is to a misspelt one, by difflib
 
 
 class ConfigError(Exception):
@@ -516,10 +516,13 @@ class Config:
                 config.special_uses[f"\\{name[len(prefix) :]}"] = settings.pop(name)[0]
         config.ignored = [(where, name) for name, (_, where) in settings.items() if "partition-" not in name]
         config.warnings = []
-        if config.lmtp_prefork > config.lmtp_maxchild:
-            config.warnings.append(
-                f"lmtp_prefork is {config.lmtp_prefork}, but lmtp_maxchild allows {config.lmtp_maxchild}"
-            )
+        for limit in ("lmtp_maxchild", "lmtp_maxchild_untrusted"):
+            allowed = getattr(config, limit)
+            if 0 < allowed < config.lmtp_prefork:
+                text = (
+                    f"lmtp_prefork is {config.lmtp_prefork}, but {limit} allows {allowed}: lower it, or raise {limit}"
+                )
+                config.warnings.append(text)
         return config
 
 
@@ -544,7 +547,7 @@ def similar_option(name: str) -> str:
     import difflib
 
     known = [*Config.table(), *CHANGING_OPTIONS.split(), *OTHER_OPTIONS.split()]
-    return next(iter(difflib.get_close_matches(name, known, 1, SIMILAR)), "")
+    return next(iter(difflib.get_close_matches(name, known, 1, SIMILARITY_MINIMUM)), "")
 
 
 def default_partition(config: Config, settings: dict[str, tuple[str, str]], service: str, file: str) -> str:
@@ -730,7 +733,7 @@ class LogContext:
 def text_of(value: object) -> str:
     """The value of a log field as text; an error of the system as "path: reason (as uid 1000)", as far as it is known.
 
-    The user id is there if the error has passed a Place.
+    The user id is there if the error has passed a PathInErrors.
     """
     if not isinstance(value, OSError) or not value.strerror:
         return str(value)
@@ -881,7 +884,7 @@ class LmtpError(Exception):
 
 
 TIMED_OUT = Reply(421, "4.4.2", "Timeout, closing the connection")
-SESSION_TOO_LONG = Reply(421, "4.4.2", "Session time limit reached, closing the connection")
+SESSION_TOO_LONG = Reply(421, "4.4.2", "Session or authentication time limit reached, closing the connection")
 SHUTTING_DOWN = Reply(421, "4.3.2", "Shutting down, try again later")
 INTERNAL_ERROR = Reply(421, "4.3.0", "Internal error, try again later")
 LINE_TOO_LONG = Reply(500, "5.5.2", "Line too long")
@@ -1398,7 +1401,7 @@ class Connection:
 
 def load_tls_context(config: Config) -> SSLContext | None:
     """The settings for STARTTLS; None if STARTTLS is off or, as the log says, impossible."""
-    problem = "set allowstarttls and tls_server_cert"
+    problem = f"set {'tls_server_cert' if config.allowstarttls else 'allowstarttls: yes, or tls_required: no'}"
     if config.allowstarttls and config.tls_server_cert:
         try:
             return make_tls_context(config)
@@ -1877,7 +1880,7 @@ def domain_spellings(domain: str) -> list[str]:
     try:
         import idna
     except ImportError:
-        cause = "the Python package idna is not installed; see the README"
+        cause = "the Python package idna is missing: install python3-idna, or pip install idna"
         log.warning("domain has one spelling only", domain=domain, cause=cause)
         return [composed(domain)]
     try:
@@ -1974,7 +1977,7 @@ def set_effective_ids(uid: int, gid: int, groups: Sequence[int]) -> None:
     os.seteuid(uid)
 
 
-class Place:
+class PathInErrors:
     """A "with" block in which an OSError gets a path, unless it has a full one, and the acting user's id: text_of().
 
     Calls with a descriptor name no path, or only the last part of it.
@@ -2008,10 +2011,10 @@ class Draft:
         self.identity = identity
         self._name = unique_name()
         self._directory = directory
-        self._place = Place(f"{path}/{self._name}")
+        self._path_in_errors = PathInErrors(f"{path}/{self._name}")
         self._size = self._writeback_begun = 0
         try:
-            with self._place:
+            with self._path_in_errors:
                 self._fd = os.open(self._name, NEW_FILE, 0o666, dir_fd=directory)
         except OSError:
             os.close(directory)
@@ -2019,7 +2022,7 @@ class Draft:
 
     def write(self, data: bytes) -> None:
         """Appends data."""
-        with self._place:
+        with self._path_in_errors:
             write_all(self._fd, data)
         self._size += len(data)
         if self._size - self._writeback_begun >= WRITEBACK_SIZE:
@@ -2030,7 +2033,7 @@ class Draft:
 
     def read(self, offset: int, size: int) -> bytes:
         """The octets from that offset on, size at most; b"" at the end."""
-        with self._place:
+        with self._path_in_errors:
             return os.pread(self._fd, size, offset)
 
     def copy_from(self, read: Callable[[int, int], bytes], size: int) -> None:
@@ -2040,7 +2043,7 @@ class Draft:
             self.write(data)
             offset += len(data)
         if offset < size:
-            with self._place:
+            with self._path_in_errors:
                 raise OSError(errno.EIO, "what is copied is shorter than it was")
 
     def device(self) -> int:
@@ -2050,7 +2053,7 @@ class Draft:
 
     def unlink(self) -> None:
         """Removes the name. Then no other process can open the file; it can only be copied."""
-        with self._place:
+        with self._path_in_errors:
             os.unlink(self._name, dir_fd=self._directory)
         self._name = ""
 
@@ -2060,7 +2063,7 @@ class Draft:
 
     def sync(self) -> None:
         """Syncs the file: after it all octets are on the disk."""
-        with self._place:
+        with self._path_in_errors:
             os.fsync(self._fd)
 
     def make_newer_than(self, timestamp: float) -> None:
@@ -2082,7 +2085,7 @@ class Draft:
         """Closes the file, and removes it unless it has been moved."""
         try:
             if self._name:
-                with self.identity, self._place:
+                with self.identity, self._path_in_errors:
                     os.unlink(self._name, dir_fd=self._directory)
         except OSError as error:
             log.warning("draft left behind", file=self._name, cause=error)
@@ -2138,7 +2141,7 @@ class Directory:
     def open_file(self, directory: str, name: str, flags: int) -> int:
         """A descriptor of a regular file in a directory below. flags: of open(2)."""
         path = f"{self.path_of(directory)}/{name}"
-        with Place(path):
+        with PathInErrors(path):
             if self.guarded:
                 place = self.open(directory)
                 try:
@@ -2159,7 +2162,7 @@ class Directory:
         """
         fd = self.open_file(directory, name, os.O_WRONLY | os.O_APPEND)
         try:
-            with Place(f"{self.path_of(directory)}/{name}"):
+            with PathInErrors(f"{self.path_of(directory)}/{name}"):
                 write_all(fd, content)
                 return os.fstat(fd).st_nlink > 0
         finally:
@@ -2196,7 +2199,7 @@ class Directory:
             draft.sync()
             place = self.open(directory)
             try:
-                with Place(self.path_of(directory)):
+                with PathInErrors(self.path_of(directory)):
                     put(draft, place)
             finally:
                 close_synced(place)
@@ -2222,12 +2225,12 @@ def open_directory(path: str, guarded: bool) -> int:
             # Passing through a directory needs no right to read it.
             flags = OPEN_DIRECTORY | os.O_NOFOLLOW | (os.O_PATH if any(names) else 0)
             try:
-                with Place(f"{where}/{name}"):
+                with PathInErrors(f"{where}/{name}"):
                     below = os.open(name, flags, dir_fd=fd)
                 where = f"{where}/{name}"
             except NotADirectoryError:
                 links += 1
-                target = trusted_link(fd, name, where, links)
+                target = target_of_trusted_link(fd, name, where, links)
                 names += target.split("/")[::-1]
                 if not target.startswith("/"):
                     continue
@@ -2240,12 +2243,13 @@ def open_directory(path: str, guarded: bool) -> int:
     return fd
 
 
-def trusted_link(directory: int, name: str, where: str, number: int) -> str:
+def target_of_trusted_link(directory: int, name: str, where: str, number: int) -> str:
     """The target of a symbolic link that may be followed. Raises OSError for one that may not, and for what is no link.
 
-    directory, where: the descriptor and the path of its directory. number: how many links this makes.
+    directory, where: the descriptor and the path of its directory. number: how many links have been followed, this one
+    included.
     """
-    with Place(f"{where}/{name}"):
+    with PathInErrors(f"{where}/{name}"):
         try:
             target = os.readlink(name, dir_fd=directory)
         except OSError:
@@ -2279,9 +2283,9 @@ def sync_own_parents(path: str, guarded: bool) -> None:
         try:
             fd = open_directory(path, guarded)
         except PermissionError:
-            return  # who made something in there is somebody else
+            return  # the acting user cannot have made anything in there
         try:
-            with Place(path):
+            with PathInErrors(path):
                 sync_directory(fd)
         finally:
             close_synced(fd)
@@ -2298,7 +2302,7 @@ def make_directory(parent: str, name: str, guarded: bool) -> None:
     """Makes a directory in an existing one, durably. Raises OSError."""
     fd = open_directory(parent, guarded)
     try:
-        with Place(f"{parent}/{name}"):
+        with PathInErrors(f"{parent}/{name}"):
             try:
                 os.mkdir(name, 0o777, dir_fd=fd)
             except FileExistsError:
@@ -3240,7 +3244,7 @@ class DovecotLock:
     def __enter__(self) -> None:
         self._place = self._directory.open(self._folder)
         try:
-            with Place(f"{self._directory.path_of(self._folder)}/{self._name}"):
+            with PathInErrors(f"{self._directory.path_of(self._folder)}/{self._name}"):
                 self._take()
         except OSError:
             os.close(self._place)
@@ -3372,7 +3376,7 @@ class Placed:
     def sync(self) -> None:
         """Makes it durable, or else takes it back and raises OSError. Called once."""
         try:
-            with Place(os.path.dirname(self.path)):
+            with PathInErrors(os.path.dirname(self.path)):
                 sync_directory(self._directory)
         except OSError:
             self.take_back()
@@ -3381,7 +3385,7 @@ class Placed:
     def take_back(self) -> None:
         """Removes it again. If it cannot, readers go on seeing it, and the log says so."""
         try:
-            with self._mailbox.identity, Place(self.path):
+            with self._mailbox.identity, PathInErrors(self.path):
                 os.unlink(self.name, dir_fd=self._directory)
         except OSError as error:
             log.error("copy left behind", mailbox=self._mailbox.path, file=self.name, cause=error)
@@ -3416,7 +3420,7 @@ class Folders:
         return True
 
     def is_taken(self, folder: str) -> bool:
-        """Whether something has the folder's name that is no directory, or a link that is not followed."""
+        """Whether the folder's name belongs to something else: a file, or a symbolic link that is not followed."""
         path = self._directory.path_of(folder)
         with self._identity:
             return os.path.lexists(path) and (
@@ -3606,7 +3610,7 @@ class Maildir:
             name = f"{unique_name()},S={message.size},W={message.size + message.lines}{info}"
             path = f"{self._directory.path_of(place)}/{name}"
             try:
-                with Place(path):
+                with PathInErrors(path):
                     if not self._move_or_link(message.draft, directory, name, may_move):
                         self._copy(message, directory, name)
             except OSError:
@@ -3680,8 +3684,15 @@ ID_LIMIT = 2**32 - 1  # one more than the greatest id of a user or group, creden
 DOVECOT_24 = 3  # the minor version of the protocol that Dovecot 2.4 speaks, and 2.3 does not
 # Fields of Dovecot's user database whose names begin like a setting of mailboxes or quotas. A field that is in none of
 # these may change where the mail is or how much there may be.
-PLACE_PREFIXES = ("mail_", "maildir_", "mailbox_", "namespace/", "quota")
-PLACE_FIELDS = ("mail_driver", "mail_home", "mail_inbox_path", "mail_path", "quota_message_count", "quota_storage_size")
+MAILBOX_PREFIXES = ("mail_", "maildir_", "mailbox_", "namespace/", "quota")
+MAILBOX_FIELDS = (
+    "mail_driver",
+    "mail_home",
+    "mail_inbox_path",
+    "mail_path",
+    "quota_message_count",
+    "quota_storage_size",
+)
 HARMLESS_FIELDS = ("mail_index_path", "mail_max_userip_connections", "mail_plugins", "mail_replica", "mail_debug")
 HARMLESS_PREFIXES = (
     *("mail_attribute", "mail_log", "quota_exceeded_message", "quota_grace", "quota_over", "quota_rule"),
@@ -3864,7 +3875,7 @@ class DovecotUsers:
 def as_id(value: str) -> int:
     """A user id or group id. Raises ValueError."""
     if not value.isdigit() or int(value) >= ID_LIMIT:
-        raise ValueError(f"{value} is no id of a user or group")
+        raise ValueError(f"uid or gid {value!r}: must be a number below {ID_LIMIT}")
     return int(value)
 
 
@@ -3874,9 +3885,13 @@ def check_dovecot_fields(fields: dict[str, str], version: int) -> None:
     version: the minor version of Dovecot's protocol.
     """
     for name, value in fields.items():
-        known = name in PLACE_FIELDS or name in HARMLESS_FIELDS or name.startswith(HARMLESS_PREFIXES)
-        if name.startswith(PLACE_PREFIXES) and not known and not (name in ("mail_uid", "mail_gid") and "uid" in fields):
-            raise ValueError(f"{name}={value}: the field is not known")
+        known = name in MAILBOX_FIELDS or name in HARMLESS_FIELDS or name.startswith(HARMLESS_PREFIXES)
+        if (
+            name.startswith(MAILBOX_PREFIXES)
+            and not known
+            and not (name in ("mail_uid", "mail_gid") and "uid" in fields)
+        ):
+            raise ValueError(f"{name}={value}: the field is not known, and may move or limit the mailbox; remove it")
     for old, new in RENAMED_FIELDS.items():
         if version >= DOVECOT_24 and old in fields and new not in fields:
             raise ValueError(f"{old}={fields[old]}: Dovecot 2.4 ignores this field; set {new}")
@@ -3930,7 +3945,7 @@ def limits_in_dovecot_fields(fields: dict[str, str]) -> tuple[int, int] | None:
             octets = 0 if size in (None, "unlimited") else as_octets(size.lower().replace("ib", "b"))
             messages = 0 if count in (None, "unlimited") else as_number(count)
         except ValueError as error:
-            raise ValueError(f"quota_storage_size={size} quota_message_count={count}: {error}") from None
+            raise ValueError(f"quota_storage_size={size or ''} quota_message_count={count or ''}: {error}") from None
         return octets, messages
     rules = [fields[name] for name in fields if name.startswith("quota_rule")]
     limits = [parse_quota_rule(rule) for rule in rules if rule.startswith("*:")]
@@ -4023,8 +4038,8 @@ class MaildirStore:
 
     def find(self, recipient: Recipient, is_last: bool = True) -> Maildir:
         """See above."""
-        is_ambiguous = self._config.virtdomains != "off" and "@" in recipient.user
-        if not recipient.user or is_ambiguous or not is_safe_name(recipient.userid):
+        has_domain_in_user = self._config.virtdomains != "off" and "@" in recipient.user
+        if not recipient.user or has_domain_in_user or not is_safe_name(recipient.userid):
             raise UserUnknown
         account = self._users.find(recipient.userid)
         path = (account.path or self._path_of(account, recipient)).rstrip("/")
@@ -4045,7 +4060,7 @@ class MaildirStore:
     def _path_of(self, account: Account, recipient: Recipient) -> str:
         """The path of the recipient's Maildir by the option maildir_path. Raises UserUnknown and StoreUnavailable."""
         if "h" in self._variables and not (account.home.startswith("/") and account.home.strip("/")):
-            raise self._inaccessible(recipient.userid, "the user database has no home directory of the user")
+            raise self._inaccessible(recipient.userid, "the user's home directory is missing, relative or /")
         user, domain = recipient.user, recipient.domain
         if account.userid != recipient.userid:  # the database has another name for the user
             user, _, domain = account.userid.partition("@")
@@ -4628,7 +4643,7 @@ class DeliveryAgent:
 
 
 def reply_to(error: Exception, config: Config, mailbox: str = "") -> Reply:
-    """The reply to an exception, which is logged unless it is another StoreError than MailboxFull, or LmtpError."""
+    """The reply to an exception. Logs it, unless it is an LmtpError, or a StoreError other than MailboxFull."""
     if isinstance(error, LmtpError):
         return error.reply
     if isinstance(error, UserUnknown):
@@ -5372,6 +5387,7 @@ class MailDialogue(Dialogue):
         transaction, fields = self._transaction, {}
         if transaction and line[:4].upper() == b"RCPT":
             fields = transaction.fields(f"<{transaction.asked or ''}>")
+            transaction.asked = None
         is_repeated = reply is self._last_refusal is TOO_MANY_RECIPIENTS
         follows = reply is NO_RECIPIENTS and transaction and transaction.refused
         self._last_refusal = reply
@@ -5413,6 +5429,7 @@ class MailDialogue(Dialogue):
         transaction.asked = None
         transaction.destinations.append(self._destination(argument, transaction))
         transaction.refused -= 1
+        transaction.asked = None  # a later RCPT may be refused before its address is known
         self.reply(RECIPIENT_OK)
 
     def _destination(self, argument: str, transaction: Transaction) -> Destination:
@@ -6043,7 +6060,7 @@ def accept(listener: Socket) -> Socket | None:
         return None
 
 
-class Group:
+class WorkerGroup:
     """The workers for some of a pool's sockets. limit: how many there may be.
 
     workers: the process id of each, and its last message; 0 before the first. idle_one_left: whether an idle worker has
@@ -6056,7 +6073,7 @@ class Group:
         self.idle_one_left = False
 
     @classmethod
-    def divide(cls, listeners: Sequence[Socket], handler: ConnectionHandler) -> list[Group]:
+    def divide(cls, listeners: Sequence[Socket], handler: ConnectionHandler) -> list[WorkerGroup]:
         """The groups for these sockets: one for clients that are trusted, one for the others.
 
         So there is always a worker for the former, however many of the latter hold a connection.
@@ -6087,7 +6104,7 @@ class Pool:
     """
 
     def __init__(self, handler: ConnectionHandler, listeners: Sequence[Socket]) -> None:
-        self._handler, self._groups = handler, Group.divide(listeners, handler)
+        self._handler, self._groups = handler, WorkerGroup.divide(listeners, handler)
         self._stop, self._timeout = handler.stop, handler.arguments.timeout
         self._notifier = Notifier()
         self._served = 0
@@ -6166,7 +6183,7 @@ class Pool:
             waits.append(self._not_before - now)
         return max(min(waits), 0.001)
 
-    def _start_worker(self, group: Group, preforked: bool) -> None:
+    def _start_worker(self, group: WorkerGroup, preforked: bool) -> None:
         """Forks a worker, or sets _outdated if a file has changed. A failed fork starts a back-off of a second."""
         self._outdated = self._handler.snapshot.is_outdated()
         if self._outdated:
@@ -6184,7 +6201,7 @@ class Pool:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
-    def _become_worker(self, group: Group, preforked: bool) -> NoReturn:
+    def _become_worker(self, group: WorkerGroup, preforked: bool) -> NoReturn:
         status = os.EX_SOFTWARE
         try:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)

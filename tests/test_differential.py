@@ -576,13 +576,11 @@ LENIENT = "addresses with an underscore in the domain, IPv6 literals, and spaces
 TRACE = (
     "in Return-Path the sender has quotes only where needed and no source route, and servername also where the domain"
 )
-STRICT = (
-    "not taken are paths of more than 900 octets, control characters, a NUL, the recipient <>, 8-bit octets in quotes"
-)
+STRICT = "not taken are paths of more than 900 octets, control characters, a NUL, the recipient <>, a parameter that is given"
 PARAMETERS = "a parameter that is given twice or is empty"
 WHITE = "white space after a command, or more of it before a parameter, does no harm"
 POSTMASTER = "mail for postmaster in any domain goes to one user"
-POSTUSER = "no folder of a user is reached by postuser"
+POSTUSER = "an address with postuser never leads to the folder of a user"
 CIRCUMFLEX = "a circumflex in the name of a user does not stand for a dot"
 UTF8 = "without lmtp_strict_rfc2821 an address in UTF-8 stays as it is"
 

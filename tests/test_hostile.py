@@ -110,18 +110,18 @@ def test_a_session_has_a_limit_of_its_own(site: Site, start: bytes) -> None:
         client.send(start)
         if start.startswith(b"DATA"):
             client.reply()
-        last = [b"421 4.4.2 Session time limit reached, closing the connection"]
+        last = [b"421 4.4.2 Session or authentication time limit reached, closing the connection"]
         assert trickle(client, b"x" * 100) == last
     assert 2 <= time.monotonic() - begin < 20  # all of it would take 30 seconds
     assert site.child.wait(PATIENCE) == 0
     assert site.files("jane") == []
-    assert 'reason="421 4.4.2 Session time limit reached, closing the connection"' in site.log_text()
+    assert 'reason="421 4.4.2 Session or authentication time limit reached, closing the connection"' in site.log_text()
 
 
 def test_a_session_that_is_never_silent_has_its_limit_too(site: Site) -> None:
     site.configure(lmtp_session_timeout="1s", lmtp_max_idle_commands="0")
     answers = flood(site.connect(), b"NOOP\r\n" * 1000, 1_000_000)
-    assert answers.endswith(b"\r\n421 4.4.2 Session time limit reached, closing the connection\r\n")
+    assert answers.endswith(b"\r\n421 4.4.2 Session or authentication time limit reached, closing the connection\r\n")
 
 
 def test_without_a_limit_a_session_goes_on(site: Site) -> None:

@@ -213,7 +213,10 @@ class TestPool:
         with pool(site) as starter:
             open_session(starter)
             wait_for_workers(starter.process.pid, 2)
-        assert '<4>odd setting cause="lmtp_prefork is 5, but lmtp_maxchild allows 2"' in site.log_text()
+        assert (
+            '<4>odd setting cause="lmtp_prefork is 5, but lmtp_maxchild allows 2: lower it, or raise lmtp_maxchild"'
+            in site.log_text()
+        )
 
     def test_workers_are_kept_ready(self, site: Site) -> None:
         site.configure(lmtp_prefork="3")

@@ -118,6 +118,15 @@ def test_what_follows_from_a_refusal_is_logged_with_debug(site: Site) -> None:
     ]
 
 
+def test_a_recipient_that_cannot_be_read_is_not_logged_as_the_one_before(site: Site) -> None:
+    client = connected(site, lmtp_strict_rfc2821="no")
+    assert client.command("MAIL FROM:<>").startswith("250")
+    assert client.command("RCPT TO:<nobody@x>").startswith("550")
+    for line in (b"RCPT TO:<jane@\xe9>", b"RCPT TO:<jane\x07>"):
+        assert client.command(line).startswith("500")
+    assert [re.findall("recipient=(\\S+)", line) for line in lines(site, "refused")] == [["<nobody@x>"], ["<>"], ["<>"]]
+
+
 def test_data_without_a_recipient_is_the_clients_fault(site: Site) -> None:
     client = connected(site)
     assert client.command("DATA").startswith("503")
