@@ -303,8 +303,8 @@ def as_template(variables: str) -> Callable[[str], str]:
 
     def parse(value: str) -> str:
         expand(value, dict.fromkeys(variables, ""))
-        if not value.startswith(("/", "%p/", "%h/")):
-            raise ValueError("must be an absolute path")
+        if not value.startswith(("/", "%p/", "%h/")) or not value.strip("/"):
+            raise ValueError("must be an absolute path, and not /")
         return value
 
     return parse
@@ -655,6 +655,7 @@ class Log:
         self.debugging = False
         self._emit: Callable[[int, str], object] = to_stderr
         self._context: dict[str, object] = {}
+        self._logged: set[str] = set()
 
     def open(self, prefix: str = "", facility: str = "mail", debugging: bool = False) -> None:
         """Chooses where lines go, see sd-daemon(3) and syslog(3). It may be called again."""
@@ -694,11 +695,21 @@ class Log:
         if self.debugging:
             self._line(LOG_DEBUG, event, fields)
 
+    def warning_once(self, event: str, **fields: object) -> None:
+        """Logs a warning, unless this process has logged the event before."""
+        if event not in self._logged:
+            self._logged.add(event)
+            self.warning(event, **fields)
+
     def traceback(self, event: str, **fields: object) -> None:
         """Logs an event, and the traceback of the exception that is being handled."""
-        import traceback
-
         self._line(LOG_ERR, event, fields)
+        error = sys.exc_info()[1]
+        try:
+            import traceback
+        except (ImportError, OSError):  # no descriptor is left, or the user may not read Python's files
+            self._line(LOG_ERR, "traceback", {"line": repr(error)})
+            return
         for line in traceback.format_exc().splitlines():
             self._line(LOG_ERR, "traceback", {"line": line})
 
@@ -1881,7 +1892,7 @@ def domain_spellings(domain: str) -> list[str]:
         import idna
     except ImportError:
         cause = "the Python package idna is missing: install python3-idna, or pip install idna"
-        log.warning("domain has one spelling only", domain=domain, cause=cause)
+        log.warning_once("domain has one spelling only", domain=domain, cause=cause)
         return [composed(domain)]
     try:
         encoded = idna.encode(domain, uts46=True).decode("ascii")
@@ -2237,7 +2248,7 @@ def open_directory(path: str, guarded: bool) -> int:
                 where, below = "", os.open("/", OPEN_DIRECTORY)
             os.close(fd)
             fd = below
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL in the path
         os.close(fd)
         raise
     return fd
@@ -2294,7 +2305,7 @@ def sync_own_parents(path: str, guarded: bool) -> None:
 def nearest_directory(path: str) -> str:
     """The path, or the nearest parent of it that exists."""
     while not os.path.isdir(path):
-        path = os.path.dirname(path)
+        path = os.path.dirname(path) or "/"
     return path
 
 
@@ -2785,6 +2796,8 @@ INBOX = ""
 QUOTA_FILE, KEYWORD_FILE, LOCK_FILE = "maildirsize", "dovecot-keywords", "dovecot-uidlist.lock"
 SUBSCRIPTIONS, SUBSCRIPTIONS_LOCK = "subscriptions", "subscriptions.lock"
 COURIER_SUBSCRIPTIONS = "courierimapsubscribed"
+SUBSCRIPTIONS_LIMIT = 1 << 20  # octets; a user may put a larger file there
+SUBSCRIPTIONS_PATIENCE = 2  # seconds to wait for its lock while mail waits
 QUOTA_FILE_LIMIT = 5120  # octets; a larger file is replaced by a new count
 QUOTA_STALE = 15 * 60  # seconds; if the file is older, a recount comes before a refusal
 RECOUNTS = 3  # counts of a Maildir that changes meanwhile
@@ -3147,7 +3160,7 @@ class KeywordFile:
         """The letters of these keywords. A new keyword gets a free letter, or is left out if none is free."""
         known = self._read()[0]
         if not all(keyword.lower() in known for keyword in keywords):
-            with DovecotLock(self._directory, self._folder):
+            with DovecotLock(self._directory, self._folder, LOCK_FILE, LOCK_PATIENCE):
                 known = self._add(keywords)
         return {KEYWORD_LETTERS[known[keyword.lower()][0]] for keyword in keywords if keyword.lower() in known}
 
@@ -3204,11 +3217,11 @@ class SubscriptionFiles:
 
     def add(self, folder: str) -> None:
         """Adds a folder to both files."""
-        with DovecotLock(self._directory, INBOX, SUBSCRIPTIONS_LOCK):
+        with DovecotLock(self._directory, INBOX, SUBSCRIPTIONS_LOCK, SUBSCRIPTIONS_PATIENCE):
             content = self._read(SUBSCRIPTIONS) or b"V\t2\n\n"
             is_old = not content.startswith(b"V\t2\n")
             self._append(SUBSCRIPTIONS, content, folder[1:] if is_old else subscription_in_dovecot(folder))
-        self._append(COURIER_SUBSCRIPTIONS, self._read(COURIER_SUBSCRIPTIONS), f"INBOX{folder}")
+            self._append(COURIER_SUBSCRIPTIONS, self._read(COURIER_SUBSCRIPTIONS), f"INBOX{folder}")
 
     def _append(self, file: str, content: bytes, line: str) -> None:
         if line.encode() in content.split(LF):
@@ -3223,7 +3236,10 @@ class SubscriptionFiles:
         except FileNotFoundError:
             return b""
         with open(fd, "rb") as stream:
-            return stream.read()
+            content = stream.read(SUBSCRIPTIONS_LIMIT + 1)
+        if len(content) > SUBSCRIPTIONS_LIMIT:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), f"{self._directory.path}/{file}")
+        return content
 
 
 def subscription_in_dovecot(folder: str) -> str:
@@ -3234,11 +3250,11 @@ def subscription_in_dovecot(folder: str) -> str:
 class DovecotLock:
     """A lock file of Dovecot's, by which its processes keep each other from changing files; held in a "with" block.
 
-    Raises OSError, TimeoutError among them.
+    patience: seconds to wait for it. Raises OSError, TimeoutError among them.
     """
 
-    def __init__(self, directory: Directory, folder: str, name: str = LOCK_FILE) -> None:
-        self._directory, self._folder, self._name = directory, folder, name
+    def __init__(self, directory: Directory, folder: str, name: str, patience: float) -> None:
+        self._directory, self._folder, self._name, self._patience = directory, folder, name, patience
         self._place = -1
 
     def __enter__(self) -> None:
@@ -3258,8 +3274,8 @@ class DovecotLock:
             os.close(self._place)
 
     def _take(self) -> None:
-        """Makes the lock file. Raises TimeoutError if another process holds the lock for LOCK_PATIENCE seconds."""
-        deadline = time.monotonic() + LOCK_PATIENCE
+        """Makes the lock file. Raises TimeoutError if another process holds the lock for too long."""
+        deadline = time.monotonic() + self._patience
         while True:
             try:
                 fd = os.open(self._name, NEW_FILE, 0o666, dir_fd=self._place)
@@ -3405,7 +3421,7 @@ class Folders:
 
     def __init__(self, directory: Directory, identity: Identity, config: Config) -> None:
         self._directory, self._identity, self._config = directory, identity, config
-        self._subscriptions = SubscriptionFiles(directory)
+        self._subscriptions, self._may_subscribe = SubscriptionFiles(directory), config.lmtp_autosubscribe
         self._by_similar_name: dict[tuple[str, ...], list[str]] | None = None
 
     def exists(self, folder: str) -> bool:
@@ -3451,11 +3467,12 @@ class Folders:
             self._directory.make(f"{folder}/{name}")
         if self._by_similar_name is not None:
             self._by_similar_name.setdefault(similar_name(folder), []).append(folder)
-        if self._config.lmtp_autosubscribe:
+        if self._may_subscribe:
             try:
                 self._subscriptions.add(folder)
             except OSError as error:
                 log.warning("not subscribed", mailbox=self._directory.path_of(folder), cause=error)
+                self._may_subscribe = False  # mail need not wait for the same again
 
     def subscribe(self, names: Sequence[str]) -> None:
         """Subscribes the user of a new Maildir to folders, given their names as people write them."""
@@ -3693,10 +3710,14 @@ MAILBOX_FIELDS = (
     "quota_message_count",
     "quota_storage_size",
 )
-HARMLESS_FIELDS = ("mail_index_path", "mail_max_userip_connections", "mail_plugins", "mail_replica", "mail_debug")
+HARMLESS_FIELDS = (
+    *("mail_access_groups", "mail_alt_path", "mail_cache_path", "mail_debug", "mail_fsync", "mail_index_path"),
+    *("mail_index_private_path", "mail_max_keyword_length", "mail_max_userip_connections", "mail_plugins"),
+    *("mail_privileged_group", "mail_replica", "maildir_stat_dirs", "quota_vsizes"),
+)
 HARMLESS_PREFIXES = (
-    *("mail_attribute", "mail_log", "quota_exceeded_message", "quota_grace", "quota_over", "quota_rule"),
-    *("quota_storage_grace", "quota_warning"),
+    *("mail_attribute", "mail_log", "mailbox_list_index", "quota_clone", "quota_exceeded_message", "quota_grace"),
+    *("quota_over", "quota_rule", "quota_status", "quota_storage_grace", "quota_warning"),
 )
 # What Dovecot 2.4 ignores, and has in its place.
 RENAMED_FIELDS = {"mail": "mail_path", "quota_rule": "quota_storage_size"}
@@ -3920,8 +3941,8 @@ def maildir_in_location(location: str, home: str) -> str:
         return ""
     kind, _, rest = location.partition(":")
     path, *settings = rest.split(":")
-    elsewhere = [setting for setting in settings if setting.startswith(("INBOX=", "LAYOUT=")) and "++" not in setting]
-    if kind != "maildir" or elsewhere:
+    elsewhere = [setting for setting in settings if setting.upper().startswith(("INBOX=", "LAYOUT=", "DIRNAME="))]
+    if kind != "maildir" or any(setting.lower() != "layout=maildir++" for setting in elsewhere):
         raise ValueError(f"mail={location}: not a Maildir++ with an absolute path")
     return absolute_maildir(f"mail={location}", path.replace("%h", home) if home else path, home)
 
@@ -3929,7 +3950,7 @@ def maildir_in_location(location: str, home: str) -> str:
 def absolute_maildir(field: str, path: str, home: str) -> str:
     """The path in a field, in which ~/ may stand for the home directory. Raises ValueError for a relative one."""
     whole = home + path[1:] if home and f"{path}/".startswith("~/") else path
-    if not whole.startswith("/") or "%" in whole:
+    if not whole.startswith("/") or not whole.strip("/") or "%" in whole:
         raise ValueError(f"{field}: not a Maildir++ with an absolute path")
     return whole.rstrip("/")
 
@@ -5512,7 +5533,7 @@ class MailDialogue(Dialogue):
     def _reset(self) -> None:
         if self._transaction:
             self._transaction.discard()
-        self._transaction, self.in_transaction = None, False
+        self._transaction, self._last_refusal, self.in_transaction = None, None, False
 
 
 class Session(MailDialogue):
@@ -6523,20 +6544,36 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
 
 
 def log_settings(config: Config) -> None:
-    """Logs what is odd about the settings; options without effect at info only once, until a file changes."""
+    """Logs what is odd about the settings: at each start of a process that listens.
+
+    A process that serves one connection logs it only if a file has changed since it was logged last.
+    """
     for text in config.warnings:
         log.warning("odd setting", cause=text)
+    if not config.ignored:
+        return
     named = Stamp(f"{config.configdirectory}/options.named")
-    first = bool(config.ignored) and max(Stamp(file).time() for file in config.files) > named.time()
+    changed = max(map(time_of_change, config.files))
+    is_news = changed > named.time() or any(map(is_listening, inherited_sockets()))
     for where, name in config.ignored:
+        if not is_news and not log.debugging:
+            break
         if not is_cyrus_option(name):
             log.warning("unknown option", where=where, name=name, similar=similar_option(name))
-        elif first and changes_mail(name):
+        elif changes_mail(name):
             log.info("option without effect", where=where, name=name)
         else:
             log.debug("option ignored", where=where, name=name)
-    if first:
+    if is_news:
         named.set()
+
+
+def time_of_change(file: str) -> float:
+    """When a file or its permissions changed last, by time.time(); 0 if that cannot be found out."""
+    try:
+        return os.stat(file).st_ctime
+    except OSError:
+        return 0
 
 
 def refuse_to_start(status: int, text: str) -> int:

@@ -339,10 +339,12 @@ def test_without_the_package_idna_a_domain_has_one_spelling_and_the_log_says_so(
     lines: list[str] = []
     with (
         mock.patch.dict("sys.modules", idna=None),
+        mock.patch.object(lmtpd.log, "_logged", set()),
         mock.patch.object(lmtpd.log, "_emit", lambda _, line: lines.append(line)),
     ):
         assert lmtpd.domain_spellings("Mu\u0308nchen.example") == ["münchen.example"]
         assert lmtpd.domain_spellings("example.com") == ["example.com"]
+        assert lmtpd.domain_spellings("bücher.example") == ["bücher.example"]  # said once
     [line] = lines
     assert line.startswith(
         'domain has one spelling only domain="mu\\u0308nchen.example" cause="the Python package idna is'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 from pathlib import Path
 
@@ -124,7 +126,29 @@ def test_a_file_that_cannot_be_written_is_no_reason_to_refuse_mail(site: Site) -
     assert f'mailbox={path}/.Lists cause="{path}/subscriptions: not a regular file' in site.log_text()
 
 
+def test_a_file_that_a_user_has_made_huge_is_left_alone(site: Site) -> None:
+    """Reading it would take the memory of all."""
+    file = site.spool / "jane/subscriptions"
+    with file.open("wb") as stream:
+        stream.truncate(3 << 30)
+    client = subscribed(site)
+    assert send(client, "jane+Lists").startswith("250")
+    assert f'cause="{file}: File too large' in site.log_text()
+    peak = next(line for line in Path(f"/proc/{client.server()}/status").read_text().splitlines() if "VmHWM" in line)
+    assert int(peak.split()[1]) < 40_000  # KiB
+
+
+def test_a_lock_that_stays_delays_mail_once_and_not_for_each_folder(site: Site) -> None:
+    (site.spool / "jane/subscriptions.lock").write_text(f"{os.getpid()}:{socket.gethostname()}")
+    client = subscribed(site)
+    replies = client.deliver(letter(), *(f"jane+folder{number}" for number in range(5)))
+    assert {reply[:9] for reply in replies} == {"250 2.1.5"}
+    assert site.log_text().count("not subscribed") == 1
+    assert f"{site.spool}/jane/subscriptions.lock: locked for too long" in site.log_text()
+
+
 def test_none_is_lost_when_many_add_at_once(site: Site) -> None:
+    site.figures = {"SUBSCRIPTIONS_PATIENCE": 60}  # the disk may be slow
     site.configure(lmtp_detail_create="yes", lmtp_autosubscribe="yes")
     clients = [connected(site) for _ in range(8)]
 
@@ -137,8 +161,10 @@ def test_none_is_lost_when_many_add_at_once(site: Site) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    lines = (site.spool / "jane/subscriptions").read_text().splitlines()
-    assert sorted(lines[2:]) == sorted(f"f{number}x{each}" for number in range(8) for each in range(5))
+    names = [f"f{number}x{each}" for number in range(8) for each in range(5)]
+    assert sorted((site.spool / "jane/subscriptions").read_text().splitlines()[2:]) == sorted(names)
+    lines = (site.spool / "jane/courierimapsubscribed").read_text().splitlines()
+    assert sorted(lines) == sorted(f"INBOX.{name}" for name in names)
 
 
 def test_dovecot_shows_them_and_both_keep_what_the_other_has_added(site: Site) -> None:

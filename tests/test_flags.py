@@ -389,7 +389,7 @@ def test_dovecot_waits_for_our_lock_and_we_for_dovecots(site: Site, dovecot: Dov
         imap.store("1", "+FLAGS", "($x)")
         finished.append(time.monotonic())
 
-    with DovecotLock(Directory(str(site.spool / "jane"), owner()), INBOX):
+    with DovecotLock(Directory(str(site.spool / "jane"), owner()), INBOX, lmtpd.LOCK_FILE, lmtpd.LOCK_PATIENCE):
         site.give(site.spool / "jane/dovecot-uidlist.lock")
         began = time.monotonic()
         thread = threading.Thread(target=store)

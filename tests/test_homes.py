@@ -52,7 +52,8 @@ def test_without_a_home_there_is_no_maildir_in_the_root(homes: Homes, log: Path,
     name = f"rootless{len(home)}"
     homes.users.add_row(name, home, JANE)
     assert homes.deliver(name) == ["451 4.3.0"]
-    assert f'mailbox={name} cause="the user's home directory is missing, relative or /"' in log.read_text()
+    cause = "the user's home directory is missing, relative or /"
+    assert f'mailbox={name} cause="{cause}"' in log.read_text()
     assert not Path("/Maildir").exists()
 
 

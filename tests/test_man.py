@@ -20,7 +20,7 @@ TOP = Path(__file__).parent.parent
 LMTPD_8 = TOP / "man" / "lmtpd.8"
 IMAPD_CONF_5 = TOP / "man" / "imapd.conf.5"
 PROGRAM = ast.parse((TOP / "lmtpd.py").read_text())
-PRIORITIES = {"error": "err", "warning": "warning", "info": "info", "debug": "debug"}
+PRIORITIES = {"warning_once": "warning", "error": "err", "warning": "warning", "info": "info", "debug": "debug"}
 PRIORITIES |= {"traceback": "err", "startup_error": "err"}
 
 

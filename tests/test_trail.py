@@ -135,6 +135,14 @@ def test_data_without_a_recipient_is_the_clients_fault(site: Site) -> None:
     assert len(lines(site, "refused")) == 2
 
 
+def test_too_many_recipients_are_logged_once_for_each_message(site: Site) -> None:
+    client = connected(site, lmtp_max_recipients="1")
+    for _ in range(2):
+        replies = client.deliver(MESSAGE, "jane", "jane+a", "jane+b")
+        assert [reply[:3] for reply in replies] == ["250", "452", "452"]
+    assert len(lines(site, "refused")) == 2
+
+
 def test_an_end_that_no_command_asked_for_is_no_refusal(site: Site) -> None:
     client = connected(site)
     site.child.terminate()
