@@ -48,7 +48,7 @@ QUERY = f"SELECT {', '.join(COLUMNS)} FROM users WHERE name ="
 
 def as_dovecot_24_says(fields: dict[str, str]) -> dict[str, str]:
     """The same as the fields mail and quota_rule in the language of Dovecot 2.4."""
-    new = {}
+    new = {name: value for name, value in fields.items() if name not in ("mail", "quota_rule")}
     if "mail" in fields:
         new["mail_driver"], new["mail_path"], *_ = fields["mail"].split(":")
     names = {"storage": "quota_storage_size", "messages": "quota_message_count"}
