@@ -105,9 +105,7 @@ def failing_fsync(path: Path) -> Callable[[int], None]:
     return fsync
 
 
-def test_a_copy_that_can_neither_be_synced_nor_removed_is_logged(
-    scene: Scene, site: Site, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_copy_that_can_neither_be_synced_nor_removed_is_logged(scene: Scene, site: Site) -> None:
     """The disk has become read-only, for example."""
     unlink = os.unlink
 
@@ -116,10 +114,15 @@ def test_a_copy_that_can_neither_be_synced_nor_removed_is_logged(
             raise OSError(errno.EROFS, "Read-only file system")
         unlink(name, **arguments)
 
-    with mock.patch.object(os, "fsync", failing_fsync(site.spool / "jane/new")), mock.patch.object(os, "unlink", fail):
+    lines: list[str] = []
+    with (
+        mock.patch.object(os, "fsync", failing_fsync(site.spool / "jane/new")),
+        mock.patch.object(os, "unlink", fail),
+        mock.patch.object(lmtpd.log, "_emit", lambda _, line: lines.append(line)),
+    ):
         assert scene.deliver("jane") == ["451 4.3.0"]
     [file] = site.files("jane")
-    log = capfd.readouterr().err
+    log = "\n".join(lines)
     assert f'copy left behind mailbox={site.spool}/jane file="{file.name}" cause="{file}: Read-only file system' in log
     assert f'delivery failed mailbox={site.spool}/jane cause="{site.spool}/jane/new: broken' in log
 
