@@ -724,7 +724,8 @@ class Log:
 
     def _format(self, event: str, fields: dict[str, object]) -> str:
         fields = {**self._context, **fields}
-        return " ".join([event, *(f"{key}={quoted(text_of(value))}" for key, value in fields.items())])
+        texts = ((key, value if isinstance(value, str) else text_of(value)) for key, value in fields.items())
+        return " ".join([event, *[f"{key}={quoted(text)}" for key, text in texts]])
 
 
 class LogContext:
@@ -1875,12 +1876,12 @@ def recipients_of(address: Address, config: Config) -> list[Recipient]:
         if config.defaultdomain and not set(domains).isdisjoint(domain_spellings(config.defaultdomain)):
             domains = [""]
     local = address.local
-    ends = [end for end, character in enumerate(local) if character in config.recipient_delimiter][: DIVISIONS - 1]
-    return [
-        Recipient(address, local[:end], local[end + 1 :], domain, config)
-        for end in [len(local), *reversed(ends)]
-        for domain in domains
-    ]
+    ends = [len(local)]
+    if (first := first_of(config.recipient_delimiter, local)) < len(local):
+        ends += [end for end in range(first, len(local)) if local[end] in config.recipient_delimiter][
+            DIVISIONS - 2 :: -1
+        ]
+    return [Recipient(address, local[:end], local[end + 1 :], domain, config) for end in ends for domain in domains]
 
 
 def domain_spellings(domain: str) -> list[str]:
