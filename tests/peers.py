@@ -441,6 +441,13 @@ tlsmgr    unix  - - n 1000 1 tlsmgr
         )
         return listing.stdout
 
+    @staticmethod
+    def version() -> tuple[int, ...]:
+        """The numbers of its version."""
+        command = [program("postconf"), "-d", "-h", "mail_version"]
+        shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return tuple(map(int, re.findall(r"\d+", shown)[:2]))
+
     def wait_until_sent(self) -> None:
         """Returns when no message is left in the queue."""
         wait_for(lambda: not self.queued(), "Postfix's queue to become empty", self.log)

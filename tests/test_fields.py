@@ -163,7 +163,11 @@ def test_the_names_of_24_are_read_from_any_dovecot(homes: Homes) -> None:
     ("name", "value", "cause"),
     [
         ("mail_control_path", "/x", "mail_control_path=/x: the field is not known, and may move or limit the mailbox"),
-        ("quota_rule", "*:storage=5x", "quota_rule=*:storage=5x: '5x' must be a size such as 1000, 64K or 20M"),
+        (
+            "quota_storage_size",
+            "5x",
+            "quota_storage_size=5x quota_message_count=: must be a size such as 1000, 64K or 20M",
+        ),
     ],
 )
 def test_mail_waits_and_the_log_says_why(homes: Homes, name: str, value: str, cause: str) -> None:

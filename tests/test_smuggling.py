@@ -60,6 +60,9 @@ def test_the_store_has_as_many_messages_as_the_relay_has_taken(
     relay: tuple[Site, Postfix, bool], chunking: bool
 ) -> None:
     site, postfix, strict = relay
+    for file in site.files("jane"):  # those of the test before
+        file.unlink()
+    postfix.log.write_text("")
     taken = {}
     for number, vector in enumerate(FALSE_ENDS):
         message = b"Subject: vector %d\r\n\r\nbefore" % number + vector + SMUGGLED % number
@@ -76,10 +79,9 @@ def test_the_store_has_as_many_messages_as_the_relay_has_taken(
         assert all(body.startswith(b"before") for body in real)
     assert len(stored) == sum(taken.values()) - refused
     assert len(stored) > 10
-    assert (max(taken.values()) == 2) == (not strict and not chunking)
-    for file in site.files("jane"):
-        file.unlink()
-    postfix.log.write_text("")
+    # Postfix 3.10 takes none of them for an end, whatever it is told.
+    smuggles = not strict and not chunking and postfix.version() < (3, 10)
+    assert max(taken.values()) == (2 if smuggles else 1)
 
 
 def test_nothing_in_a_chunk_is_a_command_however_it_is_cut(site: Site) -> None:
