@@ -58,7 +58,7 @@ def test_a_client_that_leaves_in_a_transaction_leaves_a_trace(site: Site, ending
 
 
 def test_a_timeout_in_a_message_leaves_a_trace(site: Site) -> None:
-    client = connected(site, lmtp_command_timeout="1s")
+    client = connected(site, lmtp_command_timeout="3s")
     begin(client, b"DATA\r\nSubject: x\r\n")
     assert client.reply()[0].startswith("354")
     assert client.reply()[0].startswith("421 4.4.2")
