@@ -102,7 +102,8 @@ FACILITIES = {  # syslog(3)
     **{f"local{number}": 16 + number << 3 for number in range(8)},
 }
 XLIST = "xlist-"  # before the special use, in the name of an option
-# The options of Cyrus IMAP 3.6 that lmtpd does not implement. Those of the first group change what happens to mail.
+# The options of Cyrus IMAP 3.6 to 3.10 that lmtpd does not implement. Those of the first group change what happens to
+# mail.
 CHANGING_OPTIONS = """
     anysievefolder autocreate_sieve_compiled_script autocreate_sieve_folders autocreate_sieve_script
     autocreate_sieve_script_compile autocreate_sieve_script_compiled autosievefolders mailbox_initial_flags
@@ -119,26 +120,27 @@ OTHER_OPTIONS = """
     autocreateinboxfolders autocreatequota autocreatequotamsg autoexpunge autosubscribe_all_sharedfolders
     autosubscribeinboxfolders autosubscribesharedfolders boundary_limit client_bind client_bind_name
     client_timeout commandmintimer createonpost crossdomains crossdomains_onlyother cyrus_group
-    debug_writefail_guid defaultacl defaultsearchtier defaultserver delete_mode delete_unsubscribe deletedprefix
-    deleteright disable_shared_namespace disable_user_namespace disconnect_on_vanished_mailbox duplicate_db
-    expunge_mode failedloginpause flushseenstate foolstupidclients force_sasl_client_mech fulldirhash
-    generate_compiled_sieve_script hashimapspool hostname_mechs hostname_password idlesocket ignorereference
-    imapidlepoll imapidletimeout imapidresponse imapmagicplus imipnotifier implicit_owner_rights
-    improved_mboxlist_sort iolog literalminus lmtp_preparse lmtpsocket lmtptxn_timeout lock_debugtime
-    loginrealms loginuseacl logtimestamps mailbox_default_options mailbox_legacy_dirs
-    mailbox_maxmessages_addressbook mailbox_maxmessages_calendar mailbox_maxmessages_email
-    master_bind_errors_fatal maxheaderlines maxlogins_per_host maxlogins_per_user maxquoted maxword mboxkey_db
-    mboxlist_db mboxlist_db_path metapartition_files netscapeurl notesmailbox notify_external
-    plaintextloginalert plaintextloginpause proc_path ptloader_sock qosmarking quota_db quota_db_path
-    quota_use_conversations quotawarn quotawarnkb quotawarnmsg readonly restore_authname restore_password
-    restore_realm reverseacls reverseuniqueids rfc2046_strict rfc2047_utf8 rfc3028_strict seenstate_db
-    sharedprefix skiplist_always_checkpoint skiplist_unsafe sortcache_db specialuse_extra specialuse_nochildren
+    debug_log_sync_partition_choice debug_writefail_guid defaultacl defaultsearchtier defaultserver delete_mode
+    delete_unsubscribe deletedprefix deleteright disable_shared_namespace disable_user_namespace
+    disconnect_on_vanished_mailbox duplicate_db expunge_mode failedloginpause flushseenstate foolstupidclients
+    force_sasl_client_mech fulldirhash generate_compiled_sieve_script hashimapspool hostname_mechs
+    hostname_password idlesocket ignorereference imapidlepoll imapidletimeout imapidresponse imapmagicplus
+    imipnotifier implicit_owner_rights improved_mboxlist_sort iolog literalminus lmtp_preparse lmtpsocket
+    lmtptxn_timeout lock_debugtime loginrealms loginuseacl logtimestamps mailbox_default_options
+    mailbox_legacy_dirs mailbox_maxmessages_addressbook mailbox_maxmessages_calendar mailbox_maxmessages_email
+    master_bind_errors_fatal master_pid_file master_ready_file maxargssize maxheaderlines maxliteral
+    maxlogins_per_host maxlogins_per_user maxquoted maxword mboxkey_db mboxlist_db mboxlist_db_path
+    metapartition_files netscapeurl notesmailbox notify_external plaintextloginalert plaintextloginpause
+    proc_path ptloader_sock qosmarking quota_db quota_db_path quota_use_conversations quotawarn quotawarnkb
+    quotawarnmsg quotawarnpercent quotawarnsize readonly restore_authname restore_password restore_realm
+    reverseacls reverseuniqueids rfc2046_strict rfc2047_utf8 rfc3028_strict seenstate_db sharedprefix
+    skiplist_always_checkpoint skiplist_unsafe sortcache_db specialuse_extra specialuse_nochildren
     specialuse_protect specialusealways srvtab statuscache statuscache_db statuscache_db_path submitservers
     subscription_db suppress_capabilities telemetry_bysessionid temp_path timeout tls_ca_file tls_ca_path
     tls_cert_file tls_cipher_list tls_client_cert tls_client_key tls_eccurve tls_key_file
     tls_prefer_server_ciphers tls_server_ca_dir tls_server_ca_file tls_server_dhparam tls_session_timeout
     tls_sessions_db tls_sessions_db_path tlscache_db tlscache_db_path uidl_format unix_group_enable userprefix
-    websocket_timeout
+    webdav_attachments_baseurl webdav_attachments_max_binary_attach_size websocket_timeout
 """
 # Options of Cyrus in every version begin so. They do not concern lmtpd.
 OPTION_FAMILIES = """
