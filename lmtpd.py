@@ -3909,12 +3909,9 @@ def check_dovecot_fields(fields: dict[str, str], version: int) -> None:
     version: the minor version of Dovecot's protocol.
     """
     for name, value in fields.items():
-        known = name in MAILBOX_FIELDS or name in HARMLESS_FIELDS or name.startswith(HARMLESS_PREFIXES)
-        if (
-            name.startswith(MAILBOX_PREFIXES)
-            and not known
-            and not (name in ("mail_uid", "mail_gid") and "uid" in fields)
-        ):
+        is_known = name in (*MAILBOX_FIELDS, *HARMLESS_FIELDS) or name.startswith(HARMLESS_PREFIXES)
+        is_overridden = name in ("mail_uid", "mail_gid") and "uid" in fields
+        if name.startswith(MAILBOX_PREFIXES) and not (is_known or is_overridden):
             raise ValueError(f"{name}={value}: the field is not known, and may move or limit the mailbox; remove it")
     for old, new in RENAMED_FIELDS.items():
         if version >= DOVECOT_24 and old in fields and new not in fields:
@@ -4151,9 +4148,10 @@ class MaildirStore:
 
 
 def trace_of_cyrus(path: str, spool: str) -> str:
-    """What shows that Cyrus' own mail is in place of a Maildir or in the spool; "" if nothing does, or spool is ""."""
-    for trace in (f"{path}/cyrus.header", f"{spool}/stage."):
-        if spool and os.path.exists(trace):
+    """What shows that Cyrus' own mail is in place of a Maildir, or in the spool if the Maildir is there; else ""."""
+    in_spool = [f"{spool}/stage."] if spool and path.startswith(f"{spool}/") else []
+    for trace in (f"{path}/cyrus.header", *in_spool):
+        if os.path.exists(trace):
             return f"{trace} is of Cyrus, whose mail is not in Maildirs; lmtpd needs a partition of its own"
     return ""
 
@@ -5233,14 +5231,14 @@ class Transaction(Envelope):
     """A mail transaction (RFC 5321 section 3.3): the envelope, and the message while it arrives.
 
     utf8: whether SMTPUTF8 was asked for. announced_size: octets; 0 if the client has not given the size. asked: the
-    last address that RCPT named. refused: how many addresses were refused.
+    address of the RCPT in hand. has_refused: whether a recipient was refused.
     """
 
     def __init__(self, reverse_path: Address | None, utf8: bool, announced_size: int, eol: bytes) -> None:
         super().__init__(reverse_path)
         self.utf8, self.announced_size = utf8, announced_size
         self.asked: Address | None = None
-        self.refused = 0
+        self.has_refused = False
         self.incoming: Incoming | None = None
         self._eol, self._chunks = eol, ChunkDecoder(eol)
 
@@ -5411,9 +5409,9 @@ class MailDialogue(Dialogue):
         transaction, fields = self._transaction, {}
         if transaction and line[:4].upper() == b"RCPT":
             fields = transaction.fields(f"<{transaction.asked or ''}>")
-            transaction.asked = None
+            transaction.asked, transaction.has_refused = None, True
         is_repeated = reply is self._last_refusal is TOO_MANY_RECIPIENTS
-        follows = reply is NO_RECIPIENTS and transaction and transaction.refused
+        follows = reply is NO_RECIPIENTS and transaction and transaction.has_refused
         self._last_refusal = reply
         if log.debugging or not (is_repeated or follows):
             log.info("refused", command=self.loggable(line), **fields, reply=f"{reply} {reply.text}")
@@ -5449,10 +5447,7 @@ class MailDialogue(Dialogue):
             raise LmtpError(NO_TRANSACTION)
         if transaction.incoming:
             raise LmtpError(CHUNKING_BEGUN)
-        transaction.refused += 1
-        transaction.asked = None
         transaction.destinations.append(self._destination(argument, transaction))
-        transaction.refused -= 1
         transaction.asked = None  # a later RCPT may be refused before its address is known
         self.reply(RECIPIENT_OK)
 

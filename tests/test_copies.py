@@ -80,7 +80,8 @@ def test_an_unicode_recipient(site: Site) -> None:
 # Subscriptions
 
 
-def subscribed(site: Site, *arguments: str) -> Client:
+def subscribed(site: Site) -> Client:
+    """A session in which folders are made and subscribed to."""
     return connected(site, lmtp_detail_create="yes", lmtp_autosubscribe="yes")
 
 

@@ -157,6 +157,17 @@ def test_a_full_mailbox_is_logged_with_use_and_limit(site: Site) -> None:
     assert line in site.log_text()
 
 
+def test_cyrus_spool_is_no_reason_to_refuse_mail_that_is_kept_elsewhere(homes: Homes) -> None:
+    (homes.site.spool / "stage.").mkdir()
+    home = homes.users.add("migrated", JANE, mail="maildir:~/Mail")
+    homes.site.configure(maildir_path="%p/%u")
+    try:
+        assert homes.deliver("migrated") == ["250 2.1.5"]
+    finally:
+        homes.site.configure(maildir_path="%h/Maildir")
+    assert len(stored(home / "Mail")) == 1
+
+
 @pytest.mark.parametrize("trace", ["stage.", "nobody/cyrus.header"])
 @pytest.mark.parametrize("autocreate", ["no", "yes"])
 def test_cyrus_own_spool_is_none_for_maildirs(site: Site, trace: str, autocreate: str) -> None:

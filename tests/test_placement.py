@@ -258,10 +258,16 @@ def test_one_recipients_failure_is_not_that_of_another_with_the_same_folder(site
     assert len(site.files("jane")) == 1
 
 
+@pytest.mark.parametrize(
+    "message", [b"", b"Subject: large\r\n\r\n" + b"0123456789\r\n" * 50_000], ids=["small", "large"]
+)
+@pytest.mark.parametrize("delivered_to", ["no", "yes"])
 @pytest.mark.parametrize("failures", range(5))
-def test_a_recipient_is_never_a_duplicate_of_what_was_not_stored(site: Site, failures: int) -> None:
+def test_a_recipient_is_never_a_duplicate_of_what_was_not_stored(
+    site: Site, failures: int, delivered_to: str, message: bytes
+) -> None:
     """Each of four addresses of one mailbox gets a try of its own, until the first succeeds."""
-    scene = Scene(site, duplicatesuppression="yes")
+    scene = Scene(site, duplicatesuppression="yes", lmtp_delivered_to=delivered_to)
     scene.agent = DeliveryAgent(scene.config)  # type: ignore[assignment]
     fail, tries = failing_fsync(site.spool / "jane/new"), []
 
@@ -272,6 +278,12 @@ def test_a_recipient_is_never_a_duplicate_of_what_was_not_stored(site: Site, fai
                 fail(fd)
 
     with mock.patch.object(os, "fsync", fsync):
-        replies = scene.deliver("jane", "jane+a", "jane+b", "jane+c")
+        replies = scene.deliver("jane", "jane+a", "jane+b", "jane+c", message=message)
     assert replies == ["451 4.3.0"] * failures + ["250 2.1.5"] * (4 - failures)
     assert len(scene.stored()) == len(site.files("jane")) == (failures < 4)
+    assert not site.files("jane", kind="tmp")
+    for file in site.files("jane"):
+        assert f",S={file.stat().st_size}," in file.name
+        delivered_to_lines = [line for line in file.read_bytes().split(b"\n")[:2] if line.startswith(b"Delivered-To: ")]
+        wanted = ["jane", "jane+a", "jane+b", "jane+c"][failures].encode()
+        assert delivered_to_lines == ([b"Delivered-To: " + wanted] if delivered_to == "yes" else [])
