@@ -28,6 +28,8 @@ Options:
 # Addresses       paths and parameters of commands; user, detail and domain of a recipient
 # Files           identities, guarded paths, drafts, durable files and directories
 # Message         what comes after DATA or BDAT: decoding, limits, header, added fields
+# Fields          the syntax of header fields
+# MIME            parts, encodings, charsets, HTML
 # Maildir++       names of folders and files on the disk, quota, keywords, subscriptions, locks
 # Mailboxes       a user's Maildir: folders, quota check, placing a message
 # Users           the user databases
@@ -2785,6 +2787,991 @@ def trace_header(origin: Origin, reverse_path: Address | None, recipient: Addres
         f"\tby {config.servername}{product} with {origin.protocol()} id {origin.session}{for_recipient};\n"
         f"\t{date_time()}\n"
     ).encode()
+
+
+# ======================================================================
+# Fields
+#
+# Owns the syntax of the bodies of header fields: folding, encoded words, charsets,
+# parameters, addresses, dates.
+# Must not know what a field is for.
+# ======================================================================
+
+CHARSETS: dict[str, str] = {}  # Python's codec for the name of a charset; see codec_of()
+NOT_CHARSETS = ("base64_codec", "bz2_codec", "hex_codec", "mbcs", "quopri_codec", "rot_13", "uu_codec", "zlib_codec")
+OTHER_CHARSETS = {  # those that Python does not know, and those in whose name mail has a larger charset
+    **dict.fromkeys(("gb2312", "gbk"), "gb18030"),
+    **dict.fromkeys(("euc_kr", "ks_c_5601_1987"), "cp949"),
+    **dict.fromkeys(("iso_8859_8_e", "iso_8859_8_i"), "iso8859_8"),
+    "koi8_u": "koi8_u",
+    "shift_jis": "cp932",
+    "windows_874": "cp874",
+}
+PARAMETER_SPECIALS, ADDRESS_SPECIALS = '()"\\;', '()"\\[]<>@,;:'  # characters that separate lexemes
+NOT_IN_TOKEN = frozenset('()<>@,;:\\"/[]?= ')  # RFC 2045 section 5.1
+CLOSING = {"(": ")", '"': '"', "[": "]"}
+PARAMETERS_LIMIT = 100  # parameters of a field; more are left out
+HEXADECIMAL = frozenset(b"0123456789abcdefABCDEF")
+MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+ZONES = {"edt": -240, "est": -300, "cdt": -300, "cst": -360, "mdt": -360, "mst": -420, "pdt": -420, "pst": -480}
+
+
+def raw_text(body: bytes) -> str:
+    """The body of a header field as it stands: unfolded, without white space at its ends (RFC 5322 section 2.2.3).
+
+    Octets that are not UTF-8 become surrogates (PEP 383), here and in all text of this section.
+    """
+    return unfolded(body).decode("utf-8", "surrogateescape")
+
+
+def unstructured(body: bytes) -> str:
+    """The body of a header field as people read it: as raw_text() has it, with encoded words decoded."""
+    octets = unfolded(body)
+    if b"=?" in octets:
+        return with_words_decoded(octets).strip(" \t\r\n")
+    return octets.decode("utf-8", "surrogateescape")
+
+
+def unfolded(body: bytes) -> bytes:
+    """The body of a header field without the ends of its lines, and without white space at its own ends.
+
+    A tab after the end of a line becomes a space, for what is compared is written with spaces.
+    """
+    body = body.strip()
+    return body.replace(CRLF, LF).replace(b"\n\t", b" ").replace(LF, b"") if LF in body else body
+
+
+def with_words_decoded(octets: bytes) -> str:
+    """An unfolded body as text, with its encoded words decoded (RFC 2047 section 6).
+
+    The white space between two of them is left out. Adjacent words of one charset are decoded together: some programs
+    divide a character. A word that cannot be decoded is left as it is.
+    """
+    texts: list[str] = []
+    run: list[tuple[str, bytes, bytes]] = []
+    for plain, word in encoded_words(octets):
+        if run and word and not plain.strip():
+            plain = b""
+        if run and (plain or not word or word[0] != run[0][0]):
+            texts.append(text_of_words(run))
+            run = []
+        texts.append(plain.decode("utf-8", "surrogateescape"))
+        if word:
+            run.append(word)
+    return "".join(texts)
+
+
+def encoded_words(octets: bytes) -> Iterator[tuple[bytes, tuple[str, bytes, bytes] | None]]:
+    """Each encoded word with the octets before it; last the octets after all of them, and None.
+
+    An encoded word is its codec, its content, and itself as it stands.
+    """
+    pieces = octets.split(b"?")
+    plain: list[bytes] = []
+    index, piece = 0, pieces[0]
+    while index + 4 < len(pieces):
+        word = None
+        if piece.endswith(b"=") and pieces[index + 4].startswith(b"="):
+            word = encoded_word(*pieces[index + 1 : index + 4])
+        if word:
+            yield b"?".join([*plain, piece[:-1]]), word
+            plain = []
+            index += 4
+            piece = pieces[index][1:]
+        else:
+            plain.append(piece)
+            index += 1
+            piece = pieces[index]
+    yield b"?".join([*plain, piece, *pieces[index + 1 :]]), None
+
+
+def encoded_word(charset: bytes, encoding: bytes, text: bytes) -> tuple[str, bytes, bytes] | None:
+    """An encoded word, as encoded_words() gives it; None if it is malformed, or its charset unknown.
+
+    The charset may have a language (RFC 2231 section 5).
+    """
+    import binascii
+
+    codec = codec_of(charset.partition(b"*")[0].decode("latin-1"))
+    if not codec:
+        return None
+    if encoding in (b"Q", b"q"):
+        content = binascii.a2b_qp(text, header=True)
+    elif encoding in (b"B", b"b"):
+        try:
+            content = binascii.a2b_base64(text + b"==")  # the padding may be missing
+        except binascii.Error:
+            return None
+    else:
+        return None
+    return codec, content, b"=?%b?%b?%b?=" % (charset, encoding, text)
+
+
+def text_of_words(words: list[tuple[str, bytes, bytes]]) -> str:
+    """The text of adjacent encoded words of one charset."""
+    codec = words[0][0]
+    try:
+        return decoded(b"".join([content for _, content, _ in words]), codec)
+    except UnicodeError:
+        if len(words) > 1:
+            return "".join([text_of_words([word]) for word in words])
+        return words[0][2].decode("utf-8", "surrogateescape")
+
+
+def charset_text(octets: bytes, charset: str, complete: bool = True) -> str:
+    """Octets as text, by the name of their charset. If that is unknown or wrong, as UTF-8.
+
+    complete: whether the octets are all; else a piece of a character at their end is left out.
+    """
+    codec = codec_of(charset)
+    if codec:
+        try:
+            return decoded(octets, codec, complete)
+        except UnicodeError:
+            pass
+    return octets.decode("utf-8", "surrogateescape")
+
+
+def decoded(octets: bytes, codec: str, complete: bool = True) -> str:
+    """Octets as text, by a codec of Python. Raises UnicodeError. complete: see charset_text()."""
+    if complete:
+        text = octets.decode(codec)
+    else:
+        import codecs
+
+        text = codecs.getincrementaldecoder(codec)().decode(octets, False)
+    if codec == "utf_7":  # the only one that may give surrogates
+        text.encode()
+    return text
+
+
+def codec_of(charset: str) -> str:
+    """Python's codec for a charset; "" if that is unknown. Python has codecs for other things than charsets, too.
+
+    A name that a message has is never handed to Python, which would look for a module of that name.
+    """
+    if not CHARSETS:
+        from encodings.aliases import aliases
+
+        codecs = {codec: codec for codec in aliases.values()} | aliases
+        CHARSETS.update({name: codec for name, codec in codecs.items() if codec not in NOT_CHARSETS})
+        CHARSETS.update(OTHER_CHARSETS)
+    return CHARSETS.get(charset.strip().lower().replace("-", "_").replace(":", "_"), "")
+
+
+def lexemes(text: str, specials: str) -> Iterator[tuple[str, str]]:
+    """The lexemes of a structured body (RFC 5322 section 3.2), each with its kind; comments are left out.
+
+    A quoted string is '"' and its content, a domain literal "[" and its content, another special itself and itself,
+    and the text between them "" and itself, with its white space. What is not closed takes the rest of the text.
+    specials: characters; the parentheses, the quote and the backslash must be among them.
+    """
+    held: list[str] = []
+    kind, level = "", 0  # of what is open; level: parentheses, or 1
+    for is_special, piece in divided(text, specials):
+        if not is_special:
+            held.append(piece)
+            continue
+        if kind:
+            level += (piece == "(" == kind) - (piece == CLOSING[kind])
+            if level:
+                held.append(piece)
+                continue
+            if kind != "(":
+                yield kind, "".join(held)
+            kind = ""
+        else:
+            if any(held):
+                yield "", "".join(held)
+            if piece in CLOSING:
+                kind, level = piece, 1
+            else:
+                yield piece, piece
+        held = []
+    if kind != "(" and any(held):
+        yield kind, "".join(held)
+
+
+def divided(text: str, specials: str) -> Iterator[tuple[bool, str]]:
+    """Text divided at the specials: whether a piece is a special, and itself.
+
+    A backslash makes the next character an ordinary one, and is left out (quoted-pair, RFC 5322 section 3.2.1).
+    """
+    text = text.replace("\0", "")
+    for special in specials:
+        text = text.replace(special, f"\0{special}\0")
+    pieces = iter(text.split("\0"))
+    yield False, next(pieces)
+    is_quoted = False
+    for special, plain in zip(pieces, pieces):
+        if is_quoted or special != "\\":
+            yield not is_quoted, special
+        is_quoted = special == "\\" and not is_quoted and not plain
+        yield False, plain
+
+
+class ContentType:
+    """The media type of an entity (RFC 2045 section 5), or its disposition (RFC 2183).
+
+    type, subtype: in lower case; a disposition has the subtype "". parameters: their values by their names in lower
+    case, without quotes.
+    """
+
+    __slots__ = ("parameters", "subtype", "type")
+
+    def __init__(self, kind: str, subtype: str, parameters: dict[str, str]) -> None:
+        self.type, self.subtype, self.parameters = kind, subtype, parameters
+
+    def __str__(self) -> str:
+        return f"{self.type}/{self.subtype}" if self.subtype else self.type
+
+    @classmethod
+    def parse(cls, body: bytes | None, default: str = "text/plain") -> ContentType:
+        """The type that the body of a Content-Type field gives. default: if it gives none, or there is no field."""
+        value, parameters = value_and_parameters(body or b"")
+        kind, _, subtype = value.partition("/")
+        kind, subtype = kind.rstrip(), first_word(subtype)
+        if is_token(kind) and is_token(subtype):
+            return cls(kind, subtype, parameters)
+        kind, _, subtype = default.partition("/")
+        return cls(kind, subtype, {"charset": "us-ascii"} if kind == "text" else {})
+
+    @classmethod
+    def parse_disposition(cls, body: bytes | None) -> ContentType:
+        """The disposition that the body of a Content-Disposition field gives; its type is "" if there is none."""
+        value, parameters = value_and_parameters(body or b"")
+        return cls(first_word(value), "", parameters)
+
+
+def first_word(text: str) -> str:
+    """The text up to the first white space; "" if there is nothing else."""
+    return next(iter(text.split(None, 1)), "")
+
+
+def is_token(word: str) -> bool:
+    """Whether the word is a token of RFC 2045 section 5.1."""
+    return bool(word) and word.isascii() and word.isprintable() and NOT_IN_TOKEN.isdisjoint(word)
+
+
+def value_and_parameters(body: bytes) -> tuple[str, dict[str, str]]:
+    """The value, in lower case, and the parameters of the body of a field as Content-Type is (RFC 2045 section 5.1)."""
+    segments: list[list[tuple[str, str]]] = [[]]
+    for kind, text in lexemes(raw_text(body), PARAMETER_SPECIALS):
+        if kind != ";":
+            segments[-1].append((kind, text))
+        elif len(segments) <= PARAMETERS_LIMIT:
+            segments.append([])
+        else:
+            break
+    value, *rest = segments
+    parameters = dict([parameter(segment) for segment in reversed(rest) if segment])  # of two the first counts
+    return "".join([text for _, text in value]).strip().lower(), with_sections_joined(parameters)
+
+
+def parameter(segment: list[tuple[str, str]]) -> tuple[str, str]:
+    """The name, in lower case, and the value of a parameter. segment: its lexemes."""
+    first, *rest = [lexeme for lexeme in segment if lexeme[0] or lexeme[1].strip()] or [("", "")]
+    name, _, value = first[1].partition("=")
+    texts = [value.strip(), *[text if kind else text.strip() for kind, text in rest]]
+    return name.strip().lower(), "".join(texts)
+
+
+def with_sections_joined(parameters: dict[str, str]) -> dict[str, str]:
+    """Parameters with those decoded and joined that are encoded or in sections (RFC 2231 sections 3 and 4).
+
+    Such a one counts more than one of the same name that is neither.
+    """
+    joined = {name: value for name, value in parameters.items() if name and "*" not in name}
+    for name in parameters:
+        base, asterisk, section = name.partition("*")
+        if asterisk and section in ("", "0", "0*"):
+            joined[base] = text_of_sections(base, parameters)
+    return joined
+
+
+def text_of_sections(name: str, parameters: dict[str, str]) -> str:
+    """The value of a parameter that is encoded, or in sections, or both."""
+    names = [f"{name}*"] if f"{name}*" in parameters else []
+    names = names or [f"{name}*{number}" for number in range(len(parameters))]
+    charset, octets = "", []
+    for index, section in enumerate(names):
+        if section in parameters and not section.endswith("*"):
+            octets.append(octets_of(parameters[section]))
+            continue
+        value = parameters.get(section if section in parameters else f"{section}*")
+        if value is None:
+            break
+        if not index and value.count("'") >= 2:
+            charset, _, value = value.split("'", 2)
+        octets.append(percent_decoded(octets_of(value)))
+    return charset_text(b"".join(octets), charset)
+
+
+def octets_of(text: str) -> bytes:
+    """The octets that became the text."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def percent_decoded(octets: bytes) -> bytes:
+    """Octets with %XX replaced by the octet that it stands for (RFC 2231 section 4)."""
+    first, *pieces = octets.split(b"%")
+    for index, piece in enumerate(pieces):
+        is_code = len(piece) > 1 and HEXADECIMAL.issuperset(piece[:2])
+        pieces[index] = bytes((int(piece[:2], 16),)) + piece[2:] if is_code else b"%" + piece
+    return b"".join([first, *pieces])
+
+
+def mailboxes_of(body: bytes) -> list[tuple[str, str, str]]:
+    """The addresses in the body of a field that has addresses: display name, local part, domain of each.
+
+    The display name is decoded, the local part unquoted; "" is what is missing. A group gives its members, a source
+    route is dropped, and so is <>. Source: RFC 5322 sections 3.4 and 4.4. What is malformed gives what can be found.
+    """
+    mailboxes: list[tuple[str, str, str]] = []
+    phrase: list[tuple[str, str]] | None = None  # the lexemes before <; None outside of <>
+    words: list[tuple[str, str]] = []
+    is_complete = False  # what follows > does not belong to the address
+    for kind, text in itertools.chain(lexemes(raw_text(body), ADDRESS_SPECIALS), ((",", ""),)):
+        if kind == "<":
+            phrase, words, is_complete = words, [], False
+        elif kind == ":":  # the name of a group, or a source route, ends
+            words = []
+        elif kind == "," and phrase is not None and words and words[0][0] == "@":
+            pass  # in a source route
+        elif kind in (",", ";", ">"):
+            if words and not is_complete:
+                mailboxes.append(mailbox(phrase, words))
+            phrase, words, is_complete = None, [], kind == ">"
+        else:
+            words.append((kind, text))
+    return [(name, local, domain) for name, local, domain in mailboxes if local or domain]
+
+
+def mailbox(phrase: list[tuple[str, str]] | None, words: list[tuple[str, str]]) -> tuple[str, str, str]:
+    """The display name, local part and domain of an address.
+
+    phrase: the lexemes before its angle brackets; None if it has none, and then other words before it are its name.
+    words: the lexemes of the address.
+    """
+    kinds = [kind for kind, _ in words]
+    if "@" not in kinds:
+        return display_name(phrase), spelled(words).replace("\0", " "), ""
+    at = len(kinds) - 1 - kinds[::-1].index("@")
+    before, _, local = spelled(words[:at]).rpartition("\0")
+    domain = spelled(words[at + 1 :]).partition("\0")[0]
+    return display_name([("", before.replace("\0", " "))] if phrase is None else phrase), local, domain
+
+
+def spelled(words: list[tuple[str, str]]) -> str:
+    """The lexemes of a local part or domain as text, unquoted, with NUL for white space, and none beside dots."""
+    texts = []
+    for kind, text in words:
+        if kind == "[":
+            text = f"[{text}]"
+        elif kind != '"':
+            text = text.replace(" ", "\0").replace("\t", "\0")
+        texts.append(text)
+    word = "".join(texts)
+    if "\0" in word:
+        word = "\0".join(filter(None, word.split("\0")))
+        word = word.replace("\0.", ".").replace(".\0", ".")
+    return word
+
+
+def display_name(words: list[tuple[str, str]] | None) -> str:
+    """The lexemes of a display name as people read them."""
+    name = "".join([text for _, text in words or ()]).strip()
+    return with_words_decoded(octets_of(name)).strip() if "=?" in name else name
+
+
+def date_of(text: str) -> tuple[int, int] | None:
+    """A date-time: seconds since the epoch, and minutes by which its zone is before UTC. None if it is malformed.
+
+    The weekday and the seconds may be missing, and so may the zone, which is then UTC. What follows the zone does not
+    count. Source: RFC 5322 sections 3.3 and 4.3.
+    """
+    words = "".join([word for kind, word in lexemes(text, '()"\\') if not kind]).replace(",", " ")
+    day, month, year, clock, zone, *_ = [*without_weekday(words.split(":")), *[""] * 5]
+    date = days_since_epoch(day, month.lower(), year)
+    seconds, offset = seconds_of_day(clock.split(":")), minutes_of_zone(zone.lower())
+    if date is None or seconds is None or offset is None:
+        return None
+    return date * 86400 + seconds - offset * 60, offset
+
+
+def without_weekday(parts: list[str]) -> list[str]:
+    """The words of a date-time, without the weekday. parts: its text, divided at colons, beside which space may be."""
+    words = ":".join([part.strip() for part in parts]).split()
+    return words[1:] if words and words[0].lower() in WEEKDAYS else words
+
+
+def number_of(digits: str, least: int, most: int) -> int | None:
+    """The number, of so many digits; None if it is malformed."""
+    return int(digits) if least <= len(digits) <= most and digits.isascii() and digits.isdecimal() else None
+
+
+def days_since_epoch(day: str, month: str, year: str) -> int | None:
+    """The days from 1970-01-01 to a date, month: its name; None if there is no such date.
+
+    A year of two or three digits is taken as RFC 5322 section 4.3 says.
+    """
+    days, years = number_of(day, 1, 2), number_of(year, 2, 4)
+    if days is None or years is None or month not in MONTHS:
+        return None
+    if len(year) < 4:
+        years += 2000 if years < 50 and len(year) == 2 else 1900
+    is_leap = years % 4 == 0 and (years % 100 != 0 or years % 400 == 0)
+    index = MONTHS.index(month)
+    if years < 1900 or not 1 <= days <= (31, 28 + is_leap, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)[index]:
+        return None
+    # Years begin in March here, so that the leap day is the last.
+    years -= index < 2
+    return years * 365 + years // 4 - years // 100 + years // 400 + ((index + 10) % 12 * 153 + 2) // 5 + days - 719469
+
+
+def seconds_of_day(parts: list[str]) -> int | None:
+    """The seconds since midnight, of hours, minutes and, if they are there, seconds; None if they are malformed."""
+    if not 2 <= len(parts) <= 3:
+        return None
+    hours, minutes, seconds = number_of(parts[0], 1, 2), number_of(parts[1], 2, 2), number_of([*parts, "00"][2], 2, 2)
+    if hours is None or minutes is None or seconds is None:
+        return None
+    if hours > 23 or minutes > 59 or seconds > 60:
+        return None
+    return hours * 3600 + minutes * 60 + min(seconds, 59)  # a leap second belongs to its minute
+
+
+def minutes_of_zone(zone: str) -> int | None:
+    """The minutes by which a zone is before UTC; None if it is malformed. Names but those of RFC 5322 mean UTC."""
+    if zone[:1] not in ("+", "-"):
+        return ZONES.get(zone, 0) if not zone or zone.isalpha() else None
+    number = number_of(zone[1:], 4, 4)
+    if number is None or number % 100 > 59:
+        return None
+    minutes = number // 100 * 60 + number % 100
+    return -minutes if zone.startswith("-") else minutes
+
+
+# ======================================================================
+# MIME
+#
+# Owns the parts of a message, their transfer encodings, and the text in them.
+# Must not know Sieve.
+# ======================================================================
+
+NESTING_LIMIT = 100  # of a part; what would be deeper is not taken apart
+PARTS_LIMIT = 1000  # of a message; the last one has all that is left
+PART_HEADER_LIMIT = 65536  # octets of a part's header; what is more belongs to its body
+HEADERS_LIMIT = 1 << 20  # octets of the headers of all parts; the part that exceeds them has all that is left
+BOUNDARY_LIMIT = 200  # octets; RFC 2046 section 5.1.1 has 70
+DELIMITER_LIMIT = 1024  # octets of a line with a boundary, and white space after it
+LOOKALIKES_LIMIT = 100_000  # lines that look like a delimiter and are none; the part with one more has all that is left
+WINDOW = 256 * 1024  # octets of a message in which boundaries are looked for at a time
+ENCODED_RATIO = 4  # octets, at most, that are read for each decoded one: quoted-printable has 3, and ends of lines
+BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
+ALPHANUMERIC = LETTERS + DIGITS
+MESSAGES = ("message/rfc822", "message/global")  # the media types of messages
+MARKUP_NAME_LIMIT = 32  # characters of the name of an element or entity that are examined
+RAW_ELEMENTS = frozenset(("script", "style"))  # have no text for readers
+BREAKING_ELEMENTS = (  # begin and end a line
+    "address article aside blockquote body br center dd details dir div dl dt fieldset figcaption figure footer form"
+    " frameset h1 h2 h3 h4 h5 h6 head header hr html legend li main menu nav ol p pre section select summary table"
+    " tbody textarea tfoot thead tr ul"
+)
+SEPARATORS = {  # what an element's tags are in the text
+    **dict.fromkeys(BREAKING_ELEMENTS.split(), "\0"),
+    **dict.fromkeys(("img", "option", "td", "th"), " "),
+}
+LATIN_1_ENTITIES = (  # the names of the characters from U+00A0 to U+00FF
+    "nbsp iexcl cent pound curren yen brvbar sect uml copy ordf laquo not shy reg macr deg plusmn sup2 sup3 acute micro"
+    " para middot cedil sup1 ordm raquo frac14 frac12 frac34 iquest Agrave Aacute Acirc Atilde Auml Aring AElig Ccedil"
+    " Egrave Eacute Ecirc Euml Igrave Iacute Icirc Iuml ETH Ntilde Ograve Oacute Ocirc Otilde Ouml times Oslash Ugrave"
+    " Uacute Ucirc Uuml Yacute THORN szlig agrave aacute acirc atilde auml aring aelig ccedil egrave eacute ecirc euml"
+    " igrave iacute icirc iuml eth ntilde ograve oacute ocirc otilde ouml divide oslash ugrave uacute ucirc uuml yacute"
+    " thorn yuml"
+)
+OTHER_ENTITIES = (  # names and characters: other names that are often used
+    "amp & lt < gt > quot \" apos ' euro \u20ac trade \u2122 ndash \u2013 mdash \u2014 lsquo \u2018 rsquo \u2019"
+    " sbquo \u201a ldquo \u201c rdquo \u201d bdquo \u201e bull \u2022 hellip \u2026 zwnj \u200c zwj \u200d"
+    " larr \u2190 rarr \u2192"
+)
+
+
+def whole(message: Message) -> Part:
+    """The message itself as a part; its parts are looked for when they are asked for.
+
+    What reads the message raises OSError as Message.read() does.
+    """
+    content_type = ContentType.parse(field_body(message.header, b"content-type"))
+    structure = Structure(message)
+    root = Part(structure, None, message.header, content_type, min(message.body_offset, message.size))
+    root.known_end = message.size
+    structure.open(root)
+    return root
+
+
+def field_body(header: Header, name: bytes) -> bytes | None:
+    """The octets of the body of the first field of that name, in lower case; None if it is missing."""
+    for start, end in header.spans(name):
+        return header.octets[start:end].partition(b":")[2]
+    return None
+
+
+class Part:
+    """An entity: a message, or a part of one (RFC 2045 section 2.4).
+
+    header: the header of the entity. content_type: its media type, or the default one. start: the offset of its body in
+    the message. parent: the entity that contains it; None for the message itself. depth: how many contain it.
+
+    The others are for Structure. boundary: of a multipart; b"" if it has no parts. found: the parts found so far.
+    known_end, prologue_end, epilogue_start: offsets; None while they are not known, or if there is no such thing.
+    """
+
+    __slots__ = (
+        *("_structure", "boundary", "content_type", "depth", "epilogue_start", "found", "header", "known_end"),
+        *("parent", "prologue_end", "start"),
+    )
+
+    def __init__(
+        self, structure: Structure, parent: Part | None, header: Header, content_type: ContentType, start: int
+    ) -> None:
+        self._structure, self.parent, self.header, self.content_type = structure, parent, header, content_type
+        self.start = start
+        self.depth: int = parent.depth + 1 if parent else 0
+        self.boundary = b""
+        self.found: list[Part] = []
+        self.known_end: int | None = None
+        self.prologue_end: int | None = None
+        self.epilogue_start: int | None = None
+
+    @property
+    def end(self) -> int:
+        """The offset of the end of its body in the message. The message is read up to there."""
+        while self.known_end is None:
+            self._structure.step()
+        return self.known_end
+
+    def children(self) -> Iterator[Part]:
+        """The parts of a multipart, and the message in a message/rfc822. The message is read as far as needed."""
+        index = 0
+        while True:
+            if index < len(self.found):
+                yield self.found[index]
+                index += 1
+            elif self._structure.may_have_more(self):
+                self._structure.step()
+            else:
+                return
+
+    def walk(self) -> Iterator[Part]:
+        """Itself and all the parts in it, each before its own parts."""
+        levels: list[Iterator[Part]] = [iter((self,))]
+        while levels:
+            part = next(levels[-1], None)
+            if part is None:
+                levels.pop()
+            else:
+                yield part
+                levels.append(part.children())
+
+    def transfer_encoding(self) -> str:
+        """The Content-Transfer-Encoding, in lower case (RFC 2045 section 6); "7bit" if it is missing."""
+        body = field_body(self.header, b"content-transfer-encoding")
+        value = value_and_parameters(body or b"")[0]
+        return first_word(value) or "7bit"
+
+    def content(self, limit: int) -> bytes:
+        """The octets of its body, without the transfer encoding; at most so many. Those of a multipart are as they are.
+
+        Of octets that say nothing, such as what does not belong to base64, only so many are read as the limit allows.
+        """
+        decode = None if self.content_type.type == "multipart" else DECODERS.get(self.transfer_encoding())
+        if not decode:
+            return b"".join(self._pieces(limit))
+        decoded, size, rest = [], 0, b""
+        for piece in self._pieces(ENCODED_RATIO * limit + READ_SIZE):
+            octets, rest = decode(rest + piece, False)
+            decoded.append(octets)
+            size += len(octets)
+            if size >= limit:
+                break
+        else:
+            decoded.append(decode(rest, True)[0])
+        return b"".join(decoded)[:limit]
+
+    def text(self, limit: int) -> str:
+        """The text that its content is, by its charset, and without the markup if that is HTML.
+
+        limit: octets of the content, at most. Octets that are no text in that charset become surrogates (PEP 383).
+        """
+        content = self.content(limit)
+        return self.text_of(content, len(content) < limit)
+
+    def text_of(self, content: bytes, complete: bool = False) -> str:
+        """The text that content() has; see text(). complete: whether nothing of it is left out."""
+        charset = self.content_type.parameters.get("charset", "us-ascii")
+        text = charset_text(content, charset, complete)
+        return html_to_text(text) if str(self.content_type) == "text/html" else text
+
+    def prologue(self, limit: int) -> bytes:
+        """What a multipart has before its first part (RFC 2046 section 5.1.1: preamble), at most so many octets.
+
+        All of the body, if there is no part.
+        """
+        if not self.boundary:
+            return b""
+        return b"".join(self._pieces(limit, is_prologue=True))
+
+    def epilogue(self, limit: int) -> bytes:
+        """What a multipart has after its last part, at most so many octets."""
+        while self._structure.may_have_more(self):
+            self._structure.step()
+        if self.epilogue_start is None:
+            return b""
+        return self._structure.message.read(self.epilogue_start, max(0, min(limit, self.end - self.epilogue_start)))
+
+    def _pieces(self, limit: int, is_prologue: bool = False) -> Iterator[bytes]:
+        """The octets of its body, or of its prologue, at most so many. The message is read little further than that."""
+        structure, offset = self._structure, self.start
+        stop = offset + limit
+        while offset < stop:
+            wanted = min(offset + READ_SIZE, stop)
+            while (end := self._end_of(is_prologue)) is None and structure.position <= wanted:
+                structure.step()
+            size = wanted - offset if end is None else min(wanted, end) - offset
+            piece = structure.message.read(offset, size) if size > 0 else b""
+            if not piece:
+                return
+            yield piece
+            offset += len(piece)
+
+    def _end_of(self, is_prologue: bool) -> int | None:
+        """The end of the prologue, or of the body, as far as it is known."""
+        if is_prologue and (self.prologue_end is not None or self._structure.may_have_more(self)):
+            return self.prologue_end
+        return self.known_end
+
+
+class Structure:
+    """Finds the parts of a message, in one pass over it, and no further than anybody asks (RFC 2046 section 5.1).
+
+    message: what is looked through. position: the offset up to which this was done. A delimiter, with the end of the
+    line before it, is found no earlier than at that offset, but for a CR just before it.
+    """
+
+    def __init__(self, message: Message) -> None:
+        self.message = message
+        self.position = max(0, message.body_offset - 1)
+        self._parts, self._headers_left, self._lookalikes_left = 0, HEADERS_LIMIT, LOOKALIKES_LIMIT
+        self._open: list[Part] = []  # those that have not ended, each in the one before it
+        self._delimiters: dict[bytes, tuple[Part, bool]] = {}  # the multipart of each, and whether it is the last one
+        self._needle = b""  # what all of them begin with
+        self._window, self._window_start = b"", 0
+
+    def may_have_more(self, part: Part) -> bool:
+        """Whether more of its parts, or its end, may still be found."""
+        return part in self._open and bool(part.boundary) and part.epilogue_start is None
+
+    def step(self) -> None:
+        """Looks for a delimiter in the next piece of the message: there parts end, and one may begin."""
+        delimiter = self._next_delimiter()
+        if not delimiter:
+            return
+        start, end, line = delimiter
+        multipart, is_last = self._delimiters[line]
+        before = start - (self.message.read(start - 1, 1) == b"\r")
+        while self._open[-1] is not multipart:
+            self._close(self._open.pop(), before)
+        if multipart.prologue_end is None:
+            multipart.prologue_end = max(multipart.start, before)
+        after = min(end + 1, self.message.size)
+        if is_last:
+            multipart.epilogue_start = after
+            self._prepare()
+        else:
+            self._begin(multipart, after)
+
+    def open(self, part: Part) -> None:
+        """Takes a part that begins; its body begins after the position."""
+        self._parts += 1
+        self._open.append(part)
+        if part.depth < NESTING_LIMIT:
+            content_type = part.content_type
+            if content_type.type == "multipart":
+                boundary = octets_of(content_type.parameters.get("boundary", "").rstrip())
+                part.boundary = boundary if len(boundary) <= BOUNDARY_LIMIT else b""
+            elif str(content_type) in MESSAGES and part.transfer_encoding() not in DECODERS:
+                self._begin(part, part.start)
+                return
+        self._prepare()
+
+    def _begin(self, parent: Part, offset: int) -> None:
+        """Adds the part that begins at that offset with its header."""
+        header, start = self._header_at(offset)
+        is_rest = self._parts == PARTS_LIMIT - 1 or len(header.octets) > self._headers_left
+        if is_rest:
+            header, start = NO_HEADER, offset
+        self._headers_left -= len(header.octets)
+        default = "message/rfc822" if str(parent.content_type) == "multipart/digest" else "text/plain"
+        content_type = ContentType.parse(field_body(header, b"content-type"), default)
+        part = Part(self, parent, header, content_type, start)
+        parent.found.append(part)
+        self.position = start - 1
+        if is_rest:
+            self._open.append(part)
+            self._finish()
+        else:
+            self.open(part)
+
+    def _header_at(self, offset: int) -> tuple[Header, int]:
+        """The header that begins at that offset, and the offset of the body: after an empty line, or at a delimiter."""
+        for size in (4096, PART_HEADER_LIMIT):
+            content = self.message.read(offset, size)
+            octets = Header.of(content).octets
+            if len(octets) < max(size, len(content)):
+                break
+        else:
+            octets = octets[: octets.rfind(LF) + 1] or octets
+        for start, end in self._candidates(octets, 0):
+            if octets[start + 3 : end if end >= 0 else None].rstrip() in self._delimiters:
+                return Header(octets[: start + 1]), offset + start + 1
+        rest = content[len(octets) : len(octets) + 2]
+        return Header(octets), offset + len(octets) + (1 if rest.startswith(LF) else 2 * (rest == CRLF))
+
+    def _next_delimiter(self) -> tuple[int, int, bytes] | None:
+        """The next delimiter in the window: the offsets of the LFs before and after it, and itself without its dashes.
+
+        If there is none, the window moves on; at the end of the message, the parts end.
+        """
+        if not self._delimiters:
+            self._finish()
+            return None
+        if not self._window:
+            self._window, self._window_start = self.message.read(self.position, WINDOW), self.position
+        window, offset = self._window, self._window_start
+        at_end = len(window) < WINDOW or offset + len(window) >= self.message.size
+        for start, end in self._candidates(window, self.position - offset):
+            if end < 0 and start + DELIMITER_LIMIT > len(window):
+                if not at_end:
+                    self._move_to(offset + start)
+                    return None
+                end = len(window)
+            line = window[start + 3 : max(end, 0)].rstrip()
+            if line in self._delimiters:
+                self.position = offset + end
+                return offset + start, offset + end, line
+            self._lookalikes_left -= 1
+            if self._lookalikes_left < 0:
+                break
+        if at_end or self._lookalikes_left < 0:
+            self._finish()
+        else:
+            self._move_to(offset + len(window) - len(self._needle) + 1)
+        return None
+
+    def _move_to(self, offset: int) -> None:
+        self.position = offset
+        self._window = b""
+
+    def _candidates(self, octets: bytes, start: int) -> Iterator[tuple[int, int]]:
+        """Where lines begin as a delimiter does: the indexes of the LFs before and after each; -1 for one too far."""
+        start = octets.find(self._needle, start) if self._delimiters else -1
+        while start >= 0:
+            yield start, octets.find(LF, start + 1, start + DELIMITER_LIMIT)
+            start = octets.find(self._needle, start + 1)
+
+    def _prepare(self) -> None:
+        """Makes the delimiters those of the open multiparts; of two that are the same, the inner one counts."""
+        multiparts = [part for part in self._open if part.boundary and part.epilogue_start is None]
+        self._delimiters = {}
+        for part in multiparts:
+            self._delimiters[part.boundary], self._delimiters[part.boundary + b"--"] = (part, False), (part, True)
+        self._needle = b"\n--" + (multiparts[0].boundary if len(multiparts) == 1 else b"")
+
+    def _finish(self) -> None:
+        """Ends all parts with the message."""
+        while self._open:
+            self._close(self._open.pop(), self.message.size)
+        self._delimiters = {}
+        self._move_to(self.message.size)
+
+    def _close(self, part: Part, end: int) -> None:
+        if part.known_end is None:
+            part.known_end = max(part.start, end)
+
+
+def decode_base64(octets: bytes, is_end: bool) -> tuple[bytes, bytes]:
+    """Octets decoded from base64 (RFC 2045 section 6.8), and those at their end that need what follows.
+
+    What does not belong to base64 is left out; padding may be missing, or anywhere. is_end: whether nothing follows.
+    """
+    from binascii import a2b_base64
+
+    octets = octets.translate(None, bytes(set(range(256)).difference(BASE64)))
+    *padded, last = octets.split(b"=")
+    whole_size = len(last) if is_end else len(last) // 4 * 4
+    texts = [text[: len(text) - (len(text) % 4 == 1)] for text in (*padded, last[:whole_size]) if text]
+    return b"".join([a2b_base64(text + b"==") for text in texts]), last[whole_size:]
+
+
+def decode_quoted_printable(octets: bytes, is_end: bool) -> tuple[bytes, bytes]:
+    """Octets decoded from quoted-printable (RFC 2045 section 6.7), and those at their end that need what follows.
+
+    White space at the end of lines is left out; what is malformed stays. is_end: whether nothing follows.
+    """
+    from binascii import a2b_qp
+
+    size = len(octets)
+    if not is_end:
+        size = octets.rfind(LF) + 1 or (octets.rfind(b"=") if b"=" in octets[-2:] else size)
+    octets, rest = octets[:size], octets[size:]
+    if b" \n" in octets or b"\t\n" in octets or b" \r\n" in octets or b"\t\r\n" in octets:
+        *lines, last = octets.split(LF)
+        octets = LF.join([*map(bytes.rstrip, lines), last])
+    return a2b_qp(octets), rest
+
+
+def decode_uuencode(octets: bytes, is_end: bool) -> tuple[bytes, bytes]:
+    """Octets decoded from the format of uuencode(1), and those at their end that need what follows.
+
+    Lines that are none of data are left out. is_end: whether nothing follows.
+    """
+    from binascii import Error, a2b_uu
+
+    size = len(octets) if is_end else octets.rfind(LF) + 1 or len(octets)
+    decoded = []
+    for line in octets[:size].splitlines():
+        length = ((line[0] - 32 & 63) + 2) // 3 * 4 + 1 if line else 0
+        if 1 < length <= len(line):
+            try:
+                decoded.append(a2b_uu(line[:length]))
+            except Error:
+                pass  # no line of data
+    return b"".join(decoded), octets[size:]
+
+
+DECODERS: dict[str, Callable[[bytes, bool], tuple[bytes, bytes]]] = {
+    "base64": decode_base64,
+    "quoted-printable": decode_quoted_printable,
+    **dict.fromkeys(("x-uuencode", "x-uue", "uuencode", "uue"), decode_uuencode),
+}
+
+
+def html_to_text(markup: str) -> str:
+    """HTML as text: without tags, comments, scripts, styles and title; with characters in place of their references.
+
+    White space becomes single spaces; elements such as paragraphs begin lines. What is malformed is taken much as
+    browsers take it: a comment or a tag that does not end has the rest of the text.
+    """
+    markup = markup.replace("\0", "\ufffd")
+    while "<<" in markup:
+        markup = markup.replace("<<", "<")
+    texts, end = [], 0
+    while (start := markup.find("<", end)) >= 0:
+        texts.append(markup[end:start])
+        separator, end = end_of_markup(markup, start + 1)
+        texts.append(separator)
+    texts.append(markup[end:])
+    lines = [" ".join(line.split()) for line in with_references_resolved("".join(texts)).split("\0")]
+    return "\n".join(filter(None, lines))
+
+
+def end_of_markup(markup: str, start: int) -> tuple[str, int]:
+    """What a tag, comment or the like is in the text, NUL for the end of a line; and the index of what follows it.
+
+    start: the index after its "<".
+    """
+    if markup.startswith("!--", start):
+        return "", index_after("-->", markup, start + 1)
+    if markup.startswith(("!", "?"), start):
+        return "", index_after(">", markup, start)
+    is_end_tag = markup.startswith("/", start)
+    name = leading(ALPHANUMERIC, markup, start + is_end_tag).lower()
+    if not name or name[0] in DIGITS:
+        return ("", index_after(">", markup, start)) if is_end_tag else ("<", start)
+    end = end_of_tag(markup, start)
+    if name in RAW_ELEMENTS and not is_end_tag:
+        end = end_of_raw_element(name, markup, end)
+    return SEPARATORS.get(name, ""), end
+
+
+def index_after(mark: str, text: str, start: int) -> int:
+    """The index after the mark, looked for from start on; the length of the text if it is not there."""
+    place = text.find(mark, start)
+    return place + len(mark) if place >= 0 else len(text)
+
+
+def leading(characters: str, text: str, start: int) -> str:
+    """These characters at an index of the text, MARKUP_NAME_LIMIT of them at most."""
+    head = text[start : start + MARKUP_NAME_LIMIT]
+    return head[: len(head) - len(head.lstrip(characters))]
+
+
+def end_of_tag(markup: str, start: int) -> int:
+    """The index after the ">" of a tag that is not in the quotes of an attribute's value."""
+    end = index_after(">", markup, start)
+    while (equals := markup.find("=", start, end)) >= 0:
+        value = markup[equals + 1 : equals + 17].lstrip()
+        start = equals + 1
+        if value.startswith(('"', "'")):
+            quote = markup.find(value[0], start)
+            start = index_after(value[0], markup, quote + 1)
+            if start > end:
+                end = index_after(">", markup, start)
+    return end
+
+
+def end_of_raw_element(name: str, markup: str, start: int) -> int:
+    """The index after the end tag of an element with text that is no markup. start: the index after its start tag."""
+    while (start := markup.find("</", start)) >= 0:
+        if leading(ALPHANUMERIC, markup, start + 2).lower() == name:
+            return end_of_tag(markup, start)
+        start += 2
+    return len(markup)
+
+
+def with_references_resolved(text: str) -> str:
+    """Text with characters in place of the references to them: &amp; &#38; &#x26; and those without a semicolon."""
+    first, *pieces = text.split("&")
+    if not pieces:
+        return text
+    words = OTHER_ENTITIES.split(" ")
+    entities = dict(zip(LATIN_1_ENTITIES.split(), map(chr, range(0xA0, 0x100)))) | dict(zip(words[::2], words[1::2]))
+    texts = [first]
+    for piece in pieces:
+        character, end = referenced_character(piece, entities)
+        texts.append(character + piece[end:] if character else f"&{piece}")
+    return "".join(texts)
+
+
+def referenced_character(text: str, entities: dict[str, str]) -> tuple[str, int]:
+    """The character for the reference that text begins with, and the index of the reference's end; "" if it is none.
+
+    text: without the "&". entities: characters by the names that are often used. The others take time to load.
+    """
+    if text.startswith("#"):
+        start, base, digits = (2, 16, "0123456789abcdefABCDEF") if text[1:2] in ("x", "X") else (1, 10, DIGITS)
+        number = leading(digits, text, start)
+        character = character_of(int(number, base)) if number else ""
+        end = start + len(number)
+    else:
+        name = leading(ALPHANUMERIC, text, 0)
+        character, end = entities.get(name, ""), len(name)
+        if not character and name and text.startswith(";", end):
+            from html.entities import html5
+
+            character = html5.get(f"{name};", "")
+    return character, end + text.startswith(";", end)
+
+
+def character_of(number: int) -> str:
+    """The character for a number in a reference; those of C1 are meant as windows-1252."""
+    if 0x80 <= number < 0xA0:
+        return bytes((number,)).decode("cp1252", "replace")
+    if not number or 0xD800 <= number < 0xE000 or number > sys.maxunicode:
+        return "\ufffd"
+    return chr(number)
 
 
 # ======================================================================
