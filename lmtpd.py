@@ -2,6 +2,8 @@
 
 Usage:
   lmtpd [-C config-file] [-U uses] [-T timeout] [-D] [-H] [-a]
+  lmtpd [-C config-file] --check-sieve <script>...
+  lmtpd [-C config-file] --explain <address> [-f sender]
   lmtpd --help
   lmtpd --version
 
@@ -12,6 +14,9 @@ Options:
   -D              Run the debugger of the debug_command option.
   -H              Expect a HAProxy PROXY header before the greeting.
   -a              Trust internet connections instead of requiring LMTP AUTH.
+  --check-sieve   Check Sieve scripts, and name each error.
+  --explain       Say what would happen to the message on standard input.
+  -f sender       The sender of that message; <> if it is not given.
   --help          Show this text.
   --version       Show the version.
 """
@@ -19,27 +24,35 @@ Options:
 # The file follows the path of a message. Helpers come first, main() last. A section
 # uses only the sections above it. The sections, and what each owns:
 #
-# Configuration   the table of options, the syntax of imapd.conf(5)
-# Logging         where a log line goes, and its form
-# Replies         replies, and their form on the wire
-# Stopping        what ends the process early: signals, timers, the shutdown file
-# Connection      octets in and out, deadlines, TLS, who the peer is
-# Local services  requests to daemons on this host
-# Addresses       paths and parameters of commands; user, detail and domain of a recipient
-# Files           identities, guarded paths, drafts, durable files and directories
-# Message         what comes after DATA or BDAT: decoding, limits, header, added fields
-# Fields          the syntax of header fields
-# MIME            parts, encodings, charsets, HTML
-# Maildir++       names of folders and files on the disk, quota, keywords, subscriptions, locks
-# Mailboxes       a user's Maildir: folders, quota check, placing a message
-# Users           the user databases
-# Mailstore       the way from a recipient to a mailbox
-# Records         the database of messages that were delivered already
-# Delivery        one message and all its recipients: placements, replies to store errors
-# Authentication  SASL mechanisms, password checks, who may deliver
-# Session         the verbs, and the state of the transaction
-# Service         where connections come from, and how many a process serves
-# Main            command line, configuration, privileges, exit status
+# Configuration    the table of options, the syntax of imapd.conf(5)
+# Logging          where a log line goes, and its form
+# Replies          replies, and their form on the wire
+# Stopping         what ends the process early: signals, timers, the shutdown file
+# Connection       octets in and out, deadlines, TLS, who the peer is
+# Local services   requests to daemons on this host
+# Addresses        paths and parameters of commands; user, detail and domain of a recipient
+# Files            identities, guarded paths, drafts, durable files and directories
+# Message          what comes after DATA or BDAT: decoding, limits, header, added fields
+# Fields           the syntax of header fields
+# MIME             parts, encodings, charsets, HTML
+# Maildir++        names of folders and files on the disk, quota, keywords, subscriptions, locks
+# Mailboxes        a user's Maildir: folders, quota check, placing a message
+# Users            the user databases
+# Mailstore        the way from a recipient to a mailbox
+# Records          the database of delivered messages, and of what scripts remember
+# Sieve: syntax    tokens and the grammar of scripts
+# Sieve: matching  comparators, match types, patterns
+# Sieve: runs      one run: the message as a script sees it, variables, actions, limits
+# Sieve: language  the rows of the table of commands and tests; the checker
+# Sieve: tests     the tests of scripts
+# Sieve: commands  the commands of scripts; the table
+# Filters          whose scripts run, and in which order
+# Delivery         one message and all its recipients: placements, replies to store errors
+# Authentication   SASL mechanisms, password checks, who may deliver
+# Session          the verbs, and the state of the transaction
+# Service          where connections come from, and how many a process serves
+# Questions        what the program says about itself without serving
+# Main             command line, configuration, privileges, exit status
 
 from __future__ import annotations
 
@@ -58,10 +71,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
     from sqlite3 import Connection as Database
     from ssl import SSLContext
-    from typing import Any, NoReturn, TypeVar
+    from typing import Any, NoReturn, Protocol, TypeVar, Union
 
     T = TypeVar("T")
     Mechanism = Generator[bytes, bytes, str]
+    Text = Union[str, "Template"]  # an argument of a script
+    Check = Callable[["Run"], bool]  # what runs a test
+    Step = Callable[["Run"], None]  # what runs commands
 else:
     # The modules signal and socket add enumerations of all constants to these two. Making the enumerations takes more
     # than half of the time that the interpreter itself takes to start.
@@ -75,11 +91,14 @@ CRLF, LF = b"\r\n", b"\n"
 READ_SIZE = 65536  # octets read at a time
 FOREVER = float("inf")  # a deadline that never comes
 # docopt's result for an empty command line, written out because importing docopt is slow.
-NO_ARGUMENTS = {
+NO_ARGUMENTS: dict[str, Any] = {
     "-C": "/etc/imapd.conf",
     "-U": "250",
     "-T": "60",
-    **dict.fromkeys(("-D", "-H", "-a", "--help", "--version"), False),
+    "-f": None,
+    "<address>": None,
+    "<script>": [],
+    **dict.fromkeys(("-D", "-H", "-a", "--check-sieve", "--explain", "--help", "--version"), False),
 }
 
 
@@ -96,6 +115,7 @@ SWITCHES = {
 }
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 OCTETS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+DECIMAL_DIGITS = frozenset("0123456789")
 OPTION_PUNCTUATION = str.maketrans("", "", "-_")
 TLS_VERSIONS = ("tls1_0", "tls1_1", "tls1_2", "tls1_3")
 FACILITIES = {  # syslog(3)
@@ -103,27 +123,30 @@ FACILITIES = {  # syslog(3)
     **{name: number << 3 for number, name in enumerate(("news", "uucp", "cron", "authpriv", "ftp"), 7)},
     **{f"local{number}": 16 + number << 3 for number in range(8)},
 }
+BRACKET_CLASSES = {"[:digit:]": "0-9", "[:alpha:]": "a-zA-Z", "[:alnum:]": "a-zA-Z0-9", "[:space:]": r"\s"}
+PROTECTED_FIELDS = "auto-submitted delivered-to received return-path"
+SCORE_TYPES = ("score", "strlen", "text")
+TEST_TEXTS = {"spam": 10, "virus": 5}  # the highest N of the options sieve_spamtest_text_valueN and the like
 XLIST = "xlist-"  # before the special use, in the name of an option
 # The options of Cyrus IMAP 3.6 to 3.10 that lmtpd does not implement. Those of the first group change what happens to
 # mail.
 CHANGING_OPTIONS = """
-    anysievefolder autocreate_sieve_compiled_script autocreate_sieve_folders autocreate_sieve_script
-    autocreate_sieve_script_compile autocreate_sieve_script_compiled autosievefolders mailbox_initial_flags
-    mailnotifier notifysocket proxyservers sendmail sendmail_auth_id sieve_allowreferrals
-    sieve_duplicate_max_expiration sieve_extensions sieve_folder sieve_maxscripts sieve_maxscriptsize
+    autocreate_sieve_compiled_script autocreate_sieve_folders autocreate_sieve_script
+    autocreate_sieve_script_compile autocreate_sieve_script_compiled mailbox_initial_flags mailnotifier
+    notifysocket proxyservers sendmail sendmail_auth_id sieve_allowreferrals sieve_folder sieve_maxscripts
     sieve_sasl_send_unsolicited_capability sieve_use_lmtp_reject sieve_utf8fileinto sieve_vacation_max_response
-    sieve_vacation_min_response sievedir sievenotifier sieveusehomedir smtp_auth_authname smtp_auth_password
-    smtp_auth_realm smtp_backend smtp_host userdeny_db userdeny_db_path username_tolower
+    sieve_vacation_min_response sievenotifier smtp_auth_authname smtp_auth_password smtp_auth_realm smtp_backend
+    smtp_host userdeny_db userdeny_db_path username_tolower
 """
 OTHER_OPTIONS = """
     acl_admin_implies_write afspts_localrealms afspts_mycell allowallsubscribe allowanonymouslogin allowapop
-    allowdeleted allownewnews allowsetacl allowusermoves altnamespace altprefix anyoneuseracl auditlog auth_mech
-    autocreate_acl autocreate_subscribe_sharedfolders autocreate_subscribe_sharedfolders_all
-    autocreateinboxfolders autocreatequota autocreatequotamsg autoexpunge autosubscribe_all_sharedfolders
-    autosubscribeinboxfolders autosubscribesharedfolders boundary_limit client_bind client_bind_name
-    client_timeout commandmintimer createonpost crossdomains crossdomains_onlyother cyrus_group
-    debug_log_sync_partition_choice debug_writefail_guid defaultacl defaultsearchtier defaultserver delete_mode
-    delete_unsubscribe deletedprefix deleteright disable_shared_namespace disable_user_namespace
+    allowdeleted allownewnews allowsetacl allowusermoves altnamespace altprefix anyoneuseracl anysievefolder
+    auditlog auth_mech autocreate_acl autocreate_subscribe_sharedfolders autocreate_subscribe_sharedfolders_all
+    autocreateinboxfolders autocreatequota autocreatequotamsg autoexpunge autosievefolders
+    autosubscribe_all_sharedfolders autosubscribeinboxfolders autosubscribesharedfolders boundary_limit
+    client_bind client_bind_name client_timeout commandmintimer createonpost crossdomains crossdomains_onlyother
+    cyrus_group debug_log_sync_partition_choice debug_writefail_guid defaultacl defaultsearchtier defaultserver
+    delete_mode delete_unsubscribe deletedprefix deleteright disable_shared_namespace disable_user_namespace
     disconnect_on_vanished_mailbox duplicate_db expunge_mode failedloginpause flushseenstate foolstupidclients
     force_sasl_client_mech fulldirhash generate_compiled_sieve_script hashimapspool hostname_mechs
     hostname_password idlesocket ignorereference imapidlepoll imapidletimeout imapidresponse imapmagicplus
@@ -206,6 +229,31 @@ def as_names(value: str) -> tuple[str, ...]:
     return tuple(value.split())
 
 
+def as_lower_names(value: str) -> tuple[str, ...]:
+    """Names with white space between them, in any case."""
+    return as_names(value.lower())
+
+
+def as_field_pattern(value: str) -> str:
+    """The name of a header field, or "Name: regular expression", whose first group is what matters; "" for none."""
+    pattern = value.partition(":")[2].strip()
+    if pattern:
+        import re
+
+        try:
+            re.compile(with_python_classes(pattern))
+        except re.error as error:
+            raise ValueError(f"has a regular expression that is wrong: {error}") from None
+    return value
+
+
+def with_python_classes(pattern: str) -> str:
+    """A POSIX regular expression as Python's re takes it."""
+    for posix, python in BRACKET_CLASSES.items():
+        pattern = pattern.replace(posix, python)
+    return pattern
+
+
 def as_folders(value: str) -> tuple[str, ...]:
     """Names of folders with | between them. They may contain white space."""
     return tuple(name.strip() for name in value.split("|") if name.strip())
@@ -235,6 +283,14 @@ def limited(parse: Callable[[str], int], low: str, high: str) -> Callable[[str],
 
     parse_limited.__qualname__ = parse.__qualname__
     return parse_limited
+
+
+def as_decimal(value: str) -> str:
+    """A number above 0, perhaps with a decimal point."""
+    whole, _, fraction = value.partition(".")
+    if not DECIMAL_DIGITS.issuperset(whole + fraction) or not (whole + fraction).strip("0"):
+        raise ValueError("must be a number above 0, such as 10 or 5.5")
+    return value
 
 
 def as_octal(value: str) -> int:
@@ -450,6 +506,32 @@ class Config:
     )
     servername = option(as_text, "", "the name of this host in replies and headers; by default the system's")
     shared_maildir = option(optional(as_path), "", "the Maildir of the shared folders")
+    sieve_after = option(optional(as_path), "", "the Sieve script, or directory of scripts, that runs after the user's")
+    sieve_before = option(optional(as_path), "", "the Sieve script, or directory of scripts, that runs first")
+    sieve_default = option(optional(as_path), "", "the Sieve script of users who have none")
+    sieve_duplicate_max_expiration = option(as_duration, "90d", "the longest time that the test duplicate remembers")
+    sieve_editheader_protected = option(as_lower_names, PROTECTED_FIELDS, "header fields that no script may change")
+    sieve_extensions = option(as_lower_names, "", "the Sieve capabilities that scripts may use; by default all")
+    sieve_global_dir = option(optional(as_path), "", "the directory of the scripts for include :global")
+    sieve_maxscriptsize = option(
+        limited(as_kibioctets, "1", "10240"), "64", "the largest Sieve script, in units of 1024 octets"
+    )
+    sieve_script = option(
+        optional(as_template("pundh")), "", "the path of a user's Sieve script; by default ~/.dovecot.sieve"
+    )
+    sieve_spamtest_max_header = option(as_field_pattern, "", "the field with the highest score of the test spamtest")
+    sieve_spamtest_max_value = option(optional(as_decimal), "", "the highest score of the test spamtest")
+    sieve_spamtest_status_header = option(as_field_pattern, "", "the field with the score of the test spamtest")
+    sieve_spamtest_status_type = option(as_choice(*SCORE_TYPES), "score", "how that field tells the score")
+    sieve_subaddress_folder = option(
+        as_switch, "yes", "whether keep files mail for a sub-address into the folder that the sub-address names"
+    )
+    sieve_virustest_max_header = option(as_field_pattern, "", "the field with the highest score of the test virustest")
+    sieve_virustest_max_value = option(optional(as_decimal), "", "the highest score of the test virustest")
+    sieve_virustest_status_header = option(as_field_pattern, "", "the field with the score of the test virustest")
+    sieve_virustest_status_type = option(as_choice(*SCORE_TYPES), "score", "how that field tells the score")
+    sievedir = option(optional(as_path), "", "the directory of the users' Sieve scripts, as Cyrus up to 3.4 has it")
+    sieveusehomedir = option(as_switch, "no", "whether a user's Sieve script is ~/.sieve")
     singleinstancestore = option(as_switch, "yes", "store a message as one file with hard links for its recipients")
     soft_noauth = option(as_switch, "yes", "refuse unauthenticated clients temporarily (430), not permanently (530)")
     syslog_facility = option(as_choice(*FACILITIES), "mail", "the facility of lines sent to syslog")
@@ -485,6 +567,7 @@ class Config:
 
     files: tuple[str, ...]  # the configuration file, and those that it includes
     partition: str  # the directory of all Maildirs
+    test_texts: dict[str, dict[int, str]]  # of the tests spamtest and virustest: the results and the texts for them
     special_uses: dict[str, str]  # special uses (RFC 6154) and their folders, from the options xlist-USE
     ignored: list[tuple[str, str]]  # options that have no effect, each "file:line" and the name
     warnings: list[str]  # what is odd about the settings, for the log
@@ -514,6 +597,7 @@ class Config:
         config.servername = config.servername or socket.gethostname()
         config.defaultdomain = config.defaultdomain.lower()
         config.partition = default_partition(config, settings, service, file)
+        config.test_texts = {test: texts_of_results(test, settings) for test in TEST_TEXTS}
         config.special_uses = {}
         for prefix in (XLIST, f"{service}_{XLIST}"):  # the latter overrides the other
             for name in [name for name in settings if name.startswith(prefix)]:
@@ -528,6 +612,12 @@ class Config:
                 )
                 config.warnings.append(text)
         return config
+
+
+def texts_of_results(test: str, settings: dict[str, tuple[str, str]]) -> dict[int, str]:
+    """Takes the options sieve_spamtest_text_valueN or those of virustest from the settings: the texts by their N."""
+    names = {f"sieve_{test}test_text_value{number}": number for number in range(TEST_TEXTS[test] + 1)}
+    return {number: settings.pop(name)[0] for name, number in names.items() if name in settings}
 
 
 def is_cyrus_option(name: str) -> bool:
@@ -2474,12 +2564,25 @@ class Header:
         ends = [end for end in (content.find(b"\n\n"), content.find(b"\n\r\n")) if end >= 0]
         return cls(content[: min(ends) + 1] if ends else content)
 
+    def without_last_field(self) -> Header:
+        """The header without its last field, of which not all may have arrived."""
+        end = len(self.octets)
+        while (end := self.octets.rfind(LF, 0, end)) >= 0:
+            if self.octets[end + 1 : end + 2] not in (b"", b" ", b"\t"):
+                break
+        return Header(self.octets[: end + 1])
+
     def body_of(self, name: bytes) -> str | None:
         """The body of the first field of that name, with single spaces; None if it is missing."""
         for start, end in self.spans(name):
             body = self.octets[start:end].partition(b":")[2]
             return b" ".join(body.split()).decode("utf-8", "backslashreplace")
         return None
+
+    def with_field(self, field: bytes) -> Header:
+        """The header with a field after the first one, Return-Path. field: with the LF at its end."""
+        start = self.octets.index(LF) + 1
+        return Header(self.octets[:start] + field + self.octets[start:])
 
     def without(self, name: bytes) -> bytes:
         """The octets without the fields of that name."""
@@ -2519,6 +2622,11 @@ def may_begin_header(line: bytes) -> bool:
     return bool(colon and name and FIELD_NAME.issuperset(name)) or line.startswith((b"From ", b">From "))
 
 
+def is_field_name(name: str) -> bool:
+    """Whether a header field can have that name (RFC 5322 section 2.2)."""
+    return bool(name) and name.isascii() and FIELD_NAME.issuperset(name.encode())
+
+
 class Message:
     """A message as it is stored: in memory while it is small, else in a draft.
 
@@ -2529,7 +2637,7 @@ class Message:
     """
 
     __slots__ = (
-        *("_beginning", "_original", "body_offset", "content", "date", "draft", "has_message_id", "header", "lines"),
+        *("_original", "body_offset", "content", "date", "draft", "has_message_id", "header", "lines"),
         *("message_id", "size"),
     )
 
@@ -2539,27 +2647,31 @@ class Message:
         self.message_id, self.has_message_id, self.date = "", False, ""
         self.content = b""
         self.draft: Draft | None = None
-        self._original: Message | None = None  # for a variant: what follows its beginning
-        self._beginning = b""
+        self._original: Message | None = None  # for a variant: what has the octets after its header
 
-    def with_field(self, field: bytes) -> Message:
-        """A variant with a field after the first one, Return-Path. It reads this message, and has no draft yet.
+    @classmethod
+    def of(cls, content: bytes) -> Message:
+        """The message with these octets, which have LF at the end of lines."""
+        message = cls()
+        message.content, message.header = content, Header.of(content)
+        message.size, message.lines = len(content), line_ends(content)
+        message.body_offset = min(len(message.header.octets) + 1, len(content)) if message.header.octets else 0
+        return message
 
-        field: with the LF at its end.
-        """
-        start = self.header.octets.index(LF) + 1
+    def with_header(self, header: Header) -> Message:
+        """A variant with another header. It reads this message, and has no draft yet."""
         variant = Message()
-        variant._original, variant._beginning = self, self.header.octets[:start] + field
-        variant.header = Header(variant._beginning + self.header.octets[start:])
-        variant.body_offset, variant.size = self.body_offset + len(field), self.size + len(field)
-        variant.lines = self.lines + count_of_lf(field)
+        variant._original, variant.header = self, header
+        more = len(header.octets) - len(self.header.octets)
+        variant.body_offset, variant.size = self.body_offset + more, self.size + more
+        variant.lines = self.lines + line_ends(header.octets) - line_ends(self.header.octets)
         variant.message_id, variant.has_message_id, variant.date = self.message_id, self.has_message_id, self.date
         return variant
 
     def read(self, offset: int, size: int) -> bytes:
         """The octets from that offset on, size at most; b"" at the end. Raises OSError."""
         if self._original:
-            beginning = self._beginning[offset : offset + size]
+            beginning = self.header.octets[offset : offset + size]
             if len(beginning) == size:
                 return beginning
             start = offset + len(beginning) - self.size + self._original.size
@@ -2657,8 +2769,8 @@ class Incoming:
                 self._fail(error)
             return
         message = self.message
-        message.content = content = self._with_added_fields()
-        message.size, message.lines = len(content), count_of_lf(content) - content.count(CRLF)
+        message.content = content = self._with_added_fields(is_complete=True)
+        message.size, message.lines = len(content), line_ends(content)
 
     def discard(self) -> None:
         """Frees the octets, and removes the draft if it has not become a delivered message."""
@@ -2702,11 +2814,14 @@ class Incoming:
         message.lines += line_ends
         self._ends_in_cr = data.endswith(b"\r")
 
-    def _with_added_fields(self) -> bytes:
+    def _with_added_fields(self, is_complete: bool = False) -> bytes:
         """The octets received so far, with the trace and missing fields before them; b"" if they are refused."""
         received = bytes(self._received)
         self._received.clear()
         header = Header.of(received)
+        is_cut = len(header.octets) == len(received) and not is_complete
+        if is_cut:
+            header = header.without_last_field()
         body = received[len(header.octets) :]
         if not header.octets.isascii():
             if self._config.reject8bit:
@@ -2719,7 +2834,9 @@ class Incoming:
         if body and not header.octets and not body.startswith(LF):
             body = LF + body
         message.header = Header(b"".join(head))
-        message.body_offset = len(message.header.octets) + (1 if body.startswith(LF) else 2 if body else 0)
+        message.body_offset = len(message.header.octets)
+        if not is_cut:
+            message.body_offset += 1 if body.startswith(LF) else 2 if body else 0
         return message.header.octets + body
 
     def _added_fields(self, header: Header) -> list[bytes]:
@@ -2740,6 +2857,11 @@ class Incoming:
 def count_of_lf(data: bytes) -> int:
     """data.count(LF), in a sixth of the time."""
     return len(data) - len(data.replace(LF, b""))
+
+
+def line_ends(data: bytes) -> int:
+    """The number of LFs without a CR before them."""
+    return count_of_lf(data) - data.count(CRLF)
 
 
 def date_time() -> str:
@@ -3805,6 +3927,8 @@ def folder_parts(name: str, config: Config) -> tuple[str, ...]:
     """
     if name.upper() == "INBOX":
         return ()
+    if len(name) > NAME_LIMIT:
+        raise ValueError(f"{name[:NAME_LIMIT]!r}... is too long for a folder's name")
     name = composed(name)
     parts = tuple(filter(None, name.split("/"))) if config.unixhierarchysep else tuple(name.split("."))
     if not parts or not all(part and is_printable(part) and "/" not in part and "." not in part for part in parts):
@@ -3817,6 +3941,11 @@ def folder_parts(name: str, config: Config) -> tuple[str, ...]:
 def folder_directory(parts: Sequence[str]) -> str:
     """The directory of the folder with these parts, see folder_parts(); "" for the INBOX."""
     return "".join(f".{to_modified_utf7(part)}" for part in parts)
+
+
+def folder_name(folder: str) -> str:
+    """The name of a folder as people write it, with slashes between its levels."""
+    return "/".join(from_modified_utf7(part) for part in folder.split(".")[1:]) or "INBOX"
 
 
 def folder_spellings(name: str, config: Config) -> list[str]:
@@ -4158,14 +4287,17 @@ class KeywordFile:
         """Adds new keywords to the file while letters are free; the keywords as _read() gives them. Needs the lock."""
         known, changed = self._read()
         unused = sorted(set(range(len(KEYWORD_LETTERS))) - {number for number, _ in known.values()})
+        left_out = []
         for keyword in keywords:
             if keyword.lower() in known:
                 continue
             if not unused:
-                folder = self._directory.path_of(self._folder)
-                log.warning("no letter for keyword", keyword=keyword, mailbox=folder)
+                left_out.append(keyword)
                 continue
             known[keyword.lower()] = unused.pop(0), keyword
+        if left_out:
+            folder = self._directory.path_of(self._folder)
+            log.warning("no letter for keyword", keyword=" ".join(left_out), mailbox=folder)
         lines = [f"{number} {name}\n" for number, name in sorted(known.values())]
         # Dovecot sees a change of the file by its time in whole seconds.
         self._directory.replace_file(self._folder, KEYWORD_FILE, "".join(lines).encode(), newer_than=changed)
@@ -4411,11 +4543,14 @@ class Folders:
 
     def __init__(self, directory: Directory, identity: Identity, config: Config) -> None:
         self._directory, self._identity, self._config = directory, identity, config
-        self._subscriptions, self._may_subscribe = SubscriptionFiles(directory), config.lmtp_autosubscribe
+        self._subscriptions, self._can_subscribe = SubscriptionFiles(directory), True
+        self._seen: set[str] = set()
         self._by_similar_name: dict[tuple[str, ...], list[str]] | None = None
 
     def exists(self, folder: str) -> bool:
-        """Whether the folder exists."""
+        """Whether the folder exists, or has existed a moment ago."""
+        if folder in self._seen:
+            return True
         with self._identity:
             try:
                 os.close(self._directory.open(f"{folder}/cur"))
@@ -4423,6 +4558,7 @@ class Folders:
                 if error.errno in (*ABSENT, errno.ELOOP):  # ELOOP: a link that is not followed
                     return False
                 raise
+        self._seen.add(folder)
         return True
 
     def is_taken(self, folder: str) -> bool:
@@ -4449,20 +4585,20 @@ class Folders:
         """Frees the list of all folders."""
         self._by_similar_name = None
 
-    def make(self, folder: str) -> None:
-        """Makes the folder, durably."""
+    def make(self, folder: str, subscribes: bool = False) -> None:
+        """Makes the folder, durably. subscribes: whether the user is subscribed to it in any case."""
         self._directory.make(folder)
         self._directory.add_file(folder, "maildirfolder", b"")
         for name in ("tmp", "new", "cur"):  # cur/ last: exists() looks for it
             self._directory.make(f"{folder}/{name}")
         if self._by_similar_name is not None:
             self._by_similar_name.setdefault(similar_name(folder), []).append(folder)
-        if self._may_subscribe:
+        if self._can_subscribe and (subscribes or self._config.lmtp_autosubscribe):
             try:
                 self._subscriptions.add(folder)
             except OSError as error:
                 log.warning("not subscribed", mailbox=self._directory.path_of(folder), cause=error)
-                self._may_subscribe = False  # mail need not wait for the same again
+                self._can_subscribe = False  # mail need not wait for the same again
 
     def subscribe(self, names: Sequence[str]) -> None:
         """Subscribes the user of a new Maildir to folders, given their names as people write them."""
@@ -4494,8 +4630,9 @@ class Maildir:
     """A user's Maildir, with its folders (Maildir++).
 
     identity: the owner of its files. owner: the owner's user id and group id. missing: whether it has yet to be made.
-    limits: the octets and messages that it may have; None if its file maildirsize gives them. A folder is the name of
-    its directory, as resolve() and new_folder() give it; INBOX is the Maildir itself.
+    limits: the octets and messages that it may have; None if its file maildirsize gives them. script: the path of its
+    owner's Sieve script, existing or not; "" for none. A folder is the name of its directory, as resolve() and
+    new_folder() give it; INBOX is the Maildir itself.
     """
 
     def __init__(
@@ -4505,8 +4642,9 @@ class Maildir:
         config: Config,
         missing: bool = False,
         limits: tuple[int, int] | None = None,
+        script: str = "",
     ) -> None:
-        self.path, self.identity = path, identity
+        self.path, self.identity, self.script = path, identity, script
         self.owner = identity.uid, identity.gid
         self._config, self._missing = config, missing
         self._directory = Directory(path, identity)
@@ -4600,18 +4738,27 @@ class Maildir:
         except OSError as error:
             log.warning("quota unknown", mailbox=self.path, cause=error)
 
-    def place(self, message: Message, folder: str = INBOX, flags: Sequence[str] = (), may_move: bool = True) -> Placed:
+    def place(
+        self,
+        message: Message,
+        folder: str = INBOX,
+        flags: Sequence[str] = (),
+        may_move: bool = True,
+        subscribes: bool = False,
+    ) -> Placed:
         """Puts the message into the folder, with these flags and keywords. The caller syncs and closes the result.
 
-        A missing folder is made. The first placement sets message.draft, which later ones link. may_move: whether this
-        is the last placement, so that the draft may be moved. Where neither is possible, or singleinstancestore is off,
-        the octets are copied. Raises OSError, and ValueError for a flag that does not exist; nothing is left then where
-        readers can see it.
+        A missing folder is made, and if subscribes is set the owner subscribed to it. The first placement sets
+        message.draft, which later ones link. may_move: whether this is the last placement, so that the draft may be
+        moved. Where neither is possible, or singleinstancestore is off, the octets are copied. Raises OSError, and
+        ValueError for a flag that does not exist; nothing is left then where readers can see it.
         """
         self.make()
         with self.identity:
             if not message.draft:
                 message.draft = self._finished_draft(message)
+            if folder != INBOX and not self._folders.exists(folder):
+                self._folders.make(folder, subscribes)
             place, info = self._target(folder, flags)
             directory = self._directory.open_or_make(place)
             name = f"{unique_name()},S={message.size},W={message.size + message.lines}{info}"
@@ -4629,8 +4776,6 @@ class Maildir:
 
     def _target(self, folder: str, flags: Sequence[str]) -> tuple[str, str]:
         """The directory for a message with these flags, and the end of its name. Raises OSError and ValueError."""
-        if folder != INBOX and not self._folders.exists(folder):
-            self._folders.make(folder)
         if not flags:
             return f"{folder}/new", ""
         keywords = [flag for flag in flags if not flag.startswith("\\")]
@@ -4718,8 +4863,9 @@ class Account:
     """A recipient in a user database.
 
     userid: the name there. known: whether the database says that the user exists; if not, only the Maildir can tell.
-    home, path: the home directory and the Maildir; "" if the database does not say. limits: the octets and messages
-    that the Maildir may have; None if the database does not say.
+    home, path: the home directory and the Maildir; "" if the database does not say. script: the path of the Sieve
+    script, "" for none; None if the database does not say. limits: the octets and messages that the Maildir may have;
+    None if the database does not say.
     """
 
     def __init__(
@@ -4730,9 +4876,10 @@ class Account:
         home: str = "",
         path: str = "",
         limits: tuple[int, int] | None = None,
+        script: str | None = None,
     ) -> None:
         self.userid, self.identity, self.known = userid, identity, known
-        self.home, self.path, self.limits = home, path, limits
+        self.home, self.path, self.limits, self.script = home, path, limits, script
 
 
 class MaildirUsers:
@@ -4826,7 +4973,8 @@ class DovecotUsers:
         user = fields.get("system_groups_user")
         groups = os.getgrouplist(user, gid) if user else [gid]
         path, limits = maildir_in_dovecot_fields(fields, home), limits_in_dovecot_fields(fields)
-        return Account(userid, Identity(uid, gid, groups), home=home, path=path, limits=limits)
+        script = script_in_dovecot_fields(fields, home)
+        return Account(userid, Identity(uid, gid, groups), home=home, path=path, limits=limits, script=script)
 
     def _look_up(self, userid: str) -> tuple[str, dict[str, str]]:
         """The userid and fields of Dovecot's answer. Raises UserUnknown, Unavailable and ValueError.
@@ -4942,6 +5090,26 @@ def absolute_maildir(field: str, path: str, home: str) -> str:
     return whole.rstrip("/")
 
 
+def script_in_dovecot_fields(fields: dict[str, str], home: str) -> str | None:
+    """The path of the user's active Sieve script by the field sieve; "" if it is no file, None without the field.
+
+    Without a setting "active", a path that ends in ".sieve" is the script; another one is the folder of all scripts,
+    of which ~/.dovecot.sieve is the active one. Source: Pigeonhole's documentation of its setting sieve.
+    """
+    location, *settings = fields.get("sieve", "").split(";")
+    if not location:
+        return None
+    path = location.removeprefix("file:")
+    if ":" in path.partition("/")[0]:
+        log.warning_once("script location unknown", field=f"sieve={fields['sieve']}", cause="it must be a file")
+        return ""
+    active = [setting.removeprefix("active=") for setting in settings if setting.startswith("active=")]
+    path = active[0] if active else path if path.endswith(".sieve") else "~/.dovecot.sieve"
+    if path.startswith("/"):
+        return path
+    return f"{home}/{path.removeprefix('~/')}" if home else ""
+
+
 def limits_in_dovecot_fields(fields: dict[str, str]) -> tuple[int, int] | None:
     """The octets and messages that the Maildir may have, 0 for no limit; None if no field says it. Raises ValueError.
 
@@ -5006,6 +5174,8 @@ class MaildirStore:
     A mailbox is used in one transaction:
 
     mailbox.path                        Its name in the log; with the owner, its identity.
+    mailbox.script                      The path of its owner's Sieve script; "" for none.
+    mailbox.identity                    Whose rights are needed to read that.
     mailbox.owner                       If all mailboxes have one owner, a large message is spooled in one of them.
     mailbox.key(folder) -> str          Names a folder in records and in the log, the same for every process.
     mailbox.exists() -> bool            Whether the mailbox of the shared folders exists.
@@ -5018,7 +5188,7 @@ class MaildirStore:
     mailbox.check_quota(folder, octets, messages)
                                         Raises MailboxFull if so much more would exceed the quota.
     mailbox.spool() -> Draft            A file for a large message that is still arriving. Raises OSError.
-    mailbox.place(message, folder, flags, may_move) -> placed
+    mailbox.place(message, folder, flags, may_move, subscribes) -> placed
                                         Puts the message where readers can see it. Raises OSError and ValueError.
 
     Many messages may be placed before the first is synced. take_back() may come before or after sync(), close() last:
@@ -5034,6 +5204,8 @@ class MaildirStore:
         self._variables = template_variables(config.maildir_path)
         if config.userdb == "maildir" and "h" in self._variables:
             raise ConfigError("maildir_path: %h needs userdb: passwd or dovecot")
+        if config.userdb == "maildir" and "h" in template_variables(config.sieve_script):
+            raise ConfigError("sieve_script: %h needs userdb: passwd or dovecot")
         check_folder_names(config)
         self._config = config
         self._identity = Identity.of_process()
@@ -5058,7 +5230,8 @@ class MaildirStore:
             missing = True
         except ValueError as error:  # a NUL, or a lone surrogate
             raise self._inaccessible(path, error) from None
-        return Maildir(path, account.identity, self._config, missing, account.limits)
+        script = self._script_of(account, recipient)
+        return Maildir(path, account.identity, self._config, missing, account.limits, script)
 
     def shared(self) -> Maildir | None:
         """The Maildir of the shared folders; None if the configuration names none."""
@@ -5067,17 +5240,43 @@ class MaildirStore:
 
     def _path_of(self, account: Account, recipient: Recipient) -> str:
         """The path of the recipient's Maildir by the option maildir_path. Raises UserUnknown and StoreUnavailable."""
-        if "h" in self._variables and not (account.home.startswith("/") and account.home.strip("/")):
+        if "h" in self._variables and not is_home(account.home):
             raise self._inaccessible(recipient.userid, "the user's home directory is missing, relative or /")
-        user, domain = recipient.user, recipient.domain
-        if account.userid != recipient.userid:  # the database has another name for the user
-            user, _, domain = account.userid.partition("@")
-        names = {"u": account.userid, "n": user, "d": domain or self._config.defaultdomain}
+        names = self._names_of(account, recipient)
         path = expand(self._config.maildir_path, {**names, "h": account.home, "p": self._config.partition})
         used = [name for variable, name in names.items() if variable in self._variables]
         if not all(map(is_safe_name, used)) or max(map(len, os.fsencode(path).split(b"/"))) > NAME_LIMIT:
             raise UserUnknown
         return path
+
+    def _script_of(self, account: Account, recipient: Recipient) -> str:
+        """The path of the recipient's Sieve script; "" if there can be none."""
+        config, home = self._config, account.home if is_home(account.home) else ""
+        if account.script is not None:
+            return account.script
+        names = self._names_of(account, recipient)
+        if template := config.sieve_script:
+            variables = template_variables(template)
+            values = {**names, "h": home, "p": config.partition}
+            used = [value for variable, value in values.items() if variable in variables and variable not in "hp"]
+            is_possible = all(map(is_safe_name, used)) and (home or "h" not in variables)
+            return expand(template, values) if is_possible else ""
+        if config.sieveusehomedir:
+            return f"{home}/.sieve" if home else ""
+        if config.sievedir:
+            user, _, domain = account.userid.partition("@") if config.virtdomains != "off" else (account.userid, "", "")
+            if not is_safe_name(user) or (domain and not is_safe_name(domain)):
+                return ""
+            above = f"/domain/{cyrus_letter(domain)}/{domain}" if domain else ""
+            return f"{config.sievedir}{above}/{cyrus_letter(user)}/{user}/defaultbc"
+        return f"{home}/.dovecot.sieve" if home else ""
+
+    def _names_of(self, account: Account, recipient: Recipient) -> dict[str, str]:
+        """The values of the variables of templates that name a user, by their letters."""
+        user, domain = recipient.user, recipient.domain
+        if account.userid != recipient.userid:  # the database has another name for the user
+            user, _, domain = account.userid.partition("@")
+        return {"u": account.userid, "n": user, "d": domain or self._config.defaultdomain}
 
     def _has_maildir(self, path: str, identity: Identity) -> bool:
         """Whether new/ exists; False if only cur/ does. Raises OSError if neither does, or it cannot be found out."""
@@ -5134,6 +5333,17 @@ class MaildirStore:
             return False
 
 
+def is_home(path: str) -> bool:
+    """Whether it can be the home directory of a user with mail."""
+    return path.startswith("/") and bool(path.strip("/"))
+
+
+def cyrus_letter(name: str) -> str:
+    """The directory in which Cyrus has those of the users or domains with that name."""
+    letter = name[:1].lower()
+    return letter if letter in LETTERS else "q"
+
+
 def trace_of_cyrus(path: str, spool: str) -> str:
     """What shows that Cyrus' own mail is in place of a Maildir, or in the spool if the Maildir is there; else ""."""
     in_spool = [f"{spool}/stage."] if spool and path.startswith(f"{spool}/") else []
@@ -5169,19 +5379,21 @@ def is_safe_name(name: str) -> bool:
 # ======================================================================
 # Records
 #
-# Owns the database of delivered messages.
+# Owns the database of what has been done: delivered messages, and what scripts
+# remember.
 # Must not know what follows from a record.
 # ======================================================================
 
 DATABASE_PATIENCE = 5.0  # seconds to wait for the lock of the duplicate database
 DAY = 86400  # seconds
 EXPIRED_AT_ONCE = 10  # expired records that are deleted for each message, besides one for each new record
+RECORD_LIMIT = 512  # characters of what a script remembers; of a longer one a hash is kept
 
 
-class Duplicates:
-    """The messages that were delivered lately, and where, in an SQLite database that all processes share.
+class Records:
+    """What has been done lately, in an SQLite database that all processes share.
 
-    No method raises. While the database cannot be used, no message is a duplicate, and the log says why.
+    No method raises. While the database cannot be used, nothing has been done, and the log says why.
     """
 
     def __init__(self, config: Config) -> None:
@@ -5190,6 +5402,10 @@ class Duplicates:
         self._database: Database | None = None
         self._backoff = Backoff(f"{config.configdirectory}/deliver.backoff")
 
+    def exists(self) -> bool:
+        """Whether the database has been made already."""
+        return os.path.exists(self._path)
+
     def prepare(self) -> None:
         """Imports what is needed, before workers fork."""
         try:
@@ -5197,12 +5413,12 @@ class Duplicates:
         except ImportError:
             return  # the first use logs it
 
-    def has(self, message_id: str, date: str, mailbox: str) -> bool:
+    def has_delivered(self, message_id: str, date: str, mailbox: str) -> bool:
         """Whether a message with that Message-ID and Date has been delivered to the mailbox."""
         query = "SELECT 1 FROM deliveries WHERE message_id = ? AND date = ? AND mailbox = ? AND at >= ?"
         return bool(self._execute([(query, (message_id, date, mailbox, time.time() - self._expiry))]))
 
-    def add(self, message_id: str, date: str, mailboxes: Sequence[str]) -> None:
+    def add_delivered(self, message_id: str, date: str, mailboxes: Sequence[str]) -> None:
         """Records that a message has been delivered to the mailboxes, and deletes some expired records."""
         now = time.time()
         insert = "INSERT OR REPLACE INTO deliveries (message_id, date, mailbox, at) VALUES (?, ?, ?, ?)"
@@ -5216,6 +5432,28 @@ class Duplicates:
                     # A time in the future was written while the clock was wrong.
                     f"DELETE FROM deliveries WHERE at NOT BETWEEN ? AND ? AND rowid IN ({oldest})",
                     (now - self._expiry, now + DAY, EXPIRED_AT_ONCE + len(mailboxes)),
+                ),
+                ("COMMIT", ()),
+            ]
+        )
+
+    def has(self, mailbox: str, record: str) -> bool:
+        """Whether a script of the mailbox's owner has made the record, and it has not expired."""
+        query = "SELECT 1 FROM script_records WHERE mailbox = ? AND record = ? AND until >= ?"
+        return bool(self._execute([(query, (mailbox, record, time.time()))]))
+
+    def add(self, mailbox: str, records: dict[str, int]) -> None:
+        """Makes records that expire after so many seconds, and deletes some expired ones."""
+        now = time.time()
+        insert = "INSERT OR REPLACE INTO script_records (mailbox, record, until) VALUES (?, ?, ?)"
+        oldest = "SELECT rowid FROM script_records ORDER BY until LIMIT ?"
+        self._execute(
+            [
+                ("BEGIN IMMEDIATE", ()),
+                *((insert, (mailbox, record, now + seconds)) for record, seconds in records.items()),
+                (
+                    f"DELETE FROM script_records WHERE until < ? AND rowid IN ({oldest})",
+                    (now, EXPIRED_AT_ONCE + len(records)),
                 ),
                 ("COMMIT", ()),
             ]
@@ -5251,9 +5489,9 @@ class Duplicates:
         # If the system crashes, a lost record means a second copy, not a lost message.
         database.execute("PRAGMA synchronous = NORMAL")
         deadline = time.monotonic() + DATABASE_PATIENCE
-        while not has_table(database, "deliveries"):
+        while not has_table(database, "script_records"):
             try:
-                make_deliveries(database)
+                make_tables(database)
             except sqlite3.OperationalError as error:
                 # Another process makes the table, and SQLite does not wait for a change of the journal mode.
                 if "locked" not in str(error) or time.monotonic() > deadline:
@@ -5277,15 +5515,3194 @@ def has_table(database: Database, name: str) -> bool:
     return bool(database.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (name,)).fetchall())
 
 
-def make_deliveries(database: Database) -> None:
-    """Makes the table of deliveries, in place of that of version 0.1.0, which had no dates. Raises sqlite3.Error."""
+def make_tables(database: Database) -> None:
+    """Makes the tables that are missing. That of version 0.1.0, which had no dates, goes. Raises sqlite3.Error."""
     database.execute("PRAGMA page_size = 1024")  # each record writes two pages
     database.execute("PRAGMA journal_mode = WAL")
-    columns = "message_id TEXT, date TEXT, mailbox TEXT, at REAL, UNIQUE (message_id, date, mailbox)"
+    deliveries = "message_id TEXT, date TEXT, mailbox TEXT, at REAL, UNIQUE (message_id, date, mailbox)"
+    scripts = "mailbox TEXT, record TEXT, until REAL, UNIQUE (mailbox, record)"
     with database:
         database.execute("BEGIN IMMEDIATE")
-        database.execute(f"CREATE TABLE IF NOT EXISTS deliveries ({columns})")
+        database.execute(f"CREATE TABLE IF NOT EXISTS deliveries ({deliveries})")
+        database.execute(f"CREATE TABLE IF NOT EXISTS script_records ({scripts})")
+        database.execute("CREATE INDEX IF NOT EXISTS script_records_until ON script_records (until)")
         database.execute("DROP TABLE IF EXISTS delivered")
+
+
+def shortened(record: str) -> str:
+    """What a script remembers, or a hash of it if it is long."""
+    text = record.encode("utf-8", "surrogateescape")
+    if len(text) <= RECORD_LIMIT:
+        return text.decode("utf-8", "backslashreplace")
+    import hashlib
+
+    return hashlib.sha256(text).hexdigest()
+
+
+# ======================================================================
+# Sieve: syntax
+#
+# Owns tokens and the grammar of scripts: the text becomes a tree.
+# Must not know which commands there are.
+# ======================================================================
+
+BLOCKS_LIMIT = 32  # how deep blocks and tests may be nested
+NUMBER_LIMIT = 1 << 63  # RFC 5228 section 2.4.1 asks for 2**31 at least
+IDENTIFIER_START = frozenset(LETTERS + "_")
+IDENTIFIER = IDENTIFIER_START | DECIMAL
+QUANTIFIERS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+# Kinds of tokens; a special character is its own kind.
+NAME, TAG, NUMBER, STRING, END = "name", "tag", "number", "string", "end of the script"
+STRINGS = "list of strings"
+SPECIAL = frozenset("{}()[],;")
+
+
+class ScriptError(Exception):
+    """A script is wrong. text: what is wrong, and what to write instead. place: the index of the fault."""
+
+    def __init__(self, text: str, place: int) -> None:
+        super().__init__(text)
+        self.text, self.place = text, place
+
+
+class Token:
+    """A token of a script. value: the text of a name or tag in lower case, the number, or the string's content."""
+
+    __slots__ = ("end", "kind", "start", "value")
+
+    def __init__(self, kind: str, value: str | int, start: int, end: int) -> None:
+        self.kind, self.value, self.start, self.end = kind, value, start, end
+
+
+def decoded_script(octets: bytes) -> str:
+    """The text of a script, with LF at the end of lines. Raises ScriptError. Source: RFC 5228 section 2.1."""
+    try:
+        text = octets.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        before = octets[: error.start].decode("utf-8").replace("\r\n", "\n")
+        raise ScriptError("is not UTF-8 text: save the script in the encoding UTF-8", len(before)) from None
+    if text.startswith("\ufeff"):
+        raise ScriptError("begins with a byte order mark: save the script as UTF-8 without it", 0)
+    if (nul := text.find("\0")) >= 0:
+        raise ScriptError("has a NUL octet, which no script may have: remove it", nul)
+    return text
+
+
+def tokens_of(text: str) -> Iterator[Token]:
+    """The tokens of a script, END last. Raises ScriptError. Source: RFC 5228 section 8.1."""
+    end = len(text)
+    text += "\0"  # an end that no loop passes
+    place = 0
+    while place < end:
+        character = text[place]
+        if character in " \t\n":
+            place += 1
+        elif character == "#":
+            place = text.find("\n", place) + 1 or end
+        elif text.startswith("/*", place):
+            stop = text.find("*/", place + 2)
+            if stop < 0:
+                raise ScriptError("the comment does not end: add */", place)
+            place = stop + 2
+        else:
+            token = token_at(text, place, character)
+            yield token
+            place = token.end
+    yield Token(END, "", end, end)
+
+
+def token_at(text: str, start: int, character: str) -> Token:
+    """The token that begins there with that character. Raises ScriptError."""
+    if character in IDENTIFIER_START:
+        stop = end_of_run(text, start, IDENTIFIER)
+        word = text[start:stop].lower()
+        return (
+            multi_line(text, start, stop + 1)
+            if word == "text" and text[stop] == ":"
+            else Token(NAME, word, start, stop)
+        )
+    if character in SPECIAL:
+        return Token(character, character, start, start + 1)
+    if character == '"':
+        return quoted_string(text, start)
+    if character == ":":
+        stop = end_of_run(text, start + 1, IDENTIFIER)
+        if stop == start + 1 or text[start + 1] in DECIMAL:
+            raise ScriptError("a colon must be followed by the name of a tag, such as :is", start)
+        return Token(TAG, text[start:stop].lower(), start, stop)
+    if character in DECIMAL:
+        return number_at(text, start)
+    raise ScriptError(unexpected_character(character), start)
+
+
+def end_of_run(text: str, start: int, alphabet: frozenset[str]) -> int:
+    """The index of the first character from start on that is not in the alphabet."""
+    while text[start] in alphabet:
+        start += 1
+    return start
+
+
+def unexpected_character(character: str) -> str:
+    """What is wrong with a character outside of strings and comments."""
+    if character == "\r":
+        return "a CR alone ends no line: save the script with LF or CR LF at the end of lines"
+    if character == "\f":
+        return "the character form feed may stand only in strings and comments: remove it"
+    if character == "'":
+        return "strings are in double quotes: write \" in place of '"
+    if character == "-":
+        return "- may stand only in strings and comments: there are no negative numbers, and no hyphens in names"
+    return f"the character {character!r} may stand only in strings and comments"
+
+
+def number_at(text: str, start: int) -> Token:
+    """The number that begins there, with its quantifier. Raises ScriptError."""
+    stop = end_of_run(text, start, DECIMAL)
+    digits = text[start:stop]
+    factor = QUANTIFIERS.get(text[stop].lower(), 1)
+    if factor > 1:
+        stop += 1
+    if text[stop] in IDENTIFIER:
+        word = text[start : end_of_run(text, stop, IDENTIFIER)]
+        raise ScriptError(f"{word} is no number: only K, M or G may follow the digits", start)
+    if len(digits.lstrip("0")) > len(str(NUMBER_LIMIT)) or (value := int(digits) * factor) >= NUMBER_LIMIT:
+        raise ScriptError(f"the number is too large: it must be below {NUMBER_LIMIT}", start)
+    return Token(NUMBER, value, start, stop)
+
+
+def quoted_string(text: str, start: int) -> Token:
+    """The quoted string that begins there. Raises ScriptError."""
+    quote = text.find('"', start + 1)
+    while quote >= 0 and is_escaped(text, quote):
+        quote = text.find('"', quote + 1)
+    if quote < 0:
+        raise ScriptError('the string does not end: add a closing "', start)
+    content = text[start + 1 : quote]
+    if "\\" in content:
+        content = "\\".join(part.replace("\\", "") for part in content.split("\\\\"))
+    return Token(STRING, content, start, quote + 1)
+
+
+def is_escaped(text: str, place: int) -> bool:
+    """Whether an odd number of backslashes is before that index."""
+    before = place
+    while text[before - 1] == "\\":
+        before -= 1
+    return (place - before) % 2 == 1
+
+
+def multi_line(text: str, start: int, after: int) -> Token:
+    """The string "text:" that begins there. after: the index after its colon. Raises ScriptError."""
+    newline = text.find("\n", after)
+    junk = end_of_run(text, after, frozenset(" \t"))
+    if newline < 0 or (junk < newline and text[junk] != "#"):
+        raise ScriptError("nothing but a comment may follow text: in its line; begin the text in the next line", junk)
+    if text.startswith((".\n", ".\0"), newline + 1):
+        return Token(STRING, "", start, newline + 2)
+    end = text.find("\n.\n", newline)
+    if end < 0:
+        end = len(text) - 3
+        if not text.startswith("\n.\0", end):
+            raise ScriptError("the text does not end: add a line with a dot (.) and nothing else", start)
+    content = text[newline:end].replace("\n..", "\n.")
+    return Token(STRING, f"{content[1:]}\n", start, end + 2)
+
+
+class Argument:
+    """An argument. kind: TAG, NUMBER, STRING or STRINGS. value: see Token; of STRINGS the tokens."""
+
+    __slots__ = ("kind", "start", "value")
+
+    def __init__(self, kind: str, value: Any, start: int) -> None:
+        self.kind, self.value, self.start = kind, value, start
+
+
+class Node:
+    """A command or a test of a script: its name, arguments, tests and block.
+
+    start, end: where it stands in the text, without the block. after: where the next token begins. listed: whether the
+    tests are in parentheses. block: None if there is none.
+    """
+
+    __slots__ = ("after", "arguments", "block", "end", "listed", "name", "start", "tests")
+
+    def __init__(self, name: str, start: int) -> None:
+        self.name, self.start = name, start
+        self.end = self.after = start
+        self.arguments: list[Argument] = []
+        self.tests: list[Node] = []
+        self.listed = False
+        self.block: list[Node] | None = None
+
+
+class Parser:
+    """Parses a script. Source: RFC 5228 section 8.2."""
+
+    def __init__(self, text: str) -> None:
+        self._tokens = tokens_of(text)
+        self._next = Token(END, "", 0, 0)
+        self._last_end = 0
+        self._depth = 0
+
+    def parse(self) -> list[Node]:
+        """The commands of the script. Raises ScriptError."""
+        self._advance()
+        commands = []
+        while self._next.kind != END:
+            commands.append(self._command())
+        return commands
+
+    def _advance(self) -> Token:
+        """The next token, which is passed."""
+        token = self._next
+        self._last_end = token.end
+        self._next = next(self._tokens, token)
+        return token
+
+    def _fail(self, wanted: str) -> ScriptError:
+        token = self._next
+        found = "the script ends" if token.kind == END else f"there is {token.value!r}"
+        if token.kind == STRING:
+            found = "there is a string"
+        at_gap = wanted.startswith("a semicolon") and token.kind != ";"  # it is missing behind the last token
+        return ScriptError(f"{wanted} must be here, but {found}", self._last_end if at_gap else token.start)
+
+    def _command(self) -> Node:
+        if self._next.kind != NAME:
+            raise self._fail("the name of a command")
+        node = self._node()
+        if self._next.kind == "{":
+            node.block = self._block()
+        elif self._next.kind == ";":
+            self._advance()
+        else:
+            raise self._fail("a block in braces { }" if node.tests else "a semicolon (;), or a block in braces { },")
+        return node
+
+    def _block(self) -> list[Node]:
+        opening = self._advance()
+        self._descend(opening)
+        commands = []
+        while self._next.kind != "}":
+            if self._next.kind == END:
+                raise ScriptError("the block does not end: add a closing }", opening.start)
+            commands.append(self._command())
+        self._advance()
+        self._depth -= 1
+        return commands
+
+    def _node(self) -> Node:
+        """A name with its arguments and tests."""
+        name = self._advance()
+        node = Node(str(name.value), name.start)
+        while self._next.kind in (TAG, NUMBER, STRING, "["):
+            node.arguments.append(self._argument())
+        if self._next.kind == NAME:
+            self._descend(self._next)
+            node.tests = [self._node()]
+            self._depth -= 1
+        elif self._next.kind == "(":
+            node.tests, node.listed = self._tests(), True
+        node.end, node.after = self._last_end, self._next.start
+        return node
+
+    def _tests(self) -> list[Node]:
+        """A list of tests in parentheses."""
+        self._descend(self._advance())
+        tests = []
+        while True:
+            if self._next.kind != NAME:
+                raise self._fail("the name of a test")
+            tests.append(self._node())
+            if self._next.kind == ")":
+                break
+            if self._next.kind != ",":
+                raise self._fail("a comma or )")
+            self._advance()
+        self._advance()
+        self._depth -= 1
+        return tests
+
+    def _argument(self) -> Argument:
+        token = self._advance()
+        if token.kind != "[":
+            return Argument(token.kind, token.value, token.start)
+        strings = []
+        while True:
+            if self._next.kind != STRING:
+                raise self._fail("a string in double quotes")
+            strings.append(self._advance())
+            if self._next.kind == "]":
+                break
+            if self._next.kind != ",":
+                raise self._fail("a comma or ]")
+            self._advance()
+        self._advance()
+        return Argument(STRINGS, strings, token.start)
+
+    def _descend(self, token: Token) -> None:
+        self._depth += 1
+        if self._depth > BLOCKS_LIMIT:
+            raise ScriptError(f"blocks and tests are nested more than {BLOCKS_LIMIT} deep", token.start)
+
+
+# ======================================================================
+# Sieve: matching
+#
+# Owns comparators, match types, and patterns.
+# Must not know scripts.
+# ======================================================================
+
+REGEX_MEMORY = 1 << 19  # octets that a regular expression may take
+SMALL_REGEX = 100  # instructions of an expression that is searched for fast
+MARKS_LIMIT = 30  # combining characters one after the other
+WILDCARD_LIMIT = 33  # match variables, ${0} among them
+
+
+class Comparator:
+    """A collation (RFC 4790). fold: gives a text in the form in which equal texts are the same.
+
+    has_substrings: whether it can be used with :contains and :matches. is_slow: whether fold takes time for each
+    character.
+    """
+
+    def __init__(
+        self, name: str, fold: Callable[[str], str], has_substrings: bool = True, is_slow: bool = False
+    ) -> None:
+        self.name, self.fold, self.has_substrings, self.is_slow = name, fold, has_substrings, is_slow
+
+    def order(self, folded: str) -> tuple[int, str]:
+        """A key by which folded texts can be sorted."""
+        return (0 if self.has_substrings else len(folded) or NUMBER_LIMIT), folded
+
+
+def as_it_is(text: str) -> str:
+    """The text itself: i;octet (RFC 4790 section 9.3)."""
+    return text
+
+
+def ascii_upper(text: str) -> str:
+    """The text with ASCII letters in upper case: i;ascii-casemap (RFC 4790 section 9.2)."""
+    if text.isascii():
+        return text.upper()
+    return text.encode("utf-8", "surrogateescape").upper().decode("utf-8", "surrogateescape")
+
+
+def ascii_lower(text: str) -> str:
+    """The text with ASCII letters in lower case."""
+    if text.isascii():
+        return text.lower()
+    return text.encode("utf-8", "surrogateescape").lower().decode("utf-8", "surrogateescape")
+
+
+def leading_number(text: str) -> str:
+    """The digits at the beginning, without leading zeros; "" for infinity: i;ascii-numeric (RFC 4790 section 9.1)."""
+    stop = end_of_run(f"{text}\0", 0, DECIMAL)
+    return text[:stop].lstrip("0") or text[: min(stop, 1)]
+
+
+def unicode_casemap(text: str) -> str:
+    """The text in title case, decomposed: i;unicode-casemap (RFC 5051 section 2)."""
+    if text.isascii():
+        return text.upper()
+    import unicodedata
+
+    pieces, piece, marks = [], "", 0
+    for character in text:
+        # The time to normalize grows with the square of the marks on a letter: Unicode Standard Annex 15, section 13.
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        if marks > MARKS_LIMIT:
+            pieces.append(unicodedata.normalize("NFKD", piece))
+            piece, marks = "", 1
+        title = character.title()
+        piece += title if len(title) == 1 else character
+    return "".join([*pieces, unicodedata.normalize("NFKD", piece)])
+
+
+COMPARATORS = {
+    "i;octet": Comparator("i;octet", as_it_is),
+    "i;ascii-casemap": Comparator("i;ascii-casemap", ascii_upper),
+    "i;ascii-numeric": Comparator("i;ascii-numeric", leading_number, has_substrings=False),
+    "i;unicode-casemap": Comparator("i;unicode-casemap", unicode_casemap, is_slow=True),
+}
+BASE_COMPARATORS = ("i;octet", "i;ascii-casemap")  # those that every script may use
+RELATIONS: dict[str, Callable[[Any, Any], bool]] = {  # RFC 5231 section 4
+    "gt": lambda value, key: value > key,
+    "ge": lambda value, key: value >= key,
+    "lt": lambda value, key: value < key,
+    "le": lambda value, key: value <= key,
+    "eq": lambda value, key: value == key,
+    "ne": lambda value, key: value != key,
+}
+
+
+class Glob:
+    """A pattern of :matches, in which * stands for any text, ? for one character, and \\ takes both literally.
+
+    The text is divided at each *, so that no character is looked at for a second * again: * takes as little as it can,
+    and the earliest place for what follows it is always right. has_single: whether it has a ?.
+    Source: RFC 5228 section 2.7.1, RFC 5229 section 3.2.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        self._segments: list[list[str]] = [[""]]  # between each * the literals between each ?
+        literals = self._segments[0]
+        place, end = 0, len(pattern)
+        while place < end:
+            stop = first_of("*?\\", pattern, place)
+            literals[-1] += pattern[place:stop]
+            special, after = pattern[stop : stop + 1], stop + 1
+            if special == "*":
+                literals = [""]
+                self._segments.append(literals)
+            elif special == "?":
+                literals.append("")
+            elif special:  # a backslash at the end stands for itself
+                literals[-1] += pattern[after : after + 1] or special
+                after += 1
+            place = after
+        self._lengths = [sum(map(len, each)) + len(each) - 1 for each in self._segments]
+        self.has_single = any(len(each) > 1 for each in self._segments)
+
+    def spans(self, text: str, spend: Callable[[int], None]) -> list[tuple[int, int]] | None:
+        """Where the wildcards begin and end in the text, in the order of the pattern; None if it does not match.
+
+        spend: is told the work that is done, and may raise.
+        """
+        last = len(self._segments) - 1
+        if len(text) < sum(self._lengths) or (not last and len(text) > self._lengths[0]):
+            return None
+        found: list[tuple[int, int]] = []
+        place = 0
+        for number, (literals, length) in enumerate(zip(self._segments, self._lengths)):
+            start = place
+            if number == last:
+                start = len(text) - length
+            elif number:
+                start = self._find(literals, length, text, place, spend)
+            if start < place or not self._is_at(literals, text, start):
+                return None
+            if number:
+                found.append((place, start))
+            for literal in literals[:-1]:
+                start += len(literal)
+                found.append((start, start + 1))
+                start += 1
+            place = start + len(literals[-1])
+        return found
+
+    def _is_at(self, literals: Sequence[str], text: str, start: int) -> bool:
+        for literal in literals:
+            if not text.startswith(literal, start):
+                return False
+            start += len(literal) + 1
+        return True
+
+    def _find(self, literals: Sequence[str], length: int, text: str, start: int, spend: Callable[[int], None]) -> int:
+        """The first index from start on where the segment is; -1 if there is none."""
+        longest = max(literals, key=len)
+        before = sum(len(literal) + 1 for literal in literals[: literals.index(longest)])
+        while (place := text.find(longest, start + before) - before) >= start:
+            if len(text) - place < length:
+                break
+            if self._is_at(literals, text, place):
+                return place
+            spend(len(literals))
+            start = place + 1
+        return -1
+
+
+def as_latin_1(text: str) -> str:
+    """The octets of the text in UTF-8, each as a character."""
+    return text.encode("utf-8", "surrogateescape").decode("latin-1")
+
+
+def from_latin_1(text: str) -> str:
+    """The text that as_latin_1() was given."""
+    return text.encode("latin-1").decode("utf-8", "surrogateescape")
+
+
+def regex_of(pattern: str, ignores_case: bool) -> Any:
+    """A compiled regular expression of RE2, POSIX extended and leftmost-longest. Raises ValueError."""
+    import re2  # type: ignore[import-untyped]
+
+    options = re2.Options()
+    options.posix_syntax = options.longest_match = options.dot_nl = True
+    options.word_boundary = options.perl_classes = False
+    options.case_sensitive = not ignores_case
+    options.log_errors = False
+    options.max_mem = REGEX_MEMORY
+    try:
+        return re2.compile(pattern.encode("utf-8", "surrogateescape"), options)
+    except re2.error as error:
+        cause = error.args[0] if error.args else error
+        text = cause.decode("utf-8", "replace") if isinstance(cause, bytes) else str(cause)
+        raise ValueError(f"{pattern!r} is not a regular expression: {text}") from None
+
+
+def work_of_regex(regex: Any, octets: bytes) -> int:
+    """The steps that a search takes at worst: a large expression is not run as an automaton of its states."""
+    size: int = regex.programsize
+    return 1 + (len(octets) // 8 if size <= SMALL_REGEX else len(octets) * size // 64)
+
+
+def has_regex() -> bool:
+    """Whether regular expressions can be used: whether the package google-re2 is there."""
+    # importlib.util.find_spec() would do the same, but takes longer to import than a message to deliver.
+    return any(finder.find_spec("re2", None) for finder in sys.meta_path)
+
+
+def in_source(text: str, fold: Callable[[str], str], spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans of a text, given those of its folded form, which has another length."""
+    from bisect import bisect_right
+
+    ends = list(itertools.accumulate(len(fold(character)) for character in text))
+    return [(bisect_right(ends, start), bisect_right(ends, end)) for start, end in spans]
+
+
+def parts_of_match(value: str, spans: Iterable[tuple[int, int]]) -> list[str]:
+    """The match variables after a match: the whole value, and what the wildcards stand for."""
+    return [value, *(value[start:end] for start, end in itertools.islice(spans, WILDCARD_LIMIT - 1))]
+
+
+# ======================================================================
+# Sieve: runs
+#
+# Owns one run of a script: the message as the script sees it, variables, flags,
+# the actions so far, limits.
+# Must not know commands and tests, files, the wire.
+# ======================================================================
+
+ACTION_LIMIT = 32  # actions of a message
+INCLUDE_LIMIT = 10  # how deep scripts may include each other
+STEP_LIMIT = 5_000_000  # work of a run; a step takes about a fifth of a microsecond
+STEP_OCTETS = 256  # characters that are compared in one step
+COMMAND_STEPS = 5  # what a command costs
+REGEX_STEPS = 2000  # what it costs to compile a regular expression
+FIELD_STEPS = 10  # what it costs to look for a field
+PART_STEPS = 20  # what it costs to go to another part
+LOOKUP_STEPS = 500  # what it costs to look for a folder or a record
+INCLUDE_STEPS = 1000  # what it costs to look for an included script
+INCLUDED_STEPS = 3  # what each of its characters costs
+VARIABLE_LIMIT = 16_384  # characters of a variable's value
+EXPANSION_LIMIT = 65_536  # characters of a string with its variables
+VARIABLES_LIMIT = 256  # variables of a script
+HELD_LIMIT = 2_000_000  # characters of the variables of scripts that wait for one that they include
+NAME_LENGTH_LIMIT = 64  # characters of a variable's name
+TEXT_LIMIT = 1 << 20  # octets of a part's content that tests look at
+TEXTS_LIMIT = 1 << 21  # octets of all the texts of a message that the test body looks at
+HEADER_GROWTH = 1 << 17  # octets that a run may add to a header
+FLAG_LIMIT = 128  # flags of a message
+RECORDS_LIMIT = 32  # records that the scripts for a message make
+KEYWORD_LENGTH_LIMIT = 50  # octets of a keyword, as in Dovecot's setting mail_max_keyword_length
+FIELD_LINE = 78  # characters of a line of a header field that is added
+WORD_LIMIT = 900  # characters of a word without spaces; a line may have 998, RFC 5322 section 2.1.1
+NOT_IN_FIELDS = dict.fromkeys((*range(9), *range(10, 32), 127), " ")  # control characters
+ENCODED_WORD = 45  # octets in an encoded word, whose length RFC 2047 section 2 limits to 75 characters
+ERROR_LIMIT = 500  # characters of the text of an error
+MEMO_LIMIT = 1024  # characters of a text, and texts, that are kept in the form in which they are compared
+
+
+class ScriptEnd(Exception):
+    """The script ends here, as it wants."""
+
+
+class Return(Exception):
+    """The included script ends here."""
+
+
+class Break(Exception):
+    """A loop ends here. name: that of the loop; "" for the innermost."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+
+class RunError(Exception):
+    """The script cannot go on. text: why. script, line: where, once Run.execute() has set it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text, self.script, self.line = text[:ERROR_LIMIT], "", 0
+
+
+class Script:
+    """A script that can be run. name: its path. text: its source. block: runs it."""
+
+    def __init__(self, name: str, text: str, block: Step) -> None:
+        self.name, self.text, self.block = name, text, block
+
+    def line_of(self, place: int) -> int:
+        """The number of the line that has the character with that index."""
+        return self.text.count("\n", 0, place) + 1
+
+
+class Subject:
+    """The message as a script sees it. header: its header, as far as the script has changed it.
+
+    is_changed: whether it has. spend: is told the work that is done, and may raise RunError. part: the part that
+    foreverypart is at; None outside of such a loop.
+    Names of fields are given in lower case.
+    """
+
+    def __init__(self, message: Message) -> None:
+        self.message, self.header = message, message.header
+        self.spend: Callable[[int], None] = lambda _: None
+        self.is_changed = False
+        self.part: Part | None = None
+        self._root: Part | None = None
+        self._values: dict[str, list[str]] = {}
+        self._remembered: dict[tuple[str, ...], list[str]] = {}
+        self._texts: list[str] = []
+        self._latest: tuple[Part | None, str] = None, ""
+        self._unread: Iterator[Part] = self._walk()
+        self._room = TEXTS_LIMIT
+
+    def close(self) -> None:
+        """Frees what has been read; no test must follow.
+
+        Generators and parts refer to each other, and would keep it until the interpreter looks for garbage.
+        """
+        self._values, self._remembered, self._texts, self._latest = {}, {}, [], (None, "")
+        self._unread, self._root, self.part = iter(()), None, None
+
+    @property
+    def root(self) -> Part:
+        """The whole message as a part."""
+        if self._root is None:
+            self._root = whole(self.message)
+        return self._root
+
+    def _walk(self) -> Iterator[Part]:
+        yield from self.root.walk()
+
+    def here(self) -> Part:
+        """The part at hand: that of the innermost foreverypart, else the whole message."""
+        return self.part or self.root
+
+    def header_of(self, part: Part) -> Header:
+        """The header of a part, as far as the script has changed it."""
+        return self.header if part is self._root else part.header
+
+    def texts(self) -> Iterator[str]:
+        """The text of each part that has text, without markup; each part is read once, and not before it is needed.
+
+        TEXT_LIMIT octets of each part, and TEXTS_LIMIT of all.
+        """
+        number = 0
+        while number < len(self._texts) or self._read_text():
+            yield self._texts[number]
+            number += 1
+
+    def _read_text(self) -> bool:
+        """Reads the text of the next part that has text. False if there is none."""
+        for part in self._unread:
+            self.spend(PART_STEPS)
+            if part.content_type.type == "text":
+                content = part.content(min(TEXT_LIMIT, self._room))
+                self._room -= len(content)
+                self._texts.append(part.text_of(content))
+                return True
+        return False
+
+    def text_of(self, part: Part) -> str:
+        """The text of a part, TEXT_LIMIT octets at most."""
+        if self._latest[0] is not part:
+            content = part.content(TEXT_LIMIT)
+            self.spend(1 + len(content) // 2)
+            self._latest = part, part.text_of(content)
+        return self._latest[1]
+
+    def bodies(self, name: str, header: Header | None = None) -> list[bytes]:
+        """The bodies of all fields with that name, as they are; in the header of a part if that is given."""
+        header = header or self.header
+        self.spend(FIELD_STEPS + len(header.octets) // STEP_OCTETS)
+        if not is_field_name(name):  # such a name is no error, but matches nothing: RFC 5228 section 2.4.2.2
+            return []
+        found = [header.octets[start:end].partition(b":")[2] for start, end in header.spans(name.encode())]
+        self.spend(2 * len(found))
+        return found
+
+    def has_field(self, name: str, header: Header | None = None) -> bool:
+        """Whether there is a field with that name; in the header of a part if that is given."""
+        header = header or self.header
+        self.spend(FIELD_STEPS + len(header.octets) // STEP_OCTETS)
+        return is_field_name(name) and next(header.spans(name.encode()), None) is not None
+
+    def values(self, name: str) -> list[str]:
+        """The decoded values of all fields with that name."""
+        if (found := self._values.get(name)) is None:
+            bodies = self.bodies(name)
+            self.spend(sum(map(len, bodies)) // 16)
+            found = self._values[name] = [unstructured(body) for body in bodies]
+        return found
+
+    def remembered(self, what: tuple[str, ...], read: Callable[[], list[str]]) -> list[str]:
+        """What a function reads in the header, which is read once until the header changes. what: names it."""
+        if (found := self._remembered.get(what)) is None:
+            found = self._remembered[what] = read()
+        return found
+
+    def add_field(self, name: str, value: str, last: bool) -> None:
+        """Adds a field at the end of the header, or at its beginning after the trace of this delivery."""
+        octets = self.header.octets
+        field = folded_field(name, value)
+        if len(octets) + len(field) > len(self.message.header.octets) + HEADER_GROWTH:
+            raise RunError(f"addheader makes the header more than {HEADER_GROWTH} octets longer")
+        if last and not octets.endswith(LF):
+            octets += LF
+        place = len(octets) if last else end_of_trace(self.header)
+        self.set_header(Header(octets[:place] + field + octets[place:]))
+
+    def remove_fields(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Removes the fields at these places of the header."""
+        kept, after = [], 0
+        for start, end in spans:
+            kept.append(self.header.octets[after:start])
+            after = end
+        if kept:
+            self.set_header(Header(b"".join([*kept, self.header.octets[after:]])))
+
+    def set_header(self, header: Header) -> None:
+        """Puts another header in place of that which the script sees."""
+        self.header, self.is_changed = header, header is not self.message.header
+        self._values.clear()
+        self._remembered.clear()
+
+
+def addresses_in(body: bytes) -> list[Address]:
+    """The addresses in the body of a field; one that has no domain if it cannot be understood, or is empty."""
+    found = [Address(local, domain) for _, local, domain in mailboxes_of(body)]
+    has_none = b";" in body or b"<>" in body  # an empty group, or the null address
+    return found if found or has_none else [Address(raw_text(body), "")]
+
+
+def end_of_trace(header: Header) -> int:
+    """The index after the fields that this delivery has put before the message: Return-Path to Received."""
+    for name in (b"received", b"return-path"):
+        for _, end in header.spans(name):
+            return end
+    return 0
+
+
+def folded_field(name: str, value: str) -> bytes:
+    """A field with that name and value, folded (RFC 5322 section 2.2.3), encoded where it has to be (RFC 2047)."""
+    lines, line = [], f"{name}:"
+    for word in encoded_if_needed(value).split(" "):
+        if len(line) + len(word) >= FIELD_LINE and line.strip() and not line.endswith(":"):
+            lines.append(line)
+            line = ""
+        line += f" {word}"
+    return ("\n".join([*lines, line]) + "\n").encode("utf-8", "surrogateescape")
+
+
+def encoded_if_needed(value: str) -> str:
+    """Text for a header field, in one line; in encoded words if ASCII or short words are not enough (RFC 2047)."""
+    value = value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    value = value.replace("\r\n", " ").translate(NOT_IN_FIELDS).strip()
+    if value.isascii() and all(len(word) < WORD_LIMIT for word in value.split(" ")):
+        return value
+    from binascii import b2a_base64
+
+    words, piece = [], b""
+    for character in f"{value}\0":
+        octets = character.encode("utf-8", "surrogateescape")
+        if character == "\0" or len(piece) + len(octets) > ENCODED_WORD:
+            words.append(f"=?UTF-8?B?{b2a_base64(piece, newline=False).decode()}?=")
+            piece = b""
+        piece += octets
+    return " ".join(words)
+
+
+class Filing:
+    """A copy for a folder. folder: the name of its directory. flags: those of the copy.
+
+    header: the changed header; None if it is the message's own. number: the later one counts. is_named: whether
+    a fileinto has named the folder.
+    """
+
+    __slots__ = ("flags", "folder", "header", "is_named", "number")
+
+    def __init__(self, folder: str, flags: Sequence[str], header: Header | None, number: int) -> None:
+        self.folder, self.flags, self.header, self.number = folder, flags, header, number
+        self.is_named = False
+
+
+if TYPE_CHECKING:
+
+    class Surroundings(Protocol):
+        """What a run may ask. Names of folders are those that people write."""
+
+        config: Config
+        reverse_path: Address | None
+        recipient: Recipient
+        default_folder: str  # the directory of the folder where a keep goes
+
+        def folder(self, name: str) -> str:
+            """The directory of a folder, existing or not. Raises ValueError if no folder can have that name."""
+
+        def has_folder(self, name: str) -> bool:
+            """Whether the folder exists."""
+
+        def special_folder(self, use: str) -> str | None:
+            """The name of the existing folder with that special use; None if there is none. Source: RFC 8579."""
+
+        def script(self, place: str, name: str) -> Script | None:
+            """The script to include, from the place "personal" or "global"; None if it is missing. Raises RunError."""
+
+        def has_seen(self, record: str) -> bool:
+            """Whether that record is in the database."""
+
+        def environment(self, item: str) -> str | None:
+            """What is known about this host and connection; None for an unknown item. Source: RFC 5183."""
+
+        def score(self, subject: Subject, of: str, best: int) -> str | None:
+            """What a check for "spam" or "virus" has found, up to best; None without a check. Source: RFC 5235."""
+
+
+class Budget:
+    """The work that a run may do."""
+
+    def __init__(self) -> None:
+        self._steps = STEP_LIMIT
+
+    def spend(self, steps: int) -> None:
+        """Counts work. Raises RunError when there has been too much of it."""
+        self._steps -= steps
+        if self._steps < 0:
+            raise RunError("the script does too much work for this message")
+
+
+class FoldedTexts:
+    """Texts in the form in which comparators compare them. spend: see Subject."""
+
+    def __init__(self, spend: Callable[[int], None]) -> None:
+        self._spend = spend
+        self._short: dict[str, dict[str, str]] = {name: {} for name in COMPARATORS}
+        self._long = "", "", ""  # the latest: a comparator, a text, and its form
+
+    def of(self, text: str, comparator: Comparator) -> str:
+        """The text in the form in which the comparator compares it. Raises RunError."""
+        short = self._short[comparator.name]
+        if (folded := short.get(text)) is None:
+            is_short = len(text) < MEMO_LIMIT
+            if not is_short and self._long[:2] == (comparator.name, text):
+                return self._long[2]
+            self._spend(work_of_folding(text, comparator))
+            folded = comparator.fold(text)
+            if not is_short:
+                self._long = comparator.name, text, folded
+            elif len(short) < MEMO_LIMIT:
+                short[text] = folded
+        return folded
+
+
+def work_of_folding(text: str, comparator: Comparator) -> int:
+    """The steps that it takes to bring a text into the form in which it is compared."""
+    return len(text) if comparator.is_slow and not text.isascii() else 1 + len(text) // STEP_OCTETS
+
+
+class Run:
+    """A run of scripts, one after the other, with those that they include.
+
+    variables: the present script's. matched: the match variables. flags: the internal variable of imap4flags. records:
+    what to record once all is stored, with the seconds to keep it. place: the index in the present script. report: is
+    told each test with its result, for a person; None if nobody asks. spend: see Budget.
+    folded: see FoldedTexts.of().
+    """
+
+    def __init__(self, subject: Subject, around: Surroundings) -> None:
+        self.subject, self.around = subject, around
+        self.spend = subject.spend = Budget().spend
+        self.script: Script | None = None
+        self.variables: dict[str, str] = {}
+        self.shared_variables: dict[str, str] = {}
+        self.matched: list[str] = []
+        self.flags: list[str] = []
+        self.records: dict[str, int] = {}
+        self.started = time.time()
+        self.place = 0
+        self.report: Callable[[Script, int, str], None] | None = None
+        self.folded = FoldedTexts(self.spend).of
+        self._filings: dict[str, Filing] = {}
+        self._kept: Filing | None = None  # by the explicit keep of the present script
+        self._handed: Filing | None = None  # by that of the script before it
+        self._keeps_implicitly = True
+        self._flags_before: list[str] = []
+        self._included: set[str] = set()
+        self._including: list[str] = []
+        self._filed = 0  # copies, those that others have replaced among them
+        self._held = 0  # characters in the variables of the scripts that include the present one
+
+    def execute(self, script: Script) -> None:
+        """Runs a script to its end. Afterwards keeps says whether another may follow. Raises RunError.
+
+        After an error the actions of the scripts before are still there, and a keep is in effect.
+        """
+        before = dict(self._filings), dict(self.records), self._kept or self._handed
+        header, flags = self.subject.header, list(self.flags)
+        self._flags_before = flags
+        self.script, self.variables, self.matched, self.place = script, {}, [], 0
+        self._handed, self._kept, self._keeps_implicitly = before[2], None, True
+        self._included.add(script.name)
+        self._including, self._held = [], 0
+        try:
+            self._run_block(script)
+        except (ScriptEnd, Return):
+            return
+        except RunError:
+            self._filings, self.records, self._handed = before
+            self._kept, self._keeps_implicitly = None, True
+            self.subject.set_header(header)
+            self.flags = flags
+            raise
+
+    def fall_back(self) -> None:
+        """Puts the implicit keep into effect, for the next script cannot run."""
+        self._handed, self._kept, self._keeps_implicitly = self._kept or self._handed, None, True
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a keep is in effect: an explicit one of the last script, or the implicit one."""
+        return self._keeps_implicitly or self._kept is not None
+
+    def filings(self) -> list[Filing]:
+        """All copies, once the last script has ended. A folder that is named twice gets one, the later one."""
+        filings = dict(self._filings)
+        if self.keeps:
+            kept = self._kept or self._implicit_filing()
+            earlier = filings.get(kept.folder)
+            if not earlier or earlier.number < kept.number:
+                filings[kept.folder] = kept
+        return list(filings.values())
+
+    def _implicit_filing(self) -> Filing:
+        """The copy of the implicit keep, with the flags of the keep of a script before if the last has not set any."""
+        kept = self._filing(self.around.default_folder, self.flags)
+        handed = self._handed
+        if handed and self.flags == self._flags_before:
+            kept.flags = handed.flags
+        kept.number = handed.number if handed else 0  # a fileinto that names the folder decides
+        return kept
+
+    def include(self, script: Script, once: bool) -> None:
+        """Runs an included script, unless it has been included before and that is not wanted twice.
+
+        Raises RunError and ScriptEnd. Source: RFC 6609 section 3.2.
+        """
+        if once and script.name in self._included:
+            return
+        if script.name in self._including or (self.script and script.name == self.script.name):
+            raise RunError(f"include: {script.name} includes itself")
+        if len(self._including) >= INCLUDE_LIMIT:
+            raise RunError(f"include: scripts include each other more than {INCLUDE_LIMIT} deep")
+        self.spend(INCLUDED_STEPS * len(script.text))
+        self._included.add(script.name)
+        self._including.append(script.name)
+        before = self.script, self.variables, self.matched, self.place
+        held = sum(map(len, self.variables.values()))
+        self._held += held
+        if self._held > HELD_LIMIT:
+            raise RunError(f"include: the variables of the scripts have more than {HELD_LIMIT} characters")
+        self.script, self.variables, self.matched = script, {}, []
+        try:
+            self._run_block(script)
+        except Return:
+            pass
+        self._including.pop()
+        self._held -= held
+        self.script, self.variables, self.matched, self.place = before
+
+    def _run_block(self, script: Script) -> None:
+        """Runs the commands of a script. Errors get the place where the run is."""
+        try:
+            script.block(self)
+        except RecursionError:
+            raise self._located(RunError("blocks and included scripts are nested too deep")) from None
+        except RunError as error:
+            raise self._located(error) from None
+
+    def spend_on(self, *texts: str) -> None:
+        """Counts work that takes time in proportion to the length of texts. Raises RunError."""
+        self.spend(1 + sum(map(len, texts)) // STEP_OCTETS)
+
+    def billed(self, texts: list[str]) -> list[str]:
+        """The texts, with the work counted that it takes to divide them into words. Raises RunError."""
+        self.spend(1 + sum(map(len, texts)) // 2)
+        return texts
+
+    def look_up(self) -> Surroundings:
+        """What may be asked for a folder or a record, with the work for that counted. Raises RunError."""
+        self.spend(LOOKUP_STEPS)
+        return self.around
+
+    def remember(self, record: str, seconds: int) -> None:
+        """Makes a record, once all is stored, for so many seconds. Raises RunError."""
+        if record not in self.records and len(self.records) >= RECORDS_LIMIT:
+            raise RunError(f"there are more than {RECORDS_LIMIT} records of duplicates")
+        self.records[record] = seconds
+
+    def set_variable(self, name: str, value: str, is_shared: bool) -> None:
+        """Sets a variable, cut at VARIABLE_LIMIT: RFC 5229 section 6 wants that, and no error. Raises RunError."""
+        self.spend_on(value)
+        variables = self.shared_variables if is_shared else self.variables
+        if name not in variables and len(variables) >= VARIABLES_LIMIT:
+            raise RunError(f"there are more than {VARIABLES_LIMIT} variables")
+        variables[name] = value[:VARIABLE_LIMIT]
+
+    def file(self, folder: str, flags: Sequence[str], copy: bool) -> None:
+        """Files a copy, and cancels the implicit keep unless copy is set. Raises RunError."""
+        self._filings[folder] = filing = self._filing(folder, flags)
+        filing.is_named = True
+        self._keeps_implicitly = self._keeps_implicitly and copy
+        self._check_actions()
+
+    def keep(self, flags: Sequence[str]) -> None:
+        """Keeps the message. If another script follows, that one decides. Raises RunError."""
+        self._kept = self._filing(self.around.default_folder, flags)
+        self._check_actions()
+
+    def discard(self) -> None:
+        """Cancels the implicit keep."""
+        self._keeps_implicitly = False
+
+    def _check_actions(self) -> None:
+        if len(self._filings) + (self._kept is not None) > ACTION_LIMIT:
+            raise RunError(f"there are more than {ACTION_LIMIT} actions")
+
+    def _filing(self, folder: str, flags: Sequence[str]) -> Filing:
+        """A copy with the header of now."""
+        self._filed += 1
+        header = self.subject.header if self.subject.is_changed else None
+        return Filing(folder, tuple(flags), header, self._filed)
+
+    def _located(self, error: RunError) -> RunError:
+        """The error with the place where the run is, unless it has one."""
+        if not error.script and self.script:
+            error.script, error.line = self.script.name, self.script.line_of(self.place)
+        return error
+
+
+def words_of(lists: Iterable[str]) -> list[str]:
+    """The words of texts in which spaces divide them, as they divide flags (RFC 5232 section 2)."""
+    return [word for text in lists for word in text.split(" ") if word]
+
+
+def normalized_flags(lists: Iterable[str]) -> list[str]:
+    """The flags in texts with spaces between them, each once, without those that no client may set.
+
+    Source: RFC 5232 section 2.
+    """
+    flags: dict[str, str] = {}
+    for flag in words_of(lists):
+        if is_flag(flag) and len(flags) < FLAG_LIMIT:
+            flags.setdefault(flag.lower(), flag)
+    return list(flags.values())
+
+
+def is_flag(flag: str) -> bool:
+    """Whether a message can have that flag or keyword."""
+    if flag.startswith("\\"):
+        return flag.lower() in FLAG_LETTERS
+    return 0 < len(flag) <= KEYWORD_LENGTH_LIMIT and KEYWORD_ATOM.issuperset(flag)
+
+
+class Template:
+    """A string with variables. parts: literals, and between them functions that give a variable's value.
+
+    source: as the script has it.
+    """
+
+    def __init__(self, parts: Sequence[str | Callable[[Run], str]], source: str) -> None:
+        self._parts, self.source = parts, source
+
+    def expand(self, run: Run) -> str:
+        """The string with the values of the variables, cut at EXPANSION_LIMIT. Raises RunError."""
+        pieces, room = [], EXPANSION_LIMIT
+        for part in self._parts:
+            run.spend(1)
+            pieces.append((part if isinstance(part, str) else part(run))[:room])
+            room -= len(pieces[-1])
+        run.spend((EXPANSION_LIMIT - room) // STEP_OCTETS)
+        return "".join(pieces)
+
+
+def expanded(text: Text, run: Run) -> str:
+    """The value of a string argument."""
+    return text if isinstance(text, str) else text.expand(run)
+
+
+class Matcher:
+    """Compares values with keys. match: "is", "contains", "matches", "regex", "value" or "count".
+
+    relation: of :value and :count. captures: whether a match sets the match variables. split: makes keys of the strings
+    in the script. Source: RFC 5228 section 2.7.
+    """
+
+    def __init__(
+        self,
+        match: str,
+        comparator: Comparator,
+        keys: Sequence[Text],
+        relation: str,
+        captures: bool,
+        split: Callable[[Iterable[str]], list[str]] = list,
+    ) -> None:
+        self.match, self._comparator, self._keys, self._captures = match, comparator, keys, captures
+        self._relation, self._split = RELATIONS[relation], split
+        self._fixed: list[Any] | None = None
+        if not any(isinstance(key, Template) for key in keys):
+            self._fixed = [self._prepared(key) for key in split(map(str, keys))]
+        self._accepts: Callable[[Run, str, list[Any]], bool] = getattr(self, f"_accepts_{match}")
+
+    def accepts(self, run: Run, values: Iterable[str]) -> bool:
+        """Whether one of the values matches one of the keys. With :count, their number is compared. Raises RunError."""
+        keys = self._fixed
+        if keys is None:
+            texts = self._split(expanded(key, run) for key in self._keys)
+            for text in texts:
+                run.spend(work_of_folding(text, self._comparator))
+            if self.match == "regex":
+                run.spend(REGEX_STEPS * len(texts) + 50 * sum(map(len, texts)))
+            try:
+                keys = [self._prepared(text) for text in texts]
+            except ValueError as error:
+                raise RunError(str(error)) from None
+        if self.match == "count":
+            number = 0
+            for _ in values:
+                run.spend(1)
+                number += 1
+            values = (str(number),)
+        accepts = self._accepts
+        for value in values:  # noqa: SIM110 (a generator takes longer, and this is the innermost loop)
+            if accepts(run, value, keys):
+                return True
+        return False
+
+    def _prepared(self, key: str) -> Any:
+        """A key in the form that the match type needs. Raises ValueError."""
+        if self.match == "regex":
+            return regex_of(key, ignores_case=self._comparator.name != "i;octet")
+        folded = self._comparator.fold(key)
+        if self.match == "matches":
+            glob = Glob(folded)
+            # A character is an octet for these: RFC 5228 section 2.7.1.
+            by_octets = glob.has_single and self._comparator.name in BASE_COMPARATORS
+            return glob, Glob(as_latin_1(folded)) if by_octets else None
+        return self._comparator.order(folded) if self.match in ("value", "count") else folded
+
+    def _accepts_is(self, run: Run, value: str, keys: list[Any]) -> bool:
+        run.spend(len(keys))
+        return run.folded(value, self._comparator) in keys
+
+    def _accepts_contains(self, run: Run, value: str, keys: list[Any]) -> bool:
+        folded = run.folded(value, self._comparator)
+        run.spend(len(keys) * (1 + len(folded) // STEP_OCTETS))
+        return any(map(folded.__contains__, keys))
+
+    def _accepts_value(self, run: Run, value: str, keys: list[Any]) -> bool:
+        run.spend(len(keys))
+        order = self._comparator.order(run.folded(value, self._comparator))
+        return any(self._relation(order, key) for key in keys)
+
+    _accepts_count = _accepts_value
+
+    def _accepts_matches(self, run: Run, value: str, keys: list[Any]) -> bool:
+        folded = run.folded(value, self._comparator)
+        run.spend(len(keys) * (1 + len(folded) // STEP_OCTETS))
+        for key, of_octets in keys:
+            by_octets = of_octets and not folded.isascii()
+            glob, text, whole_text = (
+                (of_octets, *map(as_latin_1, (folded, value))) if by_octets else (key, folded, value)
+            )
+            if (spans := glob.spans(text, run.spend)) is not None:
+                if self._captures:
+                    if len(whole_text) != len(text):
+                        run.spend(len(whole_text))
+                        spans = in_source(whole_text, self._comparator.fold, spans)
+                    parts = parts_of_match(whole_text, spans)
+                    run.matched = list(map(from_latin_1, parts)) if by_octets else parts
+                return True
+        return False
+
+    def _accepts_regex(self, run: Run, value: str, keys: list[Any]) -> bool:
+        octets = value.encode("utf-8", "surrogateescape")
+        for key in keys:
+            run.spend(work_of_regex(key, octets))
+            if match := key.search(octets):
+                if self._captures:
+                    groups = [match.group(0), *match.groups()][:WILDCARD_LIMIT]
+                    run.matched = [(group or b"").decode("utf-8", "surrogateescape") for group in groups]
+                return True
+        return False
+
+
+# ======================================================================
+# Sieve: language
+#
+# Owns the rows of the language's table, and the checker, which makes a script
+# that can be run out of a tree.
+# Must not know which commands and tests there are.
+# ======================================================================
+
+REGEXES_LIMIT = 200  # regular expressions in a script
+ERRORS_LIMIT = 20  # errors of a script that are told
+SIMILAR = 0.7  # how similar a misspelt word is to the one that was meant, by difflib
+DEFAULT_COMPARATOR = "i;ascii-casemap"
+CODE_DIGITS = frozenset(DIGITS + "abcdefABCDEF")
+
+
+class Tag:
+    """A row for a tag. value: the kind of the argument that follows it; "" for none.
+
+    group: only one tag of a group may be given. capability: what must be required for it; "" for nothing.
+    """
+
+    def __init__(self, name: str, capability: str = "", value: str = "", group: str = "") -> None:
+        self.name, self.capability, self.value, self.group = name, capability, value, group or name
+
+
+class Word:
+    """A row for a command or a test.
+
+    name: as scripts have it. capability: what must be required for it; "" for nothing. arguments: the kinds of those
+    without a tag. compiled: gives what runs it. optional: how many of the first arguments may be missing. tests: how
+    many tests follow: 0, 1, or MANY. has_block: whether a block follows.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        capability: str,
+        arguments: Sequence[str],
+        compiled: Callable[[Call], Any],
+        tags: Sequence[Tag] = (),
+        optional: int = 0,
+        tests: int = 0,
+        has_block: bool = False,
+    ) -> None:
+        self.name, self.capability, self.arguments, self.compiled = name, capability, arguments, compiled
+        self.tags = {tag.name: tag for tag in tags}
+        self.optional, self.tests, self.has_block = optional, tests, has_block
+
+
+MANY = -1
+
+
+class Language:
+    """The commands and tests that there are. capabilities: those that scripts may require."""
+
+    def __init__(self, commands: Sequence[Word], tests: Sequence[Word], capabilities: Iterable[str]) -> None:
+        self.commands = {word.name: word for word in commands}
+        self.tests = {word.name: word for word in tests}
+        self.capabilities = frozenset(capabilities)
+
+
+class ScriptErrors(Exception):
+    """A script has errors. errors: each as (line, column, text), in order. name: the script's path."""
+
+    def __init__(self, errors: Iterable[ScriptError], text: str, name: str) -> None:
+        super().__init__()
+        self.name = name
+        ordered = sorted(errors, key=lambda error: error.place)[:ERRORS_LIMIT]
+        self.errors = [
+            (text.count("\n", 0, each.place) + 1, each.place - text.rfind("\n", 0, each.place), each.text[:ERROR_LIMIT])
+            for each in ordered
+        ]
+
+    def __str__(self) -> str:
+        return "; ".join(f"line {line}, column {column}: {text}" for line, column, text in self.errors)
+
+
+class Call:
+    """A command or a test of a script with its arguments in order, for the function that compiles it.
+
+    node: the place in the tree. compiler: for blocks and tests.
+    """
+
+    def __init__(self, node: Node, word: Word, compiler: Compiler) -> None:
+        """Raises ScriptError for arguments that do not fit."""
+        self.node, self.word, self.compiler = node, word, compiler
+        self._tags: dict[str, Argument] = {}
+        self._positional: list[Argument | None] = []
+        arguments = iter(node.arguments)
+        for argument in arguments:
+            if argument.kind == TAG:
+                self._take_tag(argument, arguments)
+            else:
+                self._positional.append(argument)
+        self._check_positional()
+
+    def has(self, tag: str) -> bool:
+        """Whether the tag is given."""
+        return tag in self._tags
+
+    def given(self, argument: int) -> bool:
+        """Whether an optional argument is given."""
+        return self._positional[argument] is not None
+
+    def first_of(self, *tags: str) -> str:
+        """The first of these tags that is given, without its colon; "" for none."""
+        return next((tag[1:] for tag in tags if tag in self._tags), "")
+
+    def place_of(self, argument: int | str) -> int:
+        """Where an argument, a tag or its value stands."""
+        found = self._tags[argument] if isinstance(argument, str) else self._positional[argument]
+        return found.start if found else self.node.start
+
+    def number(self, tag: str) -> int | None:
+        """The number of a tag; None if it is not given."""
+        return self._tags[tag].value if tag in self._tags else None
+
+    def strings(self, argument: int | str) -> list[tuple[Text, int]]:
+        """The strings of an argument, or of a tag, each with its place; [] if it is not given. Raises ScriptError."""
+        found = self._tags.get(argument) if isinstance(argument, str) else self._positional[argument]
+        if not found:
+            return []
+        tokens = found.value if found.kind == STRINGS else [found]
+        return [(self.compiler.text(str(token.value), token.start), token.start) for token in tokens]
+
+    def texts(self, argument: int | str) -> list[Text]:
+        """The strings of an argument, or of a tag; [] if it is not given. Raises ScriptError."""
+        return [text for text, _ in self.strings(argument)]
+
+    def text(self, argument: int | str) -> Text | None:
+        """The string of an argument, or of a tag; None if it is not given. Raises ScriptError."""
+        return next(iter(self.texts(argument)), None)
+
+    def constants(self, argument: int | str) -> list[tuple[str, int]]:
+        """The strings of an argument in which no variable may be, each with its place. Raises ScriptError."""
+        constants = []
+        for text, place in self.strings(argument):
+            if isinstance(text, Template):
+                raise ScriptError(f"a variable cannot stand here: write the value in place of {text.source}", place)
+            constants.append((text, place))
+        return constants
+
+    def constant(self, argument: int | str) -> str:
+        """The string of an argument in which no variable may be; "" if it is not given. Raises ScriptError."""
+        return next((text for text, _ in self.constants(argument)), "")
+
+    def fixed(self, argument: int | str) -> list[str] | None:
+        """The strings of an argument; None if they have variables. Raises ScriptError."""
+        texts = self.texts(argument)
+        return [str(text) for text in texts] if not any(isinstance(text, Template) for text in texts) else None
+
+    def field_name(self, argument: int | str) -> Text:
+        """The name of a header field in an argument. Raises ScriptError for one that is none."""
+        strings = self.strings(argument)
+        if len(strings) != 1:
+            raise ScriptError(f"{self.node.name} needs one name of a header field", self.place_of(argument))
+        name, place = strings[0]
+        if isinstance(name, str) and not is_field_name(name):
+            raise ScriptError(f"{name!r} is no name of a header field", place)
+        return name
+
+    def matcher(self, keys: int, captures: bool = True, split: Callable[[Iterable[str]], list[str]] = list) -> Matcher:
+        """What compares values with the keys of an argument, as the tags say; see Matcher. Raises ScriptError."""
+        comparator = self._comparator()
+        match = self.first_of(":is", ":contains", ":matches", ":regex", ":value", ":count") or "is"
+        if match in ("contains", "matches", "regex") and not comparator.has_substrings:
+            text = f":{match} does not work with the comparator {comparator.name}: use :is, :value or :count"
+            raise ScriptError(text, self.place_of(f":{match}"))
+        relation = self.constant(f":{match}").lower() if match in ("value", "count") else "eq"
+        if relation not in RELATIONS:
+            text = f"{relation!r} is no relation: write one of {', '.join(RELATIONS)}"
+            raise ScriptError(text, self.place_of(f":{match}"))
+        strings = self.strings(keys)
+        captures = captures and "variables" in self.compiler.enabled
+        if match == "regex":
+            self.compiler.regexes += len(strings)
+            if self.compiler.regexes > REGEXES_LIMIT:
+                raise ScriptError(f"there are more than {REGEXES_LIMIT} regular expressions", self.place_of(":regex"))
+        try:
+            return Matcher(match, comparator, [text for text, _ in strings], relation, captures, split)
+        except ValueError as error:
+            raise ScriptError(str(error), place_of_wrong_regex(strings)) from None
+
+    def _comparator(self) -> Comparator:
+        """The comparator that the tag names. Raises ScriptError."""
+        if not self.has(":comparator"):
+            return COMPARATORS[DEFAULT_COMPARATOR]
+        name, place = self.constant(":comparator"), self.place_of(":comparator")
+        if name not in COMPARATORS:
+            raise ScriptError(f"there is no comparator {name!r}: write one of {', '.join(COMPARATORS)}", place)
+        if name not in BASE_COMPARATORS:
+            self.compiler.demand(f"comparator-{name}", f"the comparator {name}", place)
+        return COMPARATORS[name]
+
+    def _take_tag(self, argument: Argument, rest: Iterator[Argument]) -> None:
+        """Takes a tag and the value that follows it. Raises ScriptError."""
+        name = argument.value
+        tag = self.word.tags.get(name)
+        if not tag:
+            hint = similar_word(name, self.word.tags)
+            raise ScriptError(f"{self.word.name} has no tag {name}{hint}", argument.start)
+        if self._positional:
+            raise ScriptError(f"{name} must stand before the arguments that have no tag: move it", argument.start)
+        if tag.capability:
+            self.compiler.demand(tag.capability, f"the tag {name}", argument.start)
+        for other in self._tags:
+            if self.word.tags[other].group == tag.group:
+                text = f"{name} is given twice" if other == name else f"{name} cannot stand beside {other}"
+                raise ScriptError(f"{text}: remove one of the two", argument.start)
+        if tag.value:
+            value = next(rest, None)
+            if not value or not fits(value.kind, tag.value):
+                found = f", not {value.value}" if value and value.kind == TAG else ""
+                raise ScriptError(f"a {tag.value} must follow {name}{found}", value.start if value else self.node.after)
+            argument = value
+        self._tags[name] = argument
+
+    def _check_positional(self) -> None:
+        """Puts None in place of missing optional arguments. Raises ScriptError."""
+        word, given = self.word, len(self._positional)
+        kinds = word.arguments
+        if given > len(kinds) and (extra := self._positional[len(kinds)]):
+            tags = f": its tags are {', '.join(word.tags)}" if word.tags and not kinds else ""
+            raise ScriptError(f"{word.name} has no {extra.kind} without a tag here{tags}", extra.start)
+        if given < len(kinds) - word.optional:
+            missing = kinds[word.optional + given]
+            raise ScriptError(f"{word.name} needs a {missing} here", self.node.after)
+        self._positional[:0] = [None] * (len(kinds) - given)
+        for argument, kind in zip(self._positional, kinds):
+            if argument and not fits(argument.kind, kind):
+                raise ScriptError(f"{word.name} needs a {kind} here, not a {argument.kind}", argument.start)
+
+
+def place_of_wrong_regex(strings: Sequence[tuple[Text, int]]) -> int:
+    """The place of the first string that is no regular expression. strings: as Call.strings() gives them."""
+    for text, place in strings:
+        try:
+            if isinstance(text, str):
+                regex_of(text, ignores_case=False)
+        except ValueError:
+            return place
+    return strings[0][1]
+
+
+def fits(kind: str, wanted: str) -> bool:
+    """Whether an argument of that kind may be where another is wanted: a string is a list of one."""
+    return kind == wanted or (wanted == STRINGS and kind == STRING)
+
+
+def all_of(texts: Sequence[Text], change: Callable[[str], str] = as_it_is) -> Callable[[Run], list[str]]:
+    """A function that gives the values of string arguments, each changed."""
+    if all(isinstance(text, str) for text in texts):
+        fixed = [change(str(text)) for text in texts]
+        return lambda _run: fixed
+    return lambda run: [change(expanded(text, run)) for text in texts]
+
+
+def similar_word(word: str, known: Iterable[str]) -> str:
+    """A hint at the known word that is most similar to a misspelt one; "" if none is."""
+    import difflib
+
+    found = difflib.get_close_matches(word, list(known), 1, SIMILAR)
+    return f": did you mean {found[0]}?" if found else ""
+
+
+def known_true(_run: Run) -> bool:
+    """A test that the checker knows to be true: ihave with capabilities that are there."""
+    return True
+
+
+def known_false(_run: Run) -> bool:
+    """A test that the checker knows to be false: what depends on it is not checked (RFC 5463 section 4)."""
+    return False
+
+
+class Compiler:
+    """Checks one script, and makes functions of it that run it.
+
+    enabled: the capabilities that the script has required. shared, own: the names of its global and of its other
+    variables. loops: the names of the loops around the present command. regexes: how many there are so far. traced:
+    whether each test reports its result.
+    """
+
+    def __init__(self, language: Language, size_limit: int, traced: bool = False) -> None:
+        self.language, self._size_limit, self._traced = language, size_limit, traced
+        self.enabled: set[str] = set()
+        self.shared: set[str] = set()
+        self.own: set[str] = set()
+        self.loops: list[str] = []
+        self.regexes = 0
+        self.may_require = True
+        self._text = ""
+        self._errors: list[ScriptError] = []
+
+    def compile(self, octets: bytes, name: str) -> Script:
+        """The script. name: its path, for errors. Raises ScriptErrors."""
+        try:
+            if len(octets) > self._size_limit:
+                raise ScriptError(f"the script has more than {self._size_limit} octets", 0)
+            self._text = decoded_script(octets)
+            nodes = Parser(self._text).parse()
+        except ScriptError as error:
+            text = self._text or octets.decode("utf-8", "replace").replace("\r\n", "\n")
+            raise ScriptErrors([error], text, name) from None
+        block = self.block(nodes)
+        if self._errors:
+            raise ScriptErrors(self._errors, self._text, name)
+        return Script(name, self._text, block)
+
+    def block(self, nodes: Sequence[Node]) -> Step:
+        """What runs these commands one after the other. Errors in them are kept for compile()."""
+        steps: list[tuple[int, Step]] = []
+        chain: list[tuple[Check, Step]] | None = None  # of the present if, elsif, else
+        for node in nodes:
+            if len(self._errors) >= ERRORS_LIMIT:
+                break
+            try:
+                if node.name in ("elsif", "else"):
+                    if chain is None:
+                        raise ScriptError(f"{node.name} must follow the block of an if or elsif", node.start)
+                    chain.append(self._branch(node, chain))
+                    if node.name == "else":
+                        chain = None
+                    continue
+                chain = None
+                if node.name == "if":
+                    chain = []
+                    steps.append((node.start, choice(chain)))
+                    chain.append(self._branch(node, chain))
+                else:
+                    steps.append((node.start, self.command(node)))
+            except ScriptError as error:
+                self._errors.append(error)
+            if node.name != "require":
+                self.may_require = False
+        return sequence(steps)
+
+    def command(self, node: Node) -> Step:
+        """What runs a command. Raises ScriptError."""
+        word = self.language.commands.get(node.name)
+        if not word:
+            if node.name in self.language.tests:
+                text = f"{node.name} is a test, which stands after if, elsif, not, allof or anyof"
+                raise ScriptError(text, node.start)
+            hint = similar_word(node.name, [*self.language.commands, "if", "elsif", "else"])
+            raise ScriptError(f"there is no command {node.name}{hint}", node.start)
+        result: Step = self._compiled(node, word)
+        return result
+
+    def test(self, node: Node) -> Check:
+        """What runs a test. Raises ScriptError."""
+        word = self.language.tests.get(node.name)
+        if not word:
+            if node.name in self.language.commands:
+                raise ScriptError(f"{node.name} is a command, not a test", node.start)
+            raise ScriptError(f"there is no test {node.name}{similar_word(node.name, self.language.tests)}", node.start)
+        if node.block is not None:
+            raise ScriptError(f"{node.name} is a test, which has no block", node.start)
+        check: Check = self._compiled(node, word)
+        return self._reporting(check, node) if self._traced and check not in (known_true, known_false) else check
+
+    def enable(self, capability: str) -> None:
+        """Lets the script use a capability, and what is a part of it."""
+        self.enabled.add(capability)
+        if capability == "spamtestplus":  # RFC 5235 section 2.3
+            self.enabled.add("spamtest")
+
+    def demand(self, capability: str, what: str, place: int) -> None:
+        """Raises ScriptError unless the script has required the capability."""
+        if capability not in self.enabled:
+            raise ScriptError(f'{what} needs a line at the beginning: require "{capability}";', place)
+
+    def text(self, value: str, place: int) -> Text:
+        """A string, with what it may contain under the required capabilities. Raises ScriptError."""
+        if "\n" in value:
+            value = value.replace("\n", "\r\n")  # as in a message: RFC 5228 section 2.4.2
+        if "${" not in value:
+            return value
+        if "encoded-character" in self.enabled:
+            value = with_decoded_characters(value, place)
+        if "variables" in self.enabled:
+            return template_of(value, place, self)
+        return value
+
+    def variable(self, name: str, place: int) -> tuple[str, bool]:
+        """The variable with that name, and whether it is a global one. Raises ScriptError for a name that is none."""
+        namespace, dot, rest = name.lower().rpartition(".")
+        if not is_identifier(rest) or (dot and not is_identifier(namespace)):
+            text = f"{name!r} cannot be a variable's name: it has letters, digits and _, and begins with no digit"
+            raise ScriptError(text, place)
+        if len(rest) > NAME_LENGTH_LIMIT:
+            raise ScriptError(f"the variable's name has more than {NAME_LENGTH_LIMIT} characters", place)
+        if not dot:
+            if rest not in self.shared:
+                self.own.add(rest)
+            return rest, rest in self.shared
+        if namespace != "global":
+            raise ScriptError(f"there are no variables that begin with {namespace}.", place)
+        self.demand("include", f"the variable {name}", place)
+        return rest, True
+
+    def _compiled(self, node: Node, word: Word) -> Any:
+        if word.capability:
+            self.demand(word.capability, node.name, node.start)
+        call = Call(node, word, self)
+        is_command = node.name in self.language.commands
+        if word.tests == MANY and not node.listed:
+            place = node.tests[0].start if node.tests else node.after
+            raise ScriptError(f"{node.name} needs tests in parentheses: {node.name} (..., ...)", place)
+        if word.tests == 1:
+            self.check_one_test(node)
+        if not word.tests and node.tests:
+            missing = "a block in braces { }"
+            if not is_command:
+                missing = f"a comma (,), or {missing},"
+            elif not word.has_block:
+                missing = "a semicolon (;)"
+            raise ScriptError(f"{node.name} has no test after it: {missing} is missing here", node.tests[0].start)
+        if is_command and word.has_block != (node.block is not None):
+            wanted = "a block in braces { }" if word.has_block else "a semicolon (;), and no block"
+            raise ScriptError(f"{node.name} needs {wanted} here", node.after)
+        return word.compiled(call)
+
+    def check_one_test(self, node: Node) -> None:
+        """Raises ScriptError unless the node has one test, without parentheses."""
+        if not node.tests:
+            raise ScriptError(f"{node.name} needs a test here", node.after)
+        if node.listed:
+            raise ScriptError(f"{node.name} needs one test, without parentheses", node.tests[0].start)
+
+    def _branch(self, node: Node, before: Sequence[tuple[Check, Step]]) -> tuple[Check, Step]:
+        """The test and the block of an if, elsif or else. before: those before it."""
+        check: Check = known_true
+        if any(earlier is known_true for earlier, _ in before):
+            return known_false, sequence([])  # it is not checked, either
+        try:
+            check = self._condition(node)
+        except ScriptError as error:
+            self._errors.append(error)
+        self.may_require = False
+        if check is known_false:
+            return known_false, sequence([])
+        return check, self.block(node.block or [])
+
+    def _condition(self, node: Node) -> Check:
+        """The test of an if or elsif; for else, one that is always true. Raises ScriptError."""
+        if node.arguments:
+            raise ScriptError(f"{node.name} needs a test here", node.arguments[0].start)
+        if node.name == "else":
+            if node.tests:
+                raise ScriptError("else has no test: write elsif in place of else if", node.tests[0].start)
+        else:
+            self.check_one_test(node)
+        check = self.test(node.tests[0]) if node.tests else lambda _: True
+        if node.block is None:
+            raise ScriptError(f"{node.name} needs a block in braces {{ }} here", node.after)
+        return check
+
+    def _reporting(self, check: Check, node: Node) -> Check:
+        """The same test, which reports its result."""
+        source = " ".join(self._text[node.start : node.end].split())
+
+        def reporting(run: Run) -> bool:
+            result = check(run)
+            if run.report and run.script:
+                run.report(run.script, run.script.line_of(node.start), f"{source}: {'yes' if result else 'no'}")
+            return result
+
+        return reporting
+
+
+def template_of(value: str, place: int, compiler: Compiler) -> Text:
+    """A string with its variables. Raises ScriptError."""
+    literal, *rest = value.split("${")
+    parts: list[str | Callable[[Run], str]] = [literal]
+    for piece in rest:
+        name, brace, after = piece.partition("}")
+        reference = reference_to(name, place, compiler) if brace else None
+        parts += [reference, after] if reference else [f"${{{piece}"]
+    if all(isinstance(part, str) for part in parts):
+        return value
+    return Template([part for part in parts if part], value)
+
+
+def reference_to(name: str, place: int, compiler: Compiler) -> Callable[[Run], str] | None:
+    """What gives the value of ${name}; None if that is no variable. Raises ScriptError."""
+    if name and DECIMAL.issuperset(name):
+        index = int(name[-NAME_LENGTH_LIMIT:])
+        if index >= WILDCARD_LIMIT:
+            text = f"there is no match variable ${{{name}}}: the last one is ${{{WILDCARD_LIMIT - 1}}}"
+            raise ScriptError(text, place)
+        return lambda run: run.matched[index][:VARIABLE_LIMIT] if index < len(run.matched) else ""
+    if not all(is_identifier(part) for part in name.split(".")):
+        return None
+    key, is_shared = compiler.variable(name, place)
+    if is_shared:
+        return lambda run: run.shared_variables.get(key, "")
+    return lambda run: run.variables.get(key, "")
+
+
+def sequence(steps: Sequence[tuple[int, Step]]) -> Step:
+    """What runs commands one after the other, each given with its place."""
+    work = COMMAND_STEPS * len(steps)
+
+    def run_steps(run: Run) -> None:
+        run.spend(work)
+        for run.place, step in steps:
+            step(run)
+
+    return run_steps
+
+
+def choice(branches: Sequence[tuple[Check, Step]]) -> Step:
+    """What runs the block of the first test that is true."""
+
+    def run_first(run: Run) -> None:
+        for check, block in branches:
+            if check(run):
+                block(run)
+                return
+
+    return run_first
+
+
+def is_identifier(name: str) -> bool:
+    """Whether it may be the name of a variable (RFC 5229 section 3)."""
+    return bool(name) and name[0] in IDENTIFIER_START and IDENTIFIER.issuperset(name)
+
+
+def with_decoded_characters(text: str, place: int) -> str:
+    """The text with what ${hex: ...} and ${unicode: ...} stand for. Raises ScriptError.
+
+    Source: RFC 5228 section 2.4.2.4.
+    """
+    literal, *rest = text.split("${")
+    pieces = [literal]
+    for piece in rest:
+        code, brace, after = piece.partition("}")
+        decoded = decoded_characters(code, place) if brace else None
+        pieces += ["${", piece] if decoded is None else [decoded, after]
+    try:  # octets one after the other may be one character
+        return "".join(pieces).encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeDecodeError:
+        raise ScriptError("the octets that ${hex: ...} stands for are not UTF-8", place) from None
+
+
+def decoded_characters(code: str, place: int) -> str | None:
+    """The characters of "hex: 40 41" or "unicode: 40"; None if it is neither. Raises ScriptError."""
+    kind, colon, numbers = code.partition(":")
+    kind, digits = kind.lower(), numbers.split()
+    if not colon or not digits or not all(CODE_DIGITS.issuperset(each) for each in digits):
+        return None
+    if kind == "hex" and all(len(each) <= 2 for each in digits):
+        return bytes(int(each, 16) for each in digits).decode("utf-8", "surrogateescape")
+    if kind != "unicode":
+        return None
+    points = [int(each, 16) if len(each.lstrip("0")) < 7 else sys.maxsize for each in digits]
+    if any(point > sys.maxunicode or 0xD800 <= point < 0xE000 for point in points):
+        raise ScriptError(f"${{{code}}} has a number that no character has", place)
+    return "".join(map(chr, points))
+
+
+# ======================================================================
+# Sieve: tests
+#
+# Owns the tests of scripts: for each the function that makes of its arguments
+# what runs it.
+# Must not know files, and how mail is stored.
+# ======================================================================
+
+# Fields that have addresses (RFC 5228 section 5.1).
+ADDRESS_FIELDS = frozenset(
+    [
+        "from",
+        "to",
+        "cc",
+        "bcc",
+        "sender",
+        "reply-to",
+        "return-path",
+        "delivered-to",
+        "envelope-to",
+        "x-original-to",
+        "errors-to",
+        "mail-followup-to",
+        "mail-reply-to",
+        "disposition-notification-to",
+        "return-receipt-to",
+        "apparently-to",
+        "for-approval",
+        "for-comment",
+        "for-handling",
+        "resent-from",
+        "resent-to",
+        "resent-cc",
+        "resent-bcc",
+        "resent-sender",
+        "resent-reply-to",
+        "abuse-reports-to",
+        "x-envelope-to",
+    ]
+)
+ADDRESS_PARTS = (":all", ":localpart", ":domain", ":user", ":detail")
+DATE_PARTS = (
+    *("year", "month", "day", "date", "julian", "hour", "minute", "second", "time", "iso8601", "std11", "zone"),
+    "weekday",
+)
+MODIFIED_JULIAN_DAY = 40587  # of 1 January 1970
+DATE_LIMIT = 256  # characters of a date that are looked at
+DATE_PLACES = 3  # semicolons after which a date is looked for
+DATE_STEPS = 50  # what it costs to read or write a date
+WEEK = 7 * DAY  # how long the test duplicate remembers, by default
+
+
+def always_true(_call: Call) -> Check:
+    """The test true (RFC 5228 section 5.10)."""
+    return lambda _run: True
+
+
+def always_false(_call: Call) -> Check:
+    """The test false (RFC 5228 section 5.6)."""
+    return lambda _run: False
+
+
+def negation(call: Call) -> Check:
+    """The test not (RFC 5228 section 5.8)."""
+    check = call.compiler.test(call.node.tests[0])
+    if check in (known_true, known_false):
+        return known_false if check is known_true else known_true
+    return lambda run: not check(run)
+
+
+def conjunction(call: Call) -> Check:
+    """The test allof (RFC 5228 section 5.2)."""
+    return combination(call, known_false, known_true, lambda checks: lambda run: all(check(run) for check in checks))
+
+
+def disjunction(call: Call) -> Check:
+    """The test anyof (RFC 5228 section 5.3)."""
+    return combination(call, known_true, known_false, lambda checks: lambda run: any(check(run) for check in checks))
+
+
+def combination(call: Call, decisive: Check, neutral: Check, combined: Callable[[list[Check]], Check]) -> Check:
+    """Several tests as one. decisive: after it no other test is checked. neutral: it does not count."""
+    checks: list[Check] = []
+    for node in call.node.tests:
+        check = call.compiler.test(node)
+        if check is decisive:
+            return decisive
+        if check is not neutral:
+            checks.append(check)
+    return combined(checks) if checks else neutral
+
+
+def has_capability(call: Call) -> Check:
+    """The test ihave (RFC 5463 section 4): known to the checker, which then does as if they were required."""
+    wanted = [name for name, _ in call.constants(0)]
+    if not call.compiler.language.capabilities.issuperset(wanted):
+        return known_false
+    for capability in wanted:
+        call.compiler.enable(capability)
+    return known_true
+
+
+def size_is(call: Call) -> Check:
+    """The test size (RFC 5228 section 5.9)."""
+    over, under = call.number(":over"), call.number(":under")
+    if over is not None:
+        limit = over
+        return lambda run: size_on_the_wire(run) > limit
+    if under is None:
+        raise ScriptError("size needs :over or :under, and a number", call.node.start)
+    maximum = under
+    return lambda run: size_on_the_wire(run) < maximum
+
+
+def size_on_the_wire(run: Run) -> int:
+    """The octets of the message with CR LF at the end of lines."""
+    return run.subject.message.size + run.subject.message.lines
+
+
+def fields_exist(call: Call) -> Check:
+    """The test exists (RFC 5228 section 5.5, RFC 5703 section 4.3)."""
+    check_mime_tags(call)
+    names = all_of(call.texts(0), str.lower)
+    if not call.has(":mime"):
+        return lambda run: all(run.subject.has_field(name) for name in names(run))
+    parts = parts_at_hand(call)
+
+    def exist(run: Run) -> bool:
+        headers = [run.subject.header_of(part) for part in parts(run)]
+        return all(any(run.subject.has_field(name, header) for header in headers) for name in names(run))
+
+    return exist
+
+
+def fields_match(call: Call) -> Check:
+    """The test header (RFC 5228 section 5.7, RFC 5260 section 6, RFC 5703 section 4.1)."""
+    check_mime_tags(call)
+    names, matcher = all_of(call.texts(0), str.lower), call.matcher(1)
+    pick = pick_of(call)
+    if call.has(":mime"):
+        bodies, read = bodies_at_hand(call, names, pick), content_reader(call)
+        return lambda run: matcher.accepts(run, [value for field in bodies(run) for value in read(*field, run)])
+
+    def match(run: Run) -> bool:
+        fields = (run.subject.values(name) for name in names(run))
+        return matcher.accepts(run, (value for each in fields for value in (pick(each) if pick else each)))
+
+    if (fixed := call.fixed(0)) and len(fixed) == 1 and not pick:  # the usual case, in half the time
+        only = fixed[0].lower()
+        return lambda run: matcher.accepts(run, run.subject.values(only))
+    return match
+
+
+def pick_of(call: Call) -> Callable[[list[Any]], list[Any]] | None:
+    """What picks the field that :index and :last name; None if they are not given. Raises ScriptError."""
+    index = call.number(":index")
+    if index is None:
+        if call.has(":last"):
+            raise ScriptError(":last needs :index and a number before it", call.place_of(":last"))
+        return None
+    if not index:
+        raise ScriptError("the first field has the index 1", call.place_of(":index"))
+    if call.has(":last"):
+        return lambda fields: fields[-index : len(fields) - index + 1] if index <= len(fields) else []
+    return lambda fields: fields[index - 1 : index]
+
+
+def check_mime_tags(call: Call) -> None:
+    """Raises ScriptError for a tag that makes sense with :mime only (RFC 5703 section 4)."""
+    for tag in (":anychild", ":type", ":subtype", ":contenttype", ":param"):
+        if call.has(tag) and not call.has(":mime"):
+            raise ScriptError(f"{tag} needs :mime before it", call.place_of(tag))
+
+
+def parts_at_hand(call: Call) -> Callable[[Run], Iterable[Part]]:
+    """The part of a test with :mime; with :anychild its descendants, too (RFC 5703 section 4)."""
+    if call.has(":anychild"):
+        return lambda run: run.subject.here().walk()
+    return lambda run: [run.subject.here()]
+
+
+def bodies_at_hand(
+    call: Call, names: Callable[[Run], list[str]], pick: Callable[[list[Any]], list[Any]] | None
+) -> Callable[[Run], Iterator[tuple[str, bytes]]]:
+    """The fields of the parts that a test with :mime looks at, each as name and body."""
+    parts = parts_at_hand(call)
+
+    def bodies(run: Run) -> Iterator[tuple[str, bytes]]:
+        for part in parts(run):
+            run.spend(PART_STEPS)
+            header = run.subject.header_of(part)
+            for name in names(run):
+                fields = run.subject.bodies(name, header)
+                for body in pick(fields) if pick else fields:
+                    run.spend(FIELD_STEPS + len(body))
+                    yield name, body
+
+    return bodies
+
+
+def content_reader(call: Call) -> Callable[[str, bytes, Run], list[str]]:
+    """What a test with :mime takes from a field: its value, or what :type and the like say (RFC 5703 section 4.1).
+
+    What a field does not have is empty.
+    """
+    option, counts = call.first_of(":type", ":subtype", ":contenttype", ":param"), call.has(":count")
+    wanted = all_of(call.texts(":param"), str.lower)
+
+    def read(name: str, body: bytes, run: Run) -> list[str]:
+        if not option:
+            return [unstructured(body)]
+        if name == "content-type":
+            content_type = ContentType.parse(body)
+        elif name == "content-disposition":
+            content_type = ContentType.parse_disposition(body)
+        else:
+            return [""]
+        if option == "param":
+            parameters = content_type.parameters
+            values = [parameters[each] for each in wanted(run) if each in parameters]
+            return values if values or counts else [""]
+        if option == "contenttype":
+            return [str(content_type)]
+        return [content_type.type if option == "type" else content_type.subtype]
+
+    return read
+
+
+def addresses_match(call: Call) -> Check:
+    """The test address (RFC 5228 section 5.1, RFC 5233, RFC 5260 section 6, RFC 5703 section 4.2)."""
+    for name, place in call.strings(0) if not call.has(":mime") else ():
+        if isinstance(name, str) and is_field_name(name) and name.lower() not in ADDRESS_FIELDS:
+            raise ScriptError(f"{name!r} is no field that has addresses: use the test header for it", place)
+    check_mime_tags(call)
+    names, matcher, part = all_of(call.texts(0), str.lower), call.matcher(1), part_of_address(call)
+    pick = pick_of(call)
+    bodies = bodies_at_hand(call, names, pick) if call.has(":mime") else None
+
+    def read(run: Run, found: Iterable[bytes]) -> list[str]:
+        """The part of each address in the bodies of fields."""
+        found = list(found)
+        run.spend(4 * sum(map(len, found)))
+        addresses = [address for body in found for address in addresses_in(body)]
+        return [value for address in addresses if (value := part(address, run)) is not None]
+
+    def read_all(run: Run, wanted: Sequence[str]) -> list[str]:
+        """The same for the fields with these names."""
+        fields = [run.subject.bodies(name) for name in dict.fromkeys(wanted) if name in ADDRESS_FIELDS]
+        return read(run, [body for each in fields for body in (pick(each) if pick else each)])
+
+    def match(run: Run) -> bool:
+        if bodies:
+            return matcher.accepts(run, read(run, [body for _, body in bodies(run)]))
+        wanted = names(run)
+        return matcher.accepts(run, run.subject.remembered((*kind, *wanted), lambda: read_all(run, wanted)))
+
+    kind = call.first_of(*ADDRESS_PARTS), str(call.number(":index")), str(call.has(":last"))
+    return match
+
+
+def part_of_address(call: Call) -> Callable[[Address, Run], str | None]:
+    """What gives the part of an address that a test looks at; None if the address has no such part."""
+    return {
+        "": lambda address, _: whole_address(address),
+        "all": lambda address, _: whole_address(address),
+        "localpart": lambda address, _: address.local,
+        "domain": lambda address, _: address.domain if address.domain or not address.local else None,
+        "user": lambda address, run: user_and_detail(address, run)[0],
+        "detail": lambda address, run: user_and_detail(address, run)[1],
+    }[call.first_of(*ADDRESS_PARTS)]
+
+
+def whole_address(address: Address) -> str:
+    """An address as tests compare it; without a domain it may be anything."""
+    return str(address) if address.domain else address.local
+
+
+def user_and_detail(address: Address, run: Run) -> tuple[str, str | None]:
+    """The user and the detail of an address; None for the detail if there is no delimiter (RFC 5233 section 4).
+
+    The null reverse-path is an empty string in all its parts (RFC 5228 section 5.4).
+    """
+    if not address.local and not address.domain:
+        return "", ""
+    end = first_of(run.around.config.recipient_delimiter, address.local)
+    return address.local[:end], address.local[end + 1 :] if end < len(address.local) else None
+
+
+def envelope_matches(call: Call) -> Check:
+    """The test envelope (RFC 5228 section 5.4)."""
+    for name, place in call.strings(0):
+        if isinstance(name, str) and name.lower() not in ("from", "to"):
+            raise ScriptError(f"{name!r} is no part of the envelope: write from or to", place)
+    names, matcher, part = all_of(call.texts(0), str.lower), call.matcher(1), part_of_address(call)
+
+    def match(run: Run) -> bool:
+        found = {"from": run.around.reverse_path, "to": run.around.recipient.address}
+        if matcher.match == "count":  # of the null reverse-path it is 0: RFC 5231 section 4.2
+            found = {name: address for name, address in found.items() if address}
+        values = [part(found[name] or Address("", ""), run) for name in names(run) if name in found]
+        return matcher.accepts(run, [value for value in values if value is not None])
+
+    return match
+
+
+def strings_match(call: Call) -> Check:
+    """The test string (RFC 5229 section 5)."""
+    sources, matcher = all_of(call.texts(0)), call.matcher(1)
+    if matcher.match == "count":
+        return lambda run: matcher.accepts(run, filter(None, sources(run)))
+    return lambda run: matcher.accepts(run, sources(run))
+
+
+def environment_matches(call: Call) -> Check:
+    """The test environment (RFC 5183 section 4)."""
+    name, matcher = call.text(0) or "", call.matcher(1)
+
+    def match(run: Run) -> bool:
+        value = run.around.environment(expanded(name, run).lower())
+        return value is not None and matcher.accepts(run, [value])
+
+    return match
+
+
+def flags_match(call: Call) -> Check:
+    """The test hasflag (RFC 5232 section 4)."""
+    flags = flag_lists(call)
+    matcher = call.matcher(1) if call.has(":count") else call.matcher(1, split=words_of)
+    return lambda run: matcher.accepts(run, normalized_flags(run.billed(flags(run))))
+
+
+def flag_lists(call: Call) -> Callable[[Run], list[str]]:
+    """The flags in the variables that the first argument names; without it those of the internal variable."""
+    variables = flag_variables(call)
+    if not variables:
+        return lambda run: run.flags
+
+    def lists(run: Run) -> list[str]:
+        return [(run.shared_variables if shared else run.variables).get(name, "") for name, shared in variables]
+
+    return lists
+
+
+def flag_variables(call: Call) -> list[tuple[str, bool]]:
+    """The variables that the first argument of a command for flags names. Raises ScriptError."""
+    names = call.constants(0)
+    if names:
+        call.compiler.demand("variables", "a variable's name", call.place_of(0))
+    return [call.compiler.variable(name, place) for name, place in names]
+
+
+def body_matches(call: Call) -> Check:
+    """The test body (RFC 5173). It sets no match variables: section 6."""
+    matcher = call.matcher(0, captures=False)
+    if call.has(":raw"):
+        return lambda run: matcher.accepts(run, counted(run, raw_body(run)))
+    if call.has(":content"):
+        types = all_of(call.texts(":content"), str.lower)
+        return lambda run: matcher.accepts(run, counted(run, contents(run, types(run))))
+    return lambda run: matcher.accepts(run, counted(run, run.subject.texts()))
+
+
+def raw_body(run: Run) -> list[str]:
+    """The body as it is, TEXT_LIMIT octets at most; nothing if there is none."""
+    message = run.subject.message
+    octets = message.read(message.body_offset, TEXT_LIMIT)
+    return [octets_as_text(octets)] if octets else []
+
+
+def octets_as_text(octets: bytes) -> str:
+    """Octets as text: UTF-8 where they are that."""
+    return octets.decode("utf-8", "surrogateescape")
+
+
+def counted(run: Run, texts: Iterable[str]) -> Iterator[str]:
+    """The texts, with their length counted as work."""
+    for text in texts:
+        run.spend(1 + len(text) // 16)
+        yield text.replace("\r\n", "\n").replace("\n", "\r\n")  # as strings in scripts have it
+
+
+def contents(run: Run, types: Sequence[str]) -> Iterator[str]:
+    """The decoded contents of the parts of these types (RFC 5173 section 5.2)."""
+    room = TEXTS_LIMIT
+    for part in run.subject.root.walk():
+        run.spend(PART_STEPS)
+        kind = part.content_type
+        if not any(wanted in ("", kind.type, str(kind)) for wanted in types):
+            continue
+        for octets in octets_of_part(part, min(TEXT_LIMIT, room)):
+            room -= len(octets)
+            run.spend(1 + len(octets) // 16)
+            is_text = kind.type == "text"
+            yield (
+                charset_text(octets, kind.parameters.get("charset", "us-ascii")) if is_text else octets_as_text(octets)
+            )
+
+
+def octets_of_part(part: Part, limit: int) -> Iterator[bytes]:
+    """What a test of a part's content looks at, so many octets of each at most (RFC 5173 section 5.2)."""
+    if part.content_type.type == "multipart":
+        yield part.prologue(limit)
+        yield part.epilogue(limit)
+    elif str(part.content_type) == "message/rfc822":
+        for inner in part.children():
+            yield inner.header.octets
+    else:
+        yield part.content(limit)
+
+
+def date_matches(call: Call) -> Check:
+    """The test date (RFC 5260 section 4)."""
+    names, matcher = all_of(call.texts(0), str.lower), call.matcher(2)
+    part, zone, pick = date_part_of(call, 1), zone_of(call), pick_of(call)
+
+    def match(run: Run) -> bool:
+        values = []
+        for name in names(run):
+            found = run.subject.values(name)
+            for value in pick(found) if pick else found[:1]:
+                run.spend(DATE_STEPS)
+                if date := date_in(value):
+                    seconds, own_zone = date
+                    values.append(date_text(part(run), seconds, zone(run, seconds, own_zone)))
+        return matcher.accepts(run, filter(None, values))
+
+    return match
+
+
+def date_in(value: str) -> tuple[int, int] | None:
+    """The date in the value of a field, perhaps after a semicolon as in Received; see date_of()."""
+    for place in range(1, DATE_PLACES + 1):  # a comment may have a semicolon, too
+        rest = value.rsplit(";", place)
+        if date := date_of(";".join(rest[1 if len(rest) > place else 0 :])[:DATE_LIMIT]):
+            return date
+    return None
+
+
+def current_date_matches(call: Call) -> Check:
+    """The test currentdate (RFC 5260 section 5)."""
+    part, zone, matcher = date_part_of(call, 0), zone_of(call), call.matcher(1)
+
+    def match(run: Run) -> bool:
+        now = int(run.started)
+        run.spend(DATE_STEPS)
+        return matcher.accepts(run, filter(None, [date_text(part(run), now, zone(run, now, 0))]))
+
+    return match
+
+
+def date_part_of(call: Call, argument: int) -> Callable[[Run], str]:
+    """The name of a part of a date, in lower case. Raises ScriptError."""
+    name = call.text(argument) or ""
+    if isinstance(name, str) and name.lower() not in DATE_PARTS:
+        text = f"{name!r} is no part of a date: write one of {', '.join(DATE_PARTS)}"
+        raise ScriptError(text, call.place_of(argument))
+    return lambda run: expanded(name, run).lower()
+
+
+def zone_of(call: Call) -> Callable[[Run, int, int], int]:
+    """What gives the time zone of a test in minutes, given the date in seconds and its own zone. Raises ScriptError."""
+    if call.has(":originalzone"):
+        return lambda _run, _seconds, own: own
+    wanted = call.text(":zone")
+    if wanted is None:
+        return lambda _run, seconds, _own: time.localtime(seconds).tm_gmtoff // 60
+    if isinstance(wanted, str) and zone_minutes(wanted) is None:
+        raise ScriptError(f"{wanted!r} is no time zone: write one such as +0200", call.place_of(":zone"))
+    text: Text = wanted
+
+    def zone(run: Run, _seconds: int, _own: int) -> int:
+        value = expanded(text, run)
+        if (minutes := zone_minutes(value)) is None:
+            raise RunError(f"{value!r} is no time zone: it must be one such as +0200")
+        return minutes
+
+    return zone
+
+
+def zone_minutes(zone: str) -> int | None:
+    """The minutes of a zone such as +0230; None if it is none."""
+    sign, digits = zone[:1], zone[1:]
+    if sign not in ("+", "-") or len(digits) != 4 or not DECIMAL.issuperset(digits) or int(digits[2:]) > 59:
+        return None
+    minutes = int(digits[:2]) * 60 + int(digits[2:])
+    return -minutes if sign == "-" else minutes
+
+
+def date_text(part: str, seconds: int, zone: int) -> str:
+    """A part of a date as RFC 5260 section 4.2 writes it; "" for one that does not exist."""
+    local = seconds + zone * 60
+    when = time.gmtime(local)
+    hours, minutes = divmod(abs(zone), 60)
+    sign = "-" if zone < 0 else "+"
+    date, clock = f"{when.tm_year:04}-{when.tm_mon:02}-{when.tm_mday:02}", time.strftime("%H:%M:%S", when)
+    return {
+        "year": f"{when.tm_year:04}",
+        "month": f"{when.tm_mon:02}",
+        "day": f"{when.tm_mday:02}",
+        "date": date,
+        "julian": str(local // DAY + MODIFIED_JULIAN_DAY),
+        "hour": f"{when.tm_hour:02}",
+        "minute": f"{when.tm_min:02}",
+        "second": f"{when.tm_sec:02}",
+        "time": clock,
+        "iso8601": f"{date}T{clock}" + (f"{sign}{hours:02}:{minutes:02}" if zone else "Z"),
+        "std11": f"{time.strftime('%a, %d %b', when)} {when.tm_year:04} {clock} {sign}{hours:02}{minutes:02}",
+        "zone": f"{sign}{hours:02}{minutes:02}",
+        "weekday": str((when.tm_wday + 1) % 7),
+    }.get(part, "")
+
+
+def folders_exist(call: Call) -> Check:
+    """The test mailboxexists (RFC 5490 section 3.1)."""
+    names = all_of(call.texts(0))
+    return lambda run: all(run.look_up().has_folder(name) for name in names(run))
+
+
+def special_uses_exist(call: Call) -> Check:
+    """The test specialuse_exists (RFC 8579 section 4)."""
+    folder, uses = call.text(0), all_of(call.texts(1), str.lower)
+
+    def exist(run: Run) -> bool:
+        folders = [run.look_up().special_folder(use) for use in uses(run)]
+        if folder is None:
+            return all(name is not None and run.look_up().has_folder(name) for name in folders)
+        name = expanded(folder, run)
+        return run.look_up().has_folder(name) and all(each is not None and each == name for each in folders)
+
+    return exist
+
+
+def is_duplicate(call: Call) -> Check:
+    """The test duplicate (RFC 7352 section 3). What it has seen is recorded once the message is stored."""
+    field, unique = call.text(":header"), call.text(":uniqueid")
+    handle, seconds, is_last = call.text(":handle") or "", call.number(":seconds"), call.has(":last")
+
+    def check(run: Run) -> bool:
+        if unique is not None:
+            value = expanded(unique, run)
+        else:
+            name = "message-id" if field is None else expanded(field, run).lower()
+            value = next(iter(run.subject.values(name)), "")
+        if not value:
+            return False
+        record = shortened("\0".join(("duplicate", expanded(handle, run), value)))
+        has_seen = run.look_up().has_seen(record)
+        if is_last or not has_seen:
+            longest = run.around.config.sieve_duplicate_max_expiration
+            run.remember(record, min(WEEK if seconds is None else seconds, longest))
+        return has_seen
+
+    return check
+
+
+def spam_matches(call: Call) -> Check:
+    """The test spamtest (RFC 5235 section 2)."""
+    return score_matches(call, "spam", 100 if call.has(":percent") else 10)
+
+
+def virus_matches(call: Call) -> Check:
+    """The test virustest (RFC 5235 section 3)."""
+    return score_matches(call, "virus", 5)
+
+
+def score_matches(call: Call, of: str, best: int) -> Check:
+    """A test of a score: 0 without a check for which :count is 0 (RFC 5235 section 2.2)."""
+    matcher = call.matcher(0)
+
+    def match(run: Run) -> bool:
+        score = run.around.score(run.subject, of, best)
+        return matcher.accepts(run, ["0" if score is None else score] if score or matcher.match != "count" else [])
+
+    return match
+
+
+# ======================================================================
+# Sieve: commands
+#
+# Owns the commands of scripts, alike, and the table of commands, tests and tags.
+# Must not know files, and how mail is stored.
+# ======================================================================
+
+PRECEDENCE = {  # RFC 5229 section 4.1, draft-ietf-sieve-regex section 4
+    **dict.fromkeys((":lower", ":upper"), 40),
+    **dict.fromkeys((":lowerfirst", ":upperfirst"), 30),
+    **dict.fromkeys((":quotewildcard", ":quoteregex"), 20),
+    ":length": 10,
+}
+WILDCARDS = str.maketrans({each: f"\\{each}" for each in "*?\\"})
+REGEX_SPECIALS = str.maketrans({each: f"\\{each}" for each in "\\.[]{}()*+?|^$"})
+MODIFIERS: dict[str, Callable[[str], str]] = {
+    ":lower": ascii_lower,
+    ":upper": ascii_upper,
+    ":lowerfirst": lambda text: ascii_lower(text[:1]) + text[1:],
+    ":upperfirst": lambda text: ascii_upper(text[:1]) + text[1:],
+    ":quotewildcard": lambda text: text.translate(WILDCARDS),
+    ":quoteregex": lambda text: text.translate(REGEX_SPECIALS),
+    ":length": lambda text: str(len(text)),
+}
+
+
+def require(call: Call) -> Step:
+    """The command require (RFC 5228 section 3.2)."""
+    compiler = call.compiler
+    known = compiler.language.capabilities
+    for capability, place in call.constants(0):
+        if capability not in known:
+            text = f"there is no capability {capability!r} here{similar_word(capability, known)}"
+            raise ScriptError(text, place)
+        compiler.enable(capability)
+    if not compiler.may_require:
+        raise ScriptError("require must stand before all other commands: move it up", call.node.start)
+    return lambda _run: None
+
+
+def stop(_call: Call) -> Step:
+    """The command stop (RFC 5228 section 3.3)."""
+
+    def run_stop(_run: Run) -> None:
+        raise ScriptEnd
+
+    return run_stop
+
+
+def keep(call: Call) -> Step:
+    """The command keep (RFC 5228 section 4.3)."""
+    flags = flags_of(call)
+    return lambda run: run.keep(flags(run))
+
+
+def discard(_call: Call) -> Step:
+    """The command discard (RFC 5228 section 4.4)."""
+    return lambda run: run.discard()
+
+
+def flags_of(call: Call) -> Callable[[Run], Sequence[str]]:
+    """The flags of an action: those of :flags, else the internal variable (RFC 5232 section 5)."""
+    if not call.has(":flags"):
+        return lambda run: run.flags
+    lists = all_of(call.texts(":flags"))
+    return lambda run: normalized_flags(run.billed(lists(run)))
+
+
+def file_into(call: Call) -> Step:
+    """The command fileinto (RFC 5228 section 4.1, RFC 3894, RFC 5232, RFC 5490, RFC 8579).
+
+    A missing folder is made in any case, with :create and without.
+    """
+    name, use = call.text(0) or "", call.text(":specialuse")
+    if isinstance(use, str) and not use.startswith("\\"):
+        raise ScriptError(f'{use!r} is no special use: write "\\\\{use}"', call.place_of(":specialuse"))
+    flags, copy = flags_of(call), call.has(":copy")
+
+    def run_fileinto(run: Run) -> None:
+        wanted = expanded(name, run)
+        run.spend(LOOKUP_STEPS)
+        special = None if use is None else run.look_up().special_folder(expanded(use, run).lower())
+        try:
+            folder = run.around.folder(wanted if special is None else special)
+        except ValueError as error:
+            raise RunError(f"fileinto: {error}") from None
+        run.file(folder, flags(run), copy)
+
+    return run_fileinto
+
+
+def change_flags(change: Callable[[list[str], list[str]], list[str]]) -> Callable[[Call], Step]:
+    """The commands setflag, addflag and removeflag (RFC 5232 section 3). change: of the old and the given flags."""
+
+    def compiled(call: Call) -> Step:
+        variables, lists, fixed = flag_variables(call), all_of(call.texts(1)), call.fixed(1)
+        constant = None if fixed is None else normalized_flags(fixed)
+
+        def run_flags(run: Run) -> None:
+            given = normalized_flags(run.billed(lists(run))) if constant is None else constant
+            run.spend(COMMAND_STEPS * (len(given) + len(run.flags)))
+            if not variables:
+                run.flags = change(run.flags, given)
+            for name, shared in variables:
+                old = (run.shared_variables if shared else run.variables).get(name, "")
+                run.set_variable(name, " ".join(change(normalized_flags(run.billed([old])), given)), shared)
+
+        return run_flags
+
+    return compiled
+
+
+def without_flags(flags: list[str], removed: list[str]) -> list[str]:
+    """The flags that are not among the removed ones."""
+    names = {flag.lower() for flag in removed}
+    return [flag for flag in flags if flag.lower() not in names]
+
+
+def set_variable(call: Call) -> Step:
+    """The command set (RFC 5229 section 4)."""
+    name, shared = call.compiler.variable(call.constant(0), call.place_of(0))
+    value, modify = call.text(1) or "", modifier_of(call)
+    return lambda run: run.set_variable(name, modify(expanded(value, run)), shared)
+
+
+def modifier_of(call: Call) -> Callable[[str], str]:
+    """What the modifiers of a command do, those of higher precedence first."""
+    given = sorted(filter(call.has, PRECEDENCE), key=PRECEDENCE.__getitem__, reverse=True)
+    functions = [MODIFIERS[tag] for tag in given]
+
+    def modify(text: str) -> str:
+        for function in functions:
+            text = function(text)
+        return text
+
+    return modify
+
+
+def include(call: Call) -> Step:
+    """The command include (RFC 6609 section 3.1)."""
+    name, place = call.constant(0), call.first_of(":personal", ":global") or "personal"
+    once, optional = call.has(":once"), call.has(":optional")
+    if not is_safe_name(name):
+        raise ScriptError(f"{name!r} is no name of a script", call.place_of(0))
+
+    def run_include(run: Run) -> None:
+        run.spend(INCLUDE_STEPS)
+        script = run.around.script(place, name)
+        if script:
+            run.include(script, once)
+        elif not optional:
+            raise RunError(f"include: there is no {place} script {name!r}")
+
+    return run_include
+
+
+def return_(_call: Call) -> Step:
+    """The command return (RFC 6609 section 3.3)."""
+
+    def run_return(_run: Run) -> None:
+        raise Return
+
+    return run_return
+
+
+def global_(call: Call) -> Step:
+    """The command global (RFC 6609 section 3.4.1)."""
+    call.compiler.demand("variables", "global", call.node.start)
+    for name, place in call.constants(0):
+        if "." in name:
+            raise ScriptError(f"{name!r} must be the name of a variable without a dot", place)
+        if name.lower() in call.compiler.own:
+            raise ScriptError(f"{name!r} has been used already: move the command global up", place)
+        call.compiler.shared.add(call.compiler.variable(name, place)[0])
+    return lambda _run: None
+
+
+def error_(call: Call) -> Step:
+    """The command error (RFC 5463 section 5)."""
+    text = call.text(0) or ""
+
+    def run_error(run: Run) -> None:
+        raise RunError(expanded(text, run))
+
+    return run_error
+
+
+def for_every_part(call: Call) -> Step:
+    """The command foreverypart (RFC 5703 section 3.1)."""
+    name, compiler = call.constant(":name"), call.compiler
+    compiler.loops.append(name)
+    block = compiler.block(call.node.block or [])
+    compiler.loops.pop()
+
+    def run_loop(run: Run) -> None:
+        outer = run.subject.part
+        parts = iter(run.subject.here().walk())
+        if outer:
+            next(parts, None)  # the parts of a part do not have it among them
+        try:
+            for run.subject.part in parts:
+                run.spend(PART_STEPS)
+                block(run)
+        except Break as ended:
+            if ended.name not in ("", name):
+                raise
+        finally:
+            run.subject.part = outer
+
+    return run_loop
+
+
+def break_(call: Call) -> Step:
+    """The command break (RFC 5703 section 3.2)."""
+    name = call.constant(":name")
+    if not call.compiler.loops:
+        raise ScriptError("break must stand in the block of foreverypart", call.node.start)
+    if name and name not in call.compiler.loops:
+        raise ScriptError(f"no foreverypart around this has the name {name!r}", call.place_of(":name"))
+
+    def run_break(_run: Run) -> None:
+        raise Break(name)
+
+    return run_break
+
+
+def extract_text(call: Call) -> Step:
+    """The command extracttext (RFC 5703 section 7)."""
+    call.compiler.demand("variables", "extracttext", call.node.start)
+    if not call.compiler.loops:
+        raise ScriptError("extracttext must stand in the block of foreverypart", call.node.start)
+    name, shared = call.compiler.variable(call.constant(0), call.place_of(0))
+    first, modify = call.number(":first"), modifier_of(call)
+
+    def run_extract(run: Run) -> None:
+        part = run.subject.here()
+        text = "" if part.content_type.type in ("multipart", "message") else run.subject.text_of(part)
+        run.set_variable(name, modify(text[: VARIABLE_LIMIT if first is None else first]), shared)
+
+    return run_extract
+
+
+def add_header(call: Call) -> Step:
+    """The command addheader (RFC 5293 section 4)."""
+    name, value, last = call.field_name(0), call.text(1) or "", call.has(":last")
+
+    def run_addheader(run: Run) -> None:
+        field, text = expanded(name, run), expanded(value, run)
+        if not is_field_name(field):
+            raise RunError(f"addheader: {field!r} is no name of a header field")
+        if field.lower() not in run.around.config.sieve_editheader_protected:
+            run.spend(len(run.subject.header.octets) // STEP_OCTETS)
+            run.subject.add_field(field, text, last)
+
+    return run_addheader
+
+
+def delete_header(call: Call) -> Step:
+    """The command deleteheader (RFC 5293 section 5)."""
+    field_name = call.field_name(0 if call.given(0) else 1)
+    has_values = call.given(0)
+    matcher, pick = call.matcher(1) if has_values else None, pick_of(call)
+
+    def run_deleteheader(run: Run) -> None:
+        field = expanded(field_name, run)
+        header = run.subject.header
+        if not is_field_name(field) or field.lower() in run.around.config.sieve_editheader_protected:
+            return
+        spans = list(header.spans(field.lower().encode()))
+        run.spend(len(header.octets) // STEP_OCTETS + COMMAND_STEPS * len(spans))
+        spans = pick(spans) if pick else spans
+        if matcher:
+            spans = [span for span in spans if matcher.accepts(run, [value_at(header, span)])]
+        run.subject.remove_fields(spans)
+
+    return run_deleteheader
+
+
+def value_at(header: Header, span: tuple[int, int]) -> str:
+    """The decoded value of the field at that place."""
+    return unstructured(header.octets[slice(*span)].partition(b":")[2])
+
+
+# ----------------------------------------------------------------------
+# The table
+# ----------------------------------------------------------------------
+
+MATCH_TAGS = (
+    Tag(":comparator", value=STRING),
+    Tag(":is", group="match type"),
+    Tag(":contains", group="match type"),
+    Tag(":matches", group="match type"),
+    Tag(":value", "relational", STRING, group="match type"),
+    Tag(":count", "relational", STRING, group="match type"),
+    Tag(":regex", "regex", group="match type"),
+)
+ADDRESS_PART_TAGS = (
+    Tag(":all", group="address part"),
+    Tag(":localpart", group="address part"),
+    Tag(":domain", group="address part"),
+    Tag(":user", "subaddress", group="address part"),
+    Tag(":detail", "subaddress", group="address part"),
+)
+INDEX_TAGS = (Tag(":index", "index", NUMBER), Tag(":last", "index"))
+MIME_TAGS = (Tag(":mime", "mime"), Tag(":anychild", "mime"))
+CONTENT_TYPE_TAGS = (
+    Tag(":type", "mime", group="mime option"),
+    Tag(":subtype", "mime", group="mime option"),
+    Tag(":contenttype", "mime", group="mime option"),
+    Tag(":param", "mime", STRINGS, group="mime option"),
+)
+ZONE_TAGS = (Tag(":zone", value=STRING, group="zone"), Tag(":originalzone", group="zone"))
+MODIFIER_TAGS = (
+    Tag(":lower", group="case"),
+    Tag(":upper", group="case"),
+    Tag(":lowerfirst", group="first letter"),
+    Tag(":upperfirst", group="first letter"),
+    Tag(":quotewildcard", group="quoting"),
+    Tag(":quoteregex", "regex", group="quoting"),
+    Tag(":length"),
+)
+FLAGS_TAG = Tag(":flags", "imap4flags", STRINGS)
+
+COMMANDS = (
+    Word(
+        "addflag",
+        "imap4flags",
+        (STRINGS, STRINGS),
+        change_flags(lambda old, new: normalized_flags([*old, *new])),
+        optional=1,
+    ),
+    Word("addheader", "editheader", (STRING, STRING), add_header, (Tag(":last"),)),
+    Word("break", "foreverypart", (), break_, (Tag(":name", value=STRING),)),
+    Word(
+        "deleteheader",
+        "editheader",
+        (STRING, STRINGS),
+        delete_header,
+        (*MATCH_TAGS, Tag(":index", value=NUMBER), Tag(":last")),
+        optional=1,
+    ),
+    Word("discard", "", (), discard),
+    Word("error", "ihave", (STRING,), error_),
+    Word("extracttext", "extracttext", (STRING,), extract_text, (Tag(":first", value=NUMBER), *MODIFIER_TAGS)),
+    Word(
+        "fileinto",
+        "fileinto",
+        (STRING,),
+        file_into,
+        (Tag(":copy", "copy"), Tag(":create", "mailbox"), FLAGS_TAG, Tag(":specialuse", "special-use", STRING)),
+    ),
+    Word("foreverypart", "foreverypart", (), for_every_part, (Tag(":name", value=STRING),), has_block=True),
+    Word("global", "include", (STRINGS,), global_),
+    Word(
+        "include",
+        "include",
+        (STRING,),
+        include,
+        (Tag(":personal", group="place"), Tag(":global", group="place"), Tag(":once"), Tag(":optional")),
+    ),
+    Word("keep", "", (), keep, (FLAGS_TAG,)),
+    Word("removeflag", "imap4flags", (STRINGS, STRINGS), change_flags(without_flags), optional=1),
+    Word("require", "", (STRINGS,), require),
+    Word("return", "include", (), return_),
+    Word("set", "variables", (STRING, STRING), set_variable, MODIFIER_TAGS),
+    Word("setflag", "imap4flags", (STRINGS, STRINGS), change_flags(lambda _old, new: new), optional=1),
+    Word("stop", "", (), stop),
+)
+TESTS = (
+    Word(
+        "address", "", (STRINGS, STRINGS), addresses_match, (*MATCH_TAGS, *ADDRESS_PART_TAGS, *INDEX_TAGS, *MIME_TAGS)
+    ),
+    Word("allof", "", (), conjunction, tests=MANY),
+    Word("anyof", "", (), disjunction, tests=MANY),
+    Word(
+        "body",
+        "body",
+        (STRINGS,),
+        body_matches,
+        (
+            *MATCH_TAGS,
+            Tag(":raw", group="transform"),
+            Tag(":content", value=STRINGS, group="transform"),
+            Tag(":text", group="transform"),
+        ),
+    ),
+    Word("currentdate", "date", (STRING, STRINGS), current_date_matches, (*MATCH_TAGS, ZONE_TAGS[0])),
+    Word("date", "date", (STRING, STRING, STRINGS), date_matches, (*MATCH_TAGS, *ZONE_TAGS, *INDEX_TAGS)),
+    Word(
+        "duplicate",
+        "duplicate",
+        (),
+        is_duplicate,
+        (
+            Tag(":handle", value=STRING),
+            Tag(":header", value=STRING, group="id"),
+            Tag(":uniqueid", value=STRING, group="id"),
+            Tag(":seconds", value=NUMBER),
+            Tag(":last"),
+        ),
+    ),
+    Word("envelope", "envelope", (STRINGS, STRINGS), envelope_matches, (*MATCH_TAGS, *ADDRESS_PART_TAGS)),
+    Word("environment", "environment", (STRING, STRINGS), environment_matches, MATCH_TAGS),
+    Word("exists", "", (STRINGS,), fields_exist, MIME_TAGS),
+    Word("false", "", (), always_false),
+    Word("hasflag", "imap4flags", (STRINGS, STRINGS), flags_match, MATCH_TAGS, optional=1),
+    Word("header", "", (STRINGS, STRINGS), fields_match, (*MATCH_TAGS, *INDEX_TAGS, *MIME_TAGS, *CONTENT_TYPE_TAGS)),
+    Word("ihave", "ihave", (STRINGS,), has_capability),
+    Word("mailboxexists", "mailbox", (STRINGS,), folders_exist),
+    Word("not", "", (), negation, tests=1),
+    Word(
+        "size", "", (), size_is, (Tag(":over", value=NUMBER, group="size"), Tag(":under", value=NUMBER, group="size"))
+    ),
+    Word("spamtest", "spamtest", (STRING,), spam_matches, (*MATCH_TAGS, Tag(":percent", "spamtestplus"))),
+    Word("specialuse_exists", "special-use", (STRING, STRINGS), special_uses_exist, optional=1),
+    Word("string", "variables", (STRINGS, STRINGS), strings_match, MATCH_TAGS),
+    Word("true", "", (), always_true),
+    Word("virustest", "virustest", (STRING,), virus_matches, MATCH_TAGS),
+)
+# Capabilities that stand for something else than a row or a tag.
+OTHER_CAPABILITIES = (
+    *("encoded-character", "fileinto", "include", "mime", "spamtestplus"),
+    *map("comparator-".__add__, COMPARATORS),
+)
+
+
+def language_for(extensions: Sequence[str]) -> Language:
+    """The language that scripts may use. extensions: the capabilities allowed; () for all that this host can have.
+
+    Comparators are always allowed.
+    """
+    capabilities = {word.capability for word in (*COMMANDS, *TESTS)} | set(OTHER_CAPABILITIES)
+    capabilities |= {tag.capability for word in (*COMMANDS, *TESTS) for tag in word.tags.values()}
+    capabilities.discard("")
+    if not has_regex():
+        capabilities.discard("regex")
+    if extensions:
+        capabilities &= {*extensions, *map("comparator-".__add__, COMPARATORS)}
+    return Language(COMMANDS, TESTS, capabilities)
+
+
+# ======================================================================
+# Filters
+#
+# Owns whose scripts run for a recipient, in which order, what they may ask, and
+# whom an error is told.
+# Must not know the syntax of scripts, and how mail is stored.
+# ======================================================================
+
+KEPT_LIMIT = 512 * 1024  # octets of scripts that a process keeps compiled; each takes a hundred times its size at worst
+SCRIPT_LOG_LIMIT = 64 * 1024  # octets of the file in which a user finds the errors of a script
+SCRIPT_SUFFIX = ".sieve"
+CYRUS_SUFFIX, COMPILED_SUFFIX, CYRUS_ACTIVE = ".script", ".bc", "defaultbc"
+SCORE_LENGTH_LIMIT = 1000  # characters of a field in which a spam score is looked for
+
+
+class ScriptUnreadable(Exception):
+    """A script cannot be read for now. script: its path. The text has it, too, and says why."""
+
+    def __init__(self, script: str, error: Exception) -> None:
+        super().__init__(with_path(script, error))
+        self.script = script
+
+
+class ScriptFiles:
+    """Reads and compiles scripts, and keeps them until their files change."""
+
+    def __init__(self, config: Config, traced: bool) -> None:
+        """traced: whether each test of the scripts reports its result."""
+        self._config, self._traced = config, traced
+        self._language: Language | None = None
+        self._kept: dict[tuple[str, int], tuple[tuple[int, ...], Script | ScriptErrors, int]] = {}
+
+    def load(self, path: str, identity: Identity) -> Script | None:
+        """The script in a file; None if it is missing. identity: whose rights are needed to read it.
+
+        Raises ScriptUnreadable and ScriptErrors.
+        """
+        try:
+            with identity:
+                return self._load(path, identity)
+        except OSError as error:
+            if error.errno in ABSENT:
+                return None
+            raise ScriptUnreadable(path, error) from None
+
+    def _load(self, path: str, identity: Identity) -> Script:
+        """See load(). Raises OSError, ScriptUnreadable and ScriptErrors."""
+        key = path, identity.uid
+        kept = self._kept.get(key)
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ScriptUnreadable(path, ValueError("is no plain file"))
+        if not kept or kept[0] != state_of(status):
+            octets, state = self._read(path)
+            self._kept.pop(key, None)
+            while self._kept and sum(size for _, _, size in self._kept.values()) + len(octets) > KEPT_LIMIT:
+                del self._kept[next(iter(self._kept))]
+            kept = self._kept[key] = state, self._compile(octets, path), len(octets)
+        if isinstance(kept[1], ScriptErrors):
+            raise kept[1]
+        return kept[1]
+
+    def _read(self, path: str) -> tuple[bytes, tuple[int, ...]]:
+        """The content of a file and its state. Raises OSError."""
+        # The user may put something else there meanwhile, such as a FIFO or a terminal.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            with PathInErrors(path), open(fd, "rb", closefd=False) as stream:
+                return stream.read(self._config.sieve_maxscriptsize + 1), state_of(os.fstat(fd))
+        finally:
+            os.close(fd)
+
+    def _compile(self, octets: bytes, path: str) -> Script | ScriptErrors:
+        import gc
+
+        self._language = self._language or language_for(self._config.sieve_extensions)
+        gc.disable()  # a large script makes many objects, none of which is garbage
+        try:
+            return Compiler(self._language, self._config.sieve_maxscriptsize, self._traced).compile(octets, path)
+        except ScriptErrors as errors:
+            return errors
+        finally:
+            gc.enable()
+
+
+def state_of(status: os.stat_result) -> tuple[int, ...]:
+    """What changes whenever a file is changed or replaced."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+class Occasion:
+    """The delivery of a message to one recipient, as the scripts see it: a Surroundings.
+
+    default_folder: the directory of the folder where a keep goes. files, records: where scripts and records are; None
+    without any. pending: mailboxes and records that the other recipients of the transaction make.
+    """
+
+    def __init__(
+        self, mailbox: Maildir, recipient: Recipient, reverse_path: Address | None, default_folder: str, config: Config
+    ) -> None:
+        self.mailbox, self.recipient, self.reverse_path = mailbox, recipient, reverse_path
+        self.default_folder, self.config = default_folder, config
+        self.files: ScriptFiles | None = None
+        self.records: Records | None = None
+        self.pending: set[tuple[str, str]] = set()
+
+    def folder(self, name: str) -> str:
+        """See Surroundings."""
+        if not name:
+            return INBOX
+        name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        if self.config.unixhierarchysep:
+            if not all(name.split("/")):
+                raise ValueError(f"{name!r} cannot be a folder's name: it has a slash too many")
+            first, slash, rest = name.partition("/")
+            name = f"INBOX/{rest}" if slash and first.upper() == "INBOX" else name
+        try:
+            return self.mailbox.resolve(name) or self.mailbox.new_folder(name)
+        except OSError as error:
+            raise ValueError(text_of(error)) from None
+
+    def has_folder(self, name: str) -> bool:
+        """See Surroundings."""
+        try:
+            return not name or self.mailbox.resolve(name) is not None
+        except OSError as error:
+            raise RunError(text_of(error)) from None
+
+    def special_folder(self, use: str) -> str | None:
+        """See Surroundings."""
+        name = self.config.special_uses.get(use)
+        return name if name is not None and self.has_folder(name) else None
+
+    def script(self, place: str, name: str) -> Script | None:
+        """See Surroundings."""
+        if not self.files or (place == "personal" and not self.mailbox.script):
+            return None
+        try:
+            if place == "global":
+                folder = self.config.sieve_global_dir
+                return self.files.load(f"{folder}/{name}{SCRIPT_SUFFIX}", Identity.of_process()) if folder else None
+            with self.mailbox.identity:
+                active = target_of_script(self.mailbox.script)
+            suffix = CYRUS_SUFFIX if active.endswith(CYRUS_SUFFIX) else SCRIPT_SUFFIX
+            return self.files.load(f"{os.path.dirname(active)}/{name}{suffix}", self.mailbox.identity)
+        except ScriptErrors as errors:
+            error = RunError(errors.errors[0][2])
+            error.script, error.line = errors.name, errors.errors[0][0]
+            raise error from None
+        except (ScriptUnreadable, OSError) as error:
+            raise RunError(f"include: {text_of(error)}") from None
+
+    def has_seen(self, record: str) -> bool:
+        """See Surroundings."""
+        path = self.mailbox.path
+        return (path, record) in self.pending or (self.records is not None and self.records.has(path, record))
+
+    def environment(self, item: str) -> str | None:
+        """See Surroundings."""
+        host = self.config.servername
+        return {
+            "domain": host.partition(".")[2],
+            "host": host,
+            "location": "MDA",
+            "name": "lmtpd",
+            "phase": "during",
+            "remote-host": "",
+            "remote-ip": "",
+            "version": __version__,
+        }.get(item)
+
+    def score(self, subject: Subject, of: str, best: int) -> str | None:
+        """See Surroundings."""
+        return score_of(subject, of, best, self.config)
+
+
+def target_of_script(path: str) -> str:
+    """The source of the script that a path leads to: Cyrus' link leads to the compiled one. Raises OSError."""
+    target = os.path.realpath(path)
+    return target.removesuffix(COMPILED_SUFFIX) + CYRUS_SUFFIX if target.endswith(COMPILED_SUFFIX) else target
+
+
+def score_of(subject: Subject, of: str, best: int, config: Config) -> str | None:
+    """The result of the test spamtest or virustest, from 1 to best, or from 0 to 100 percent; None if it is unknown.
+
+    Source: RFC 5235, Pigeonhole's documentation of the settings of these names.
+    """
+    prefix = f"sieve_{of}test"
+    kind, texts = getattr(config, f"{prefix}_status_type"), config.test_texts[of]
+    status = field_text(subject, getattr(config, f"{prefix}_status_header"))
+    if status is None:
+        return None
+    if kind == "text":
+        return next((str(number) for number, text in texts.items() if text == status), None)
+    maximum = number_in(field_text(subject, getattr(config, f"{prefix}_max_header")) or "")
+    maximum = maximum or number_in(getattr(config, f"{prefix}_max_value"))
+    score = float(len(status)) if kind == "strlen" else number_in(status)
+    if score is None or not maximum or maximum <= 0:
+        return None
+    share = min(max(score / maximum, 0.0), 1.0)
+    return str(round(share * 100)) if best == 100 else str(1 + int(share * (best - 1)))
+
+
+def field_text(subject: Subject, setting: str) -> str | None:
+    """The value of the field in "Name" or, in "Name: regular expression", its first group; None if it is missing."""
+    name, _, pattern = setting.partition(":")
+    value = next(iter(subject.values(name.strip().lower())), None) if name else None
+    if value is None or not pattern.strip():
+        return value
+    import re
+
+    match = re.search(with_python_classes(pattern.strip()), value[:SCORE_LENGTH_LIMIT])
+    return (match[1] if match.re.groups else match[0]) if match else None
+
+
+def number_in(text: str) -> float | None:
+    """A decimal number; None if it is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if abs(value) < FOREVER else None
+
+
+class Filtered:
+    """What the scripts want for a message. scripts: the paths of those that ran.
+
+    filings: its copies; none if it is discarded. records: what to record once they are stored, and for how many
+    seconds. errors: each as (script, "line" or "line:column", text); then the message is kept. ms: milliseconds.
+    """
+
+    def __init__(self) -> None:
+        self.scripts: list[str] = []
+        self.filings: list[Filing] = []
+        self.records: dict[str, int] = {}
+        self.errors: list[tuple[str, str, str]] = []
+        self.ms = 0.0
+
+    def actions(self) -> str:
+        """The actions in words."""
+        filed = [" ".join([f"fileinto {folder_name(filing.folder)}", *filing.flags]) for filing in self.filings]
+        return ", ".join(filed) or "discard"
+
+
+class Filters:
+    """Runs the scripts for a recipient: the site's before, the user's or else the default, the site's after.
+
+    Each hands the message on to the next while a keep is in effect at its end. report: see Run.
+    """
+
+    def __init__(
+        self, config: Config, records: Records | None, report: Callable[[Script, int, str], None] | None
+    ) -> None:
+        self._config, self._records, self._report = config, records, report
+        self._files = ScriptFiles(config, traced=report is not None)
+        self._own = Identity.of_process()
+        self._has_site_scripts = bool(config.sieve_before or config.sieve_default or config.sieve_after)
+
+    def run(self, message: Message, occasion: Occasion) -> Filtered | None:
+        """What the scripts want; None if there are none. After an error the message is kept.
+
+        Raises OSError if the message cannot be read.
+        """
+        if not occasion.mailbox.script and not self._has_site_scripts:
+            return None
+        occasion.files, occasion.records = self._files, self._records
+        started = time.monotonic()
+        run, filtered = Run(Subject(message), occasion), Filtered()
+        run.report = self._report
+        try:
+            for script in self._scripts(occasion.mailbox):
+                filtered.scripts.append(script.name)
+                run.execute(script)
+                if not run.keeps:
+                    break
+        except ScriptUnreadable as error:
+            run.fall_back()
+            filtered.errors.append((error.script, "", str(error)))
+        except ScriptErrors as errors:
+            run.fall_back()
+            filtered.errors += [(errors.name, f"{line}:{column}", text) for line, column, text in errors.errors]
+        except RunError as error:
+            filtered.errors.append((error.script, str(error.line), error.text))
+        except OSError:
+            raise
+        except Exception as error:  # a fault of the program must not keep mail out
+            log.traceback("script failed")
+            run = Run(Subject(message), occasion)
+            filtered.errors.append(("", "", f"internal error: {error!r}"))
+        finally:
+            run.subject.close()
+        if not filtered.scripts and not filtered.errors:
+            return None
+        filtered.filings, filtered.records = run.filings(), run.records
+        filtered.ms = round((time.monotonic() - started) * 1000, 1)
+        return filtered
+
+    def tell(self, filtered: Filtered, occasion: Occasion) -> None:
+        """Logs what the scripts want, and their errors; those of the user's own also into a file beside the script."""
+        for script, place, text in filtered.errors:
+            log.error("script error", script=script, line=place, cause=text)
+            if place and occasion.mailbox.script:
+                self._tell_user(script, f"{place}: {text}", occasion.mailbox)
+        log.info(
+            "filtered",
+            recipient=f"<{occasion.recipient.address}>",
+            script=" ".join(filtered.scripts),
+            actions=filtered.actions(),
+            ms=filtered.ms,
+        )
+
+    def _scripts(self, mailbox: Maildir) -> Iterator[Script]:
+        """The scripts in their order. Raises ScriptUnreadable and ScriptErrors."""
+        config = self._config
+        yield from self._site_script("sieve_before", config.sieve_before)
+        user = self._user_script(mailbox)
+        if user:
+            yield user
+        else:
+            yield from self._site_script("sieve_default", config.sieve_default)
+        yield from self._site_script("sieve_after", config.sieve_after)
+
+    def _site_script(self, option: str, path: str) -> Iterator[Script]:
+        """The script of the site in that file, or those in that directory in the order of their names.
+
+        Raises ScriptUnreadable and ScriptErrors.
+        """
+        if not path:
+            return
+        paths = [path]
+        if os.path.isdir(path):
+            try:
+                paths = sorted(f"{path}/{name}" for name in os.listdir(path) if name.endswith(SCRIPT_SUFFIX))
+            except OSError as error:
+                raise ScriptUnreadable(path, error) from None
+        for each in paths:
+            if script := self._files.load(each, self._own):
+                yield script
+            else:
+                log.warning_once("script missing", option=option, script=each)
+
+    def _user_script(self, mailbox: Maildir) -> Script | None:
+        """The user's script; None if there is none. Raises ScriptUnreadable and ScriptErrors."""
+        path = mailbox.script
+        if not path:
+            return None
+        if os.path.basename(path) == CYRUS_ACTIVE:
+            try:
+                with mailbox.identity:
+                    path = target_of_script(path)
+            except OSError as error:
+                raise ScriptUnreadable(path, error) from None
+        return self._files.load(path, mailbox.identity)
+
+    def _tell_user(self, script: str, text: str, mailbox: Maildir) -> None:
+        """Writes an error into a file beside the script, if that is one of the user's."""
+        try:
+            with mailbox.identity:
+                path = os.path.realpath(script)
+                if os.path.dirname(path) == os.path.dirname(target_of_script(mailbox.script)):
+                    add_to_script_log(path, text)
+        except OSError as error:
+            log.debug("script log not written", script=script, cause=error)
+
+
+def report_test(script: Script, line: int, text: str) -> None:
+    """Logs the result of a test."""
+    log.debug("script test", script=f"{script.name}:{line}", result=text)
+
+
+def add_to_script_log(script: str, text: str) -> None:
+    """Adds a line to the file in which the user finds the errors of a script: NAME.log beside it. Raises OSError."""
+    path = f"{script.removesuffix(SCRIPT_SUFFIX).removesuffix(CYRUS_SUFFIX)}.log"
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | EXISTING_FILE, 0o600)
+    try:
+        status = os.fstat(fd)
+        printable = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+        line = f"{date_time()} {os.path.basename(script)}:{printable}\n".encode("utf-8", "backslashreplace")
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "is no plain file", path)
+        if status.st_size + len(line) > SCRIPT_LOG_LIMIT:
+            os.truncate(fd, 0)  # it begins anew: the latest errors are those that matter
+        write_all(fd, line)
+    finally:
+        os.close(fd)
 
 
 # ======================================================================
@@ -5328,14 +8745,17 @@ class Placement:
     """A message on its way into one folder.
 
     key: the folder's name in records and in the log. event: the result, for the log. placed: the message in the folder,
-    if it has been stored. twin: an earlier placement in the same folder, of which this one is a duplicate. failure: the
-    reply if it failed.
+    if it has been stored. subscribes: whether the owner is subscribed to a folder that is made for it. twin: an earlier
+    placement in the same folder, of which this one is a duplicate. failure: the reply if it failed.
     """
 
-    __slots__ = ("event", "failure", "flags", "folder", "key", "mailbox", "message", "placed", "twin")
+    __slots__ = ("event", "failure", "flags", "folder", "key", "mailbox", "message", "placed", "subscribes", "twin")
 
-    def __init__(self, message: Message, mailbox: Maildir, folder: str, flags: Sequence[str] = ()) -> None:
+    def __init__(
+        self, message: Message, mailbox: Maildir, folder: str, flags: Sequence[str] = (), subscribes: bool = False
+    ) -> None:
         self.message, self.mailbox, self.folder, self.flags = message, mailbox, folder, flags
+        self.subscribes = subscribes
         self.key = mailbox.key(folder)
         self.event = "delivered"
         self.placed: Placed | None = None
@@ -5353,16 +8773,18 @@ class Placement:
 
 
 class Delivery:
-    """The delivery of a message to one recipient, which has one placement or more.
+    """The delivery of a message to one recipient. It has no placement if a script discards the message.
 
-    failure: the client's reply if something has failed; else None.
+    failure: the client's reply if something has failed; else None. records: what to record once all is stored, and for
+    how many seconds.
     """
 
-    __slots__ = ("destination", "failure", "placements")
+    __slots__ = ("destination", "failure", "placements", "records", "reverse_path")
 
-    def __init__(self, destination: Destination) -> None:
-        self.destination = destination
+    def __init__(self, destination: Destination, reverse_path: Address | None) -> None:
+        self.destination, self.reverse_path = destination, reverse_path
         self.placements: list[Placement] = []
+        self.records: dict[str, int] = {}
         self.failure: Reply | None = None
 
     def fail(self, reply: Reply, placement: Placement | None = None) -> None:
@@ -5486,12 +8908,13 @@ class DeliveryAgent:
         self._config = config
         self.router = Router(config)
         self._identity = Identity.of_process()
-        self._duplicates = Duplicates(config) if config.duplicatesuppression else None
+        self._records = Records(config)
+        self._filters = Filters(config, self._records, report_test if config.debug else None)
+        self._pending: set[tuple[str, str]] = set()
 
     def prepare(self) -> None:
         """Gets ready for many messages, before workers fork."""
-        if self._duplicates:
-            self._duplicates.prepare()
+        self._records.prepare()
 
     def drafts(self, envelope: Envelope) -> Iterator[Draft]:
         """Spool files for a message that is too large for memory, one after the other on different file systems.
@@ -5536,7 +8959,7 @@ class DeliveryAgent:
         journal once for all of them.
         """
         started = time.monotonic()
-        deliveries = [Delivery(destination) for destination in envelope.destinations]
+        deliveries = [Delivery(destination, envelope.reverse_path) for destination in envelope.destinations]
         if refusal := self.refusal(incoming):
             for delivery in deliveries:
                 delivery.fail(refusal)
@@ -5548,16 +8971,41 @@ class DeliveryAgent:
             log_delivery(delivery, reply, incoming.message, envelope, started)
         return replies
 
-    def plan(self, message: Message, destination: Destination) -> list[Placement]:
-        """The placements of a message for one recipient, at least one. Raises StoreError, LmtpError and OSError."""
-        destination.mailbox.make()
-        if self._config.lmtp_delivered_to:
-            message = message.with_field(f"Delivered-To: {destination.recipient.address}\n".encode())
-        return [Placement(message, destination.mailbox, self.router.folder_of(destination))]
+    def plan(self, message: Message, delivery: Delivery) -> list[Placement]:
+        """The placements of a message for one recipient, none if it is discarded; sets the delivery's records.
+
+        Raises StoreError, LmtpError and OSError.
+        """
+        destination, config = delivery.destination, self._config
+        mailbox, recipient = destination.mailbox, destination.recipient
+        mailbox.make()
+        if config.lmtp_delivered_to:
+            message = message.with_header(message.header.with_field(f"Delivered-To: {recipient.address}\n".encode()))
+        folder = self.router.folder_of(destination)
+        if recipient.is_shared:
+            return [Placement(message, mailbox, folder)]
+        default = folder if config.sieve_subaddress_folder else INBOX
+        occasion = Occasion(mailbox, recipient, delivery.reverse_path, default, config)
+        occasion.pending = self._pending
+        filtered = self._filters.run(message, occasion)
+        if not filtered:
+            return [Placement(message, mailbox, folder)]
+        self._filters.tell(filtered, occasion)
+        delivery.records = filtered.records
+        self._pending.update((mailbox.path, record) for record in filtered.records)
+        variants: dict[Header | None, Message] = {None: message}
+        for filing in filtered.filings:
+            if filing.header not in variants:
+                variants[filing.header] = message.with_header(filing.header or message.header)
+        return [
+            Placement(variants[filing.header], mailbox, filing.folder, filing.flags, filing.is_named)
+            for filing in filtered.filings
+        ]
 
     def _place_all(self, message: Message, deliveries: Sequence[Delivery]) -> None:
         """Delivers to all recipients, and updates the duplicate database."""
         first_in: dict[str, Placement] = {}
+        self._pending.clear()
         batch: list[Delivery] = []
         waiting = 0
         for delivery in deliveries:
@@ -5569,8 +9017,11 @@ class DeliveryAgent:
                 batch, waiting = [], 0
         placements = [placement for delivery in deliveries for placement in delivery.placements]
         stored = [placement.key for placement in placements if placement.is_stored]
-        if stored and self._duplicates and is_identified(message):
-            self._duplicates.add(message.message_id, message.date, stored)
+        if stored and self._config.duplicatesuppression and is_identified(message):
+            self._records.add_delivered(message.message_id, message.date, stored)
+        for delivery in deliveries:
+            if delivery.records and not delivery.failure:
+                self._records.add(delivery.destination.mailbox.path, delivery.records)
 
     def _place(self, message: Message, delivery: Delivery, first_in: dict[str, Placement], is_last: bool) -> None:
         """Puts a recipient's copies into the folders that do not have the message yet, until one of them fails.
@@ -5578,7 +9029,7 @@ class DeliveryAgent:
         first_in: the first placement in each folder, by its key. is_last: whether no other recipient follows.
         """
         try:
-            delivery.placements = self.plan(message, delivery.destination)
+            delivery.placements = self.plan(message, delivery)
         except Exception as error:
             delivery.fail(reply_to(error, self._config, delivery.destination.mailbox.path))
             return
@@ -5599,19 +9050,19 @@ class DeliveryAgent:
     ) -> None:
         """Places the message unless the folder has it already. Raises StoreError, OSError and ValueError."""
         message, mailbox = placement.message, placement.mailbox
-        placement.twin = first_in.get(placement.key) if self._duplicates else None
+        placement.twin = first_in.get(placement.key) if self._config.duplicatesuppression else None
         if placement.twin or self._has_got(placement.key, message):
             placement.event = "duplicate"
             return
         if self._config.lmtp_strict_quota and not destination.ignores_quota:
             mailbox.check_quota(placement.folder, message.size, 1)
-        placement.placed = mailbox.place(message, placement.folder, placement.flags, may_move)
+        placement.placed = mailbox.place(message, placement.folder, placement.flags, may_move, placement.subscribes)
         first_in[placement.key] = placement
 
     def _has_got(self, key: str, message: Message) -> bool:
-        if not self._duplicates or not is_identified(message):
+        if not self._config.duplicatesuppression or not is_identified(message):
             return False
-        return self._duplicates.has(message.message_id, message.date, key)
+        return self._records.has_delivered(message.message_id, message.date, key)
 
     def _settle(self, message: Message, deliveries: Sequence[Delivery], first_in: dict[str, Placement]) -> None:
         """Makes the placements of each recipient durable; if one of them fails, takes that recipient's others back.
@@ -5684,7 +9135,7 @@ def log_delivery(delivery: Delivery, reply: Reply, message: Message, envelope: E
     """Logs one line for each placement. started: when the delivery began, by time.monotonic()."""
     path = delivery.destination.mailbox.path
     parts = [(each.event, each.key, each.placed.name if each.placed else "") for each in delivery.placements]
-    for event, mailbox, file in parts or [("not delivered", path, "")]:
+    for event, mailbox, file in parts or [("not delivered" if delivery.failure else "discarded", path, "")]:
         log.info(
             event,
             msgid=message.message_id,
@@ -6823,7 +10274,8 @@ class Arguments:
     """The command line.
 
     config_file: -C. uses: -U, the connections that a process serves. timeout: -T, the seconds that it waits for another
-    connection; 0 for ever. debugs: -D. expects_proxy: -H. trusts_internet: -a.
+    connection; 0 for ever. debugs: -D. expects_proxy: -H. trusts_internet: -a. scripts: to check. address, sender: to
+    explain; None and "" without such a question.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -6832,6 +10284,9 @@ class Arguments:
         self.uses = parse_count(options["-U"], "-U")
         self.timeout: float = parse_count(options["-T"], "-T")
         self.debugs, self.expects_proxy, self.trusts_internet = options["-D"], options["-H"], options["-a"]
+        self.scripts: list[str] = options["<script>"]
+        self.address: str | None = options["<address>"]
+        self.sender: str = options["-f"] or ""
 
 
 def parse_count(value: str, name: str) -> int:
@@ -7459,6 +10914,125 @@ def socket_from_inetd() -> Socket:
 
 
 # ======================================================================
+# Questions
+#
+# Owns what the program says about itself without serving.
+# Must not know the wire.
+# ======================================================================
+
+
+def drop_privileges(user: str, keep: bool) -> None:
+    """Becomes the user if root has started the process. Raises ConfigError.
+
+    keep: whether the process has to act as other users later. If not, it cannot become root again.
+    """
+    if os.geteuid() != 0:
+        return
+    if not user:
+        raise ConfigError("refusing to run as root: set cyrus_user to the account that owns the Maildirs")
+    import pwd
+
+    try:
+        account = pwd.getpwnam(user)
+    except KeyError:
+        raise ConfigError(f"cyrus_user: there is no account {user!r}; create it or name another") from None
+    if account.pw_uid == 0:
+        raise ConfigError("cyrus_user must not be root: set it to the account that owns the Maildirs")
+    os.initgroups(user, account.pw_gid)
+    if keep:
+        os.setegid(account.pw_gid)
+        os.seteuid(account.pw_uid)
+    else:
+        os.setgid(account.pw_gid)
+        os.setuid(account.pw_uid)
+
+
+def check_scripts(paths: Sequence[str], config_file: str) -> int:
+    """Checks Sieve scripts, and prints each error as "file:line:column: text"; the exit status.
+
+    config_file: the options for scripts are those of this file, or the defaults if it cannot be read.
+    """
+    extensions: Sequence[str] = ()
+    size_limit = as_kibioctets(Config.table()["sieve_maxscriptsize"].default or "")
+    if os.access(config_file, os.R_OK):
+        config = Config.load(config_file)
+        extensions, size_limit = config.sieve_extensions, config.sieve_maxscriptsize
+    language = language_for(extensions)
+    status = os.EX_OK
+    for path in paths:
+        try:
+            with open(path, "rb") as stream:
+                Compiler(language, size_limit).compile(stream.read(), path)
+        except ScriptErrors as errors:
+            status = status or os.EX_CONFIG
+            for line, column, text in errors.errors:
+                print(f"{path}:{line}:{column}: {text}")
+        except OSError as error:
+            status = os.EX_NOINPUT
+            print(text_of(error), file=sys.stderr)
+    return status
+
+
+def explain(recipient: str, sender: str, config: Config) -> int:
+    """Prints what would happen to the message on standard input, and does none of it; the exit status.
+
+    Raises UsageError and ConfigError.
+    """
+    address, reverse_path = address_given(recipient), address_given(sender)
+    if not address:
+        raise UsageError("--explain needs the address of a recipient")
+    router, records = Router(config), Records(config)
+    try:
+        destination = router.find(address, Envelope(reverse_path), 0, ignores_quota=False)
+        folder = router.folder_of(destination)
+    except (LmtpError, StoreError) as error:
+        print(f"reply    {reply_to(error, config).render().decode().strip()}")
+        return os.EX_OK
+    mailbox, known = destination.mailbox, destination.recipient
+    message = Message.of(with_lf(sys.stdin.buffer.read(), CRLF))
+    print(f"user     {known.userid}")
+    print(f"mailbox  {mailbox.path}")
+    print(f"folder   {folder_name(folder)}")
+    print(f"script   {mailbox.script or 'none'}")
+    occasion = Occasion(mailbox, known, reverse_path, folder if config.sieve_subaddress_folder else INBOX, config)
+    filters = Filters(config, records if records.exists() else None, print_test)
+    filtered = filters.run(message, occasion) if not known.is_shared else None
+    for script, place, text in filtered.errors if filtered else ():
+        print(f"error    {script}:{place}: {text}" if place else f"error    {text}")
+    print(f"actions  {filtered.actions() if filtered else f'fileinto {folder_name(folder)}'}")
+    return os.EX_OK
+
+
+def print_test(script: Script, line: int, text: str) -> None:
+    """Prints the result of a test."""
+    print(f"test     {script.name}:{line}: {text}")
+
+
+def address_given(argument: str) -> Address | None:
+    """The address in an argument, with angle brackets or without; None for an empty one. Raises UsageError."""
+    path = argument if argument.startswith("<") else f"<{argument}>"
+    try:
+        return parse_path(path)[0]
+    except ValueError as error:
+        raise UsageError(f"{argument!r}: {error}") from None
+
+
+def answer(options: Arguments) -> int:
+    """Answers the question in the command line; the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        if options.scripts:
+            return check_scripts(options.scripts, options.config_file)
+        config = Config.load(options.config_file)
+        drop_privileges(config.cyrus_user, keep=config.userdb != "maildir")
+        return explain(options.address or "", options.sender, config)
+    except (ConfigError, UsageError) as error:
+        print(f"lmtpd: {error}", file=sys.stderr)
+        return os.EX_CONFIG if isinstance(error, ConfigError) else os.EX_USAGE
+
+
+# ======================================================================
 # Main
 #
 # Owns the order of a start: command line, configuration, privileges, service,
@@ -7475,6 +11049,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.open()
     try:
         options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        if options.scripts or options.address is not None:
+            return answer(options)
         service = os.environ.get("CYRUS_SERVICE", "lmtp")
         config = Config.load(options.config_file, service)
         log.open(config.syslog_prefix, config.syslog_facility, config.debug)
@@ -7573,32 +11149,6 @@ def refuse_to_start(status: int, text: str) -> int:
         except OSError:
             continue  # this one has gone
     return status
-
-
-def drop_privileges(user: str, keep: bool) -> None:
-    """Becomes the user if root has started the process. Raises ConfigError.
-
-    keep: whether the process has to act as other users later. If not, it cannot become root again.
-    """
-    if os.geteuid() != 0:
-        return
-    if not user:
-        raise ConfigError("refusing to run as root: set cyrus_user to the account that owns the Maildirs")
-    import pwd
-
-    try:
-        account = pwd.getpwnam(user)
-    except KeyError:
-        raise ConfigError(f"cyrus_user: there is no account {user!r}; create it or name another") from None
-    if account.pw_uid == 0:
-        raise ConfigError("cyrus_user must not be root: set it to the account that owns the Maildirs")
-    os.initgroups(user, account.pw_gid)
-    if keep:
-        os.setegid(account.pw_gid)
-        os.seteuid(account.pw_uid)
-    else:
-        os.setgid(account.pw_gid)
-        os.setuid(account.pw_uid)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,13 @@ setup(
     python_requires=">=3.10",
     install_requires=["docopt", 'systemd-python; sys_platform == "linux"'],
     # auth: for the option sasl_pwcheck_method: file. idna: for domains beyond ASCII with the option virtdomains.
-    extras_require={"auth": ["scramp", "argon2-cffi"], "idna": ["idna"]},
+    # regex: for regular expressions in Sieve scripts.
+    extras_require={"auth": ["scramp", "argon2-cffi"], "idna": ["idna"], "regex": ["google-re2"]},
     # Our own, because one that pip makes of an entry point imports more than it takes to deliver a message.
     scripts=["units/lmtpd"],
     data_files=[
         ("share/man/man8", glob.glob("man/*.8")),
+        ("share/man/man7", glob.glob("man/*.7")),
         ("share/man/man5", glob.glob("man/*.5")),
         ("share/lmtpd/units", sorted({*glob.glob("units/*")} - {"units/lmtpd"})),
     ],

@@ -789,9 +789,9 @@ def test_an_option_of_cyrus_is_no_reason_to_warn(site: Site, name: str) -> None:
 
 
 def test_an_option_that_changes_what_happens_to_mail_is_named_once(site: Site) -> None:
-    site.configure(sievedir="/var/spool/sieve", lmtp_username_tolower="no", idlesocket="/run/idle")
+    site.configure(sieve_utf8fileinto="yes", lmtp_username_tolower="no", idlesocket="/run/idle")
     named = [
-        "<6>option without effect where=imapd.conf:6 name=sievedir",
+        "<6>option without effect where=imapd.conf:6 name=sieve_utf8fileinto",
         "<6>option without effect where=imapd.conf:7 name=lmtp_username_tolower",
     ]
     assert logged_settings(site) == named

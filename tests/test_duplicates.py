@@ -197,7 +197,8 @@ def test_the_database_of_version_0_1_0_is_replaced(site: Site) -> None:
         assert deliver(site, message(), "jane") == ["250 2.1.5"]
     assert len(site.messages("jane")) == 1
     with opened(site) as connection:
-        assert connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall() == [("deliveries",)]
+        tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        assert sorted(tables) == [("deliveries",), ("script_records",)]
 
 
 def test_a_long_id_is_an_id_and_one_beyond_all_measure_is_none(site: Site) -> None:
@@ -605,6 +606,6 @@ def test_a_python_without_a_database_keeps_no_mail_out(site: Site, monkeypatch: 
 
 def test_a_path_that_is_no_text_keeps_no_mail_out(site: Site) -> None:
     """As that of a home whose name is not UTF-8; what is raised after a message is stored would bring it once more."""
-    duplicates = lmtpd.Duplicates(lmtpd.Config.load(str(site.conf)))
-    duplicates.add("<1@example.com>", "", ["/home/\udcff"])
-    assert not duplicates.has("<1@example.com>", "", "/home/\udcff")
+    records = lmtpd.Records(lmtpd.Config.load(str(site.conf)))
+    records.add_delivered("<1@example.com>", "", ["/home/\udcff"])
+    assert not records.has_delivered("<1@example.com>", "", "/home/\udcff")

@@ -19,6 +19,7 @@ import lmtpd
 TOP = Path(__file__).parent.parent
 LMTPD_8 = TOP / "man" / "lmtpd.8"
 IMAPD_CONF_5 = TOP / "man" / "imapd.conf.5"
+SIEVE_7 = TOP / "man" / "lmtpd-sieve.7"
 PROGRAM = ast.parse((TOP / "lmtpd.py").read_text())
 PRIORITIES = {"warning_once": "warning", "error": "err", "warning": "warning", "info": "info", "debug": "debug"}
 PRIORITIES |= {"traceback": "err", "startup_error": "err"}
@@ -40,10 +41,10 @@ def items(source: str) -> dict[str, str]:
     return dict(item.split("\n", 1) for item in found)
 
 
-def literals(page: Path) -> list[str]:
-    """The literal blocks of the section EXAMPLES, as they are printed."""
-    blocks = re.findall(r"^\.Bd -literal.*?\n(.*?)^\.Ed$", section(page, "EXAMPLES"), re.MULTILINE | re.DOTALL)
-    return [block.replace("\\&", "") for block in blocks]
+def literals(page: Path, title: str = "EXAMPLES") -> list[str]:
+    """The literal blocks of the section, as they are printed."""
+    blocks = re.findall(r"^\.Bd -literal.*?\n(.*?)^\.Ed$", section(page, title), re.MULTILINE | re.DOTALL)
+    return [block.replace("\\&", "").replace("\\e", "\\") for block in blocks]
 
 
 def printed(page: Path, title: str) -> list[str]:
@@ -77,12 +78,43 @@ def printed(page: Path, title: str) -> list[str]:
         (LMTPD_8, "a value of more than (.*) characters is cut", "FIELD_LIMIT", 1),
         (LMTPD_8, "it is not tried again for (.*) seconds", "BACKOFF", 1),
         (LMTPD_8, "1 to (.*) letters, digits, dots, hyphens and underscores", "TRACE_ID_LIMIT", 1),
+        (SIEVE_7, "or one of more than (.*) octets on the disk", "NAME_LIMIT", 1),
+        (SIEVE_7, "remembered once it is stored, for (.*) days", "WEEK", lmtpd.DAY),
+        (SIEVE_7, "It has (.*) KiB at most, and begins anew", "SCRIPT_LOG_LIMIT", 1024),
+        (SIEVE_7, "Blocks and tests are nested at most (.*) deep", "BLOCKS_LIMIT", 1),
+        (SIEVE_7, "A message has at most (.*) actions", "ACTION_LIMIT", 1),
+        (SIEVE_7, "Scripts include each other at most (.*) deep", "INCLUDE_LIMIT", 1),
+        (SIEVE_7, "A script has at most (.*) variables", "VARIABLES_LIMIT", 1),
+        (SIEVE_7, "Their names have at most (.*) characters", "NAME_LENGTH_LIMIT", 1),
+        (SIEVE_7, "A value of more than (.*) characters is cut", "VARIABLE_LIMIT", 1),
+        (SIEVE_7, r"\} : (.*) of them", "WILDCARD_LIMIT", 1),
+        (SIEVE_7, "A copy has at most (.*) flags", "FLAG_LIMIT", 1),
+        (SIEVE_7, "a keyword of more than (.*) octets is left out", "KEYWORD_LENGTH_LIMIT", 1),
+        (SIEVE_7, "makes a header at most (.*) octets longer", "HEADER_GROWTH", 1),
+        (SIEVE_7, "look at the first (.*) octets of each part", "TEXT_LIMIT", 1),
+        (SIEVE_7, "are nested at most (.*) deep, and there are", "NESTING_LIMIT", 1),
+        (SIEVE_7, "and there are at most (.*); the rest is one part", "PARTS_LIMIT", 1),
+        (SIEVE_7, "do at most (.*) steps of work", "STEP_LIMIT", 1),
+        (SIEVE_7, "or with (.*) characters of a long one", "STEP_OCTETS", 1),
+        (SIEVE_7, "a command counts (.*) steps", "COMMAND_STEPS", 1),
+        (SIEVE_7, "a part (.*), a", "PART_STEPS", 1),
+        (SIEVE_7, "looked for (.*), an included script", "LOOKUP_STEPS", 1),
+        (SIEVE_7, "an included script (.*) and", "INCLUDE_STEPS", 1),
+        (SIEVE_7, "and (.*) for each of its characters", "INCLUDED_STEPS", 1),
+        (SIEVE_7, "(.*) octets of all parts", "TEXTS_LIMIT", 1),
+        (SIEVE_7, "of more than (.*) characters that", "EXPANSION_LIMIT", 1),
+        (SIEVE_7, "included one have at most (.*) characters", "HELD_LIMIT", 1),
+        (SIEVE_7, "makes at most (.*) records", "RECORDS_LIMIT", 1),
+        (SIEVE_7, "at most (.*) regular expressions", "REGEXES_LIMIT", 1),
+        (SIEVE_7, "and (.*) characters of an error", "ERROR_LIMIT", 1),
+        (SIEVE_7, "regular expression with a variable (.*)\\.", "REGEX_STEPS", 1),
+        (SIEVE_7, "At most (.*) errors of a script are told", "ERRORS_LIMIT", 1),
         (IMAPD_CONF_5, "or is locked for more than (.*) seconds, every message is stored", "DATABASE_PATIENCE", 1),
     ],
 )
 def test_figures_are_the_programs(page: Path, text: str, name: str, unit: int) -> None:
-    found = re.findall(text.replace("(.*)", r"(\d+)"), page.read_text().replace("\n", " "))
-    assert [int(figure) * unit for figure in found] == [getattr(lmtpd, name)]
+    found = re.findall(text.replace("(.*)", r"(\d[\d,]*)"), page.read_text().replace("\n", " "))
+    assert [int(figure.replace(",", "")) * unit for figure in found] == [getattr(lmtpd, name)]
 
 
 # Reading the program
@@ -111,10 +143,17 @@ def constants(node: ast.expr) -> list[object]:
     return [choice.value for choice in choices if isinstance(choice, ast.Constant)]
 
 
-# Both pages
+def other_events() -> list[object]:
+    """What log_delivery() logs, with info, if there is no placement."""
+    [function] = [node for node in PROGRAM.body if isinstance(node, ast.FunctionDef) and node.name == "log_delivery"]
+    choices = [node for node in ast.walk(function) if isinstance(node, ast.IfExp)]
+    return [value for choice in choices for value in constants(choice) if value]
 
 
-@pytest.mark.parametrize("page", [LMTPD_8, IMAPD_CONF_5], ids=lambda page: page.name)
+# All pages
+
+
+@pytest.mark.parametrize("page", [LMTPD_8, IMAPD_CONF_5, SIEVE_7], ids=lambda page: page.name)
 def test_mandoc_has_nothing_to_say(page: Path) -> None:
     result = subprocess.run(["mandoc", "-Tlint", "-Wwarning", str(page)], capture_output=True, text=True)
     assert result.stdout + result.stderr == ""
@@ -202,7 +241,8 @@ def usage(part: str) -> list[str]:
 
 
 def test_synopsis_is_the_usage() -> None:
-    assert printed(LMTPD_8, "SYNOPSIS") == [line.strip() for line in usage("Usage")]
+    lines = [re.sub(r"<(\w+)>", r"\1", line.strip()).replace("...", " ...") for line in usage("Usage")]
+    assert printed(LMTPD_8, "SYNOPSIS") == lines
 
 
 def test_an_empty_command_line_is_what_docopt_makes_of_it() -> None:
@@ -238,7 +278,7 @@ def test_replies_are_those_that_are_given() -> None:
 def test_events_and_fields_are_those_that_are_logged() -> None:
     text = section(LMTPD_8, "LOGGING")
     logged = {"Sy traceback Pq err"}  # by Log.traceback() itself
-    logged |= {f"Sy {event} Pq info" for event in copy_events()}
+    logged |= {f"Sy {event} Pq info" for event in (*copy_events(), *other_events())}
     for call in calls():
         if isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == "log" and call.args:
             for event in constants(call.args[0]):
@@ -286,3 +326,78 @@ def test_example_session_goes_as_shown(site: Site) -> None:
     lines = shown[1].replace("\n    ", " ").splitlines()
     fields = re.compile(r"^(?:<\d>)?(\w+)|(\w+)=")
     assert [fields.findall(line) for line in lines] == [fields.findall(line) for line in site.log_text().splitlines()]
+
+
+# lmtpd-sieve(7)
+
+
+def test_capabilities_are_those_of_the_program() -> None:
+    listed = [head.split()[1] for head in items(section(SIEVE_7, "CAPABILITIES"))]
+    assert listed == sorted(lmtpd.language_for(()).capabilities)
+
+
+def test_match_variables_are_those_of_the_program() -> None:
+    last = re.search(r"^\.Li \$\{0\}\nto\n\.Li \$\{(\d+)\}", section(SIEVE_7, "LIMITS"), re.MULTILINE)
+    assert last
+    assert int(last[1]) == lmtpd.WILDCARD_LIMIT - 1
+
+
+@pytest.fixture
+def filtered_site(site: Site) -> Site:
+    """A site whose user jane has the script of the page."""
+    folder = site.root / "sieve" / "jane"
+    folder.mkdir(parents=True)
+    [script] = literals(SIEVE_7, "A FIRST FILTER")
+    (folder / "filters.sieve").write_text(script)
+    site.configure(sieve_script=f"{site.root}/sieve/%u/filters.sieve")
+    return site
+
+
+def here(text: str, site: Site) -> str:
+    """The text of an example with this site's paths."""
+    return text.replace("/srv/mail", str(site.spool)).replace("/srv/sieve", f"{site.root}/sieve")
+
+
+def question(site: Site, *arguments: str, message: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(site.command(*arguments), input=message, capture_output=True, text=True, cwd=site.root)
+
+
+def test_first_filter_does_what_the_page_says(filtered_site: Site) -> None:
+    wanted = {
+        "List-Id: <debian-user.lists.debian.org>": r"fileinto Lists/debian-user",
+        "From: kids@school.example": r"fileinto INBOX \Flagged",
+        "X-Spam-Flag: YES": r"fileinto Junk \Seen",
+        "From: joe@example.org": "fileinto INBOX",
+    }
+    for field, actions in wanted.items():
+        result = question(filtered_site, "--explain", "jane@example.com", message=f"{field}\n\n")
+        assert result.stdout.splitlines()[-1] == f"actions  {actions}"
+
+
+def test_explain_prints_what_the_page_shows(filtered_site: Site) -> None:
+    options, session = literals(SIEVE_7, "CHECKING")[2:]
+    assert "sieve_script: /srv/sieve/%u/filters.sieve\n" in options
+    message, _, printed_text = session.partition("<<EOF\n")[2].partition("EOF\n")
+    result = question(filtered_site, "--explain", "jane@example.com", message=message)
+    assert (result.stdout, result.returncode) == (here(printed_text, filtered_site), 0)
+    assert filtered_site.messages("jane") == []
+
+
+def test_check_sieve_prints_what_the_page_shows(filtered_site: Site) -> None:
+    session, script = literals(SIEVE_7, "CHECKING")[:2]
+    (filtered_site.root / "wrong.sieve").write_text(script)
+    result = question(filtered_site, "--check-sieve", "wrong.sieve")
+    assert (result.stdout, result.returncode) == (session.partition("\n")[2], os.EX_CONFIG)
+    right = question(filtered_site, "--check-sieve", "sieve/jane/filters.sieve")
+    assert (right.stdout, right.returncode) == ("", 0)
+
+
+def test_a_script_can_file_mail_for_sub_addresses(filtered_site: Site) -> None:
+    [script] = literals(SIEVE_7, "SUB-ADDRESSES")
+    (filtered_site.root / "sieve/jane/filters.sieve").write_text(script)
+    filtered_site.configure(sieve_subaddress_folder="no")
+    for name in ("cur", "new", "tmp"):
+        (filtered_site.spool / "jane/.lists" / name).mkdir(parents=True)
+    for detail, folder in {"+lists": "lists", "+other": "INBOX", "": "INBOX"}.items():
+        result = question(filtered_site, "--explain", f"jane{detail}@example.com", message="Subject: x\n\n")
+        assert result.stdout.splitlines()[-1] == f"actions  fileinto {folder}"

@@ -13,7 +13,7 @@ from harness import Site, config_of
 from mailboxes import letter
 
 import lmtpd
-from lmtpd import Address, Config, DeliveryAgent, Destination, Envelope, Incoming, Message, Placement, Reply
+from lmtpd import Address, Config, Delivery, DeliveryAgent, Envelope, Incoming, Message, Placement, Reply
 
 DELIVERED = Reply(250, "2.1.5", "Ok")
 
@@ -23,8 +23,8 @@ class FilingAgent(DeliveryAgent):
 
     folders: Sequence[str] = ("Lists",)
 
-    def plan(self, message: Message, destination: Destination) -> list[Placement]:
-        mailbox = destination.mailbox
+    def plan(self, message: Message, delivery: Delivery) -> list[Placement]:
+        mailbox = delivery.destination.mailbox
         names = [mailbox.new_folder(name) for name in self.folders]
         return [Placement(message, mailbox, folder) for folder in (lmtpd.INBOX, *names)]
 
@@ -153,7 +153,7 @@ def test_a_recipient_who_shares_a_part_that_was_taken_back_shares_the_failure(si
 def test_a_temporary_failure_decides_before_a_permanent_one(scene: Scene, codes: list[int], decides: int) -> None:
     """The client has to try again, for what may still be stored."""
     destination = scene.agent.router.find(Address("jane", ""), Envelope(None), 0, False)
-    delivery = lmtpd.Delivery(destination)
+    delivery = Delivery(destination, None)
     for code in codes:
         delivery.placements.append(Placement(Message(), destination.mailbox, lmtpd.INBOX))
         if code >= 400:
@@ -163,7 +163,8 @@ def test_a_temporary_failure_decides_before_a_permanent_one(scene: Scene, codes:
 
 
 def test_a_changed_message_is_a_file_of_its_own(scene: Scene, site: Site) -> None:
-    def plan(message: Message, destination: Destination) -> list[Placement]:
+    def plan(message: Message, delivery: Delivery) -> list[Placement]:
+        destination = delivery.destination
         mailbox = destination.mailbox
         if destination.recipient.user != "jane":
             return [Placement(message, mailbox, lmtpd.INBOX)]
@@ -246,8 +247,8 @@ def test_one_recipients_failure_is_not_that_of_another_with_the_same_folder(site
     scene = Scene(site, duplicatesuppression="yes")
     plan = scene.agent.plan
 
-    def plan_both_for_the_first(message: Message, destination: Destination) -> list[Placement]:
-        return plan(message, destination)[: 2 if destination.detail == "both" else 1]
+    def plan_both_for_the_first(message: Message, delivery: Delivery) -> list[Placement]:
+        return plan(message, delivery)[: 2 if delivery.destination.detail == "both" else 1]
 
     (site.spool / "jane/.Lists").mkdir()
     (site.spool / "jane/.Lists/new").touch()

@@ -108,6 +108,17 @@ def test_the_rule_finds_uses_of_every_kind(code: str) -> None:
     assert uses_of_later_sections(tree) == [f"line {first}: Configuration uses Session of Session"]
 
 
+def test_no_name_has_two_definitions() -> None:
+    names = [
+        name.id if isinstance(name, ast.Name) else name.name
+        for node in ast.parse(SOURCE).body
+        for name in (ast.walk(node) if isinstance(node, (ast.Assign, ast.AnnAssign)) else [node])
+        if isinstance(name, (ast.FunctionDef, ast.ClassDef))
+        or (isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store) and name.id.isupper())
+    ]
+    assert [name for name in set(names) if names.count(name) > 1] == []
+
+
 def test_a_local_name_is_no_use_of_a_later_section() -> None:
     tree = ast.parse("def probe(Session): return [Session]\ndef other():\n    Session = 1\n    return lambda: Session")
     assert [use.id for use in global_uses(tree)] == []
