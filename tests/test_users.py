@@ -42,6 +42,7 @@ COLUMNS = (
     "mail_path",
     "quota_storage_size",
     "quota_message_count",
+    "sieve",
 )
 QUERY = f"SELECT {', '.join(COLUMNS)} FROM users WHERE name ="
 
