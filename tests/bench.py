@@ -22,6 +22,10 @@ Works:
   5mb, 50mb                large messages
   duplicates               "one" with and without duplicate suppression
   cold                     a process for one message, against one that does nothing
+  sieve                    "one" with a script of ten tests, and lmtpd without a script
+  sieve-large              the same with a script of 1,000 rules, of which the last one matches
+  sieve-body               50 MB messages with a test of the body, and lmtpd's memory
+  sieve-cold               a process for one message with a small script, against one without
   1gib                     memory for a message of 1 GiB (long)
   growth-folder, growth-connection, growth-recipients
                            time per message as the number of them grows (long)
@@ -45,6 +49,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import os
 import platform
 import re
@@ -64,7 +69,7 @@ from typing import NamedTuple
 SET_UP = """
 set -euo pipefail
 . tests/setup.sh
-need_packages postfix dovecot-imapd dovecot-lmtpd systemd strace e2fsprogs
+need_packages postfix dovecot-imapd dovecot-lmtpd dovecot-sieve systemd strace e2fsprogs
 need_cyrus
 need_venv
 LMTPD_BENCH=ready exec "$venv/bin/python" tests/bench.py "$@"
@@ -81,6 +86,7 @@ from docopt import docopt  # noqa: E402
 from harness import PATIENCE, STORE_USER, Client, Site, connect, wait_for  # noqa: E402
 from peers import Cyrus, Dovecot, Peer, program  # noqa: E402
 
+import lmtpd  # noqa: E402
 from lmtpd import Config  # noqa: E402
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -468,6 +474,13 @@ class DovecotLmtp(Dovecot):
     def lmtp_address(self) -> str:
         return str(self.folder / "run/lmtp")
 
+    def use_script(self, script: Path) -> None:
+        """Has everybody's mail filtered by a script."""
+        settings = {"sieve_default": script, "sieve": f"file:{self.folder}/none;active={self.folder}/none.sieve"}
+        lines = "".join(f"  {name} = {value}\n" for name, value in {**settings, "sieve_max_script_size": "4M"}.items())
+        with self.conf.open("a") as conf:
+            conf.write(f"protocol lmtp {{\n  mail_plugins = $mail_plugins sieve\n}}\nplugin {{\n{lines}}}\n")
+
     def _private_conf(self) -> str:
         return super()._private_conf().replace("protocols = imap", "protocols = lmtp")
 
@@ -480,6 +493,11 @@ class DovecotLmtp(Dovecot):
 
 def in_maildirs(spool: Path) -> Callable[[str], list[Path]]:
     return lambda user: [*spool.glob(f"*{user}*/new/*"), *spool.glob(f"*{user}*/cur/*")]
+
+
+def in_folders(spool: Path) -> Callable[[str], list[Path]]:
+    """Also what a script has filed."""
+    return lambda user: [file for kind in ("new", "cur") for file in spool.glob(f"*{user}*/**/{kind}/*")]
 
 
 def in_cyrus(spool: Path) -> Callable[[str], list[Path]]:
@@ -522,12 +540,31 @@ class Bench:
         site = self._site(options)
         peer = self._stack.enter_context(SystemdLmtpd(site, accept))
         kind = Accepting if accept else Server
-        return kind(name, peer, peer.address, in_maildirs(site.spool), divisor=16 if accept else 1)
+        find = in_folders if "sieve_default" in options else in_maildirs
+        return kind(name, peer, peer.address, find(site.spool), divisor=16 if accept else 1)
 
     def _dovecot(self) -> Server:
         site = self._site({})
         peer = self._stack.enter_context(DovecotLmtp(site))
         return Server(peer.name, peer, peer.lmtp_address, in_maildirs(site.spool), divisor=2)
+
+    def filtering(self, script: Path) -> list[Contestant]:
+        """lmtpd and Dovecot with a script for everybody, and lmtpd without one."""
+        script.chmod(0o644)
+        options = {"duplicatesuppression": "no", "sieve_maxscriptsize": "4M"}
+        dovecot = DovecotLmtp(site := self._site({}))
+        dovecot.use_script(script)
+        self._stack.enter_context(dovecot)
+        return [
+            self._lmtpd("with script", {**options, "sieve_default": str(script)}),
+            Server("Dovecot", dovecot, dovecot.lmtp_address, in_folders(site.spool), divisor=2),
+            self._lmtpd("no script", options),
+        ]
+
+    def filtering_cold(self, script: Path) -> Site:
+        """A site for processes that are started by hand, with a script for everybody."""
+        script.chmod(0o644)
+        return self._site({"duplicatesuppression": "no", "sieve_default": str(script)})
 
     def _cyrus(self) -> Server:
         peer = Cyrus(self._site({}).root / "cyrus", users=(), autocreate_users="anyone")
@@ -749,6 +786,63 @@ COLD_SESSION = b"".join(
 )
 
 
+TEN_TESTS = 'require "fileinto";\n' + "".join(
+    f'if header :contains "{name}" "{key}" {{ fileinto "Filed"; stop; }}\n'
+    for name, key in (
+        *(("subject", "[list]"), ("subject", "invoice"), ("list-id", "announce"), ("x-spam-flag", "yes")),
+        *(("to", "sales"), ("cc", "sales"), ("from", "newsletter"), ("x-mailer", "bulk"), ("sender", "bounce")),
+        ("from", "sender@example.com"),
+    )
+)
+RULES = 1000
+MANY_RULES = 'require "fileinto";\n' + "".join(
+    f'if header :contains "{name}" "word{number}" {{ fileinto "F{number}"; }}\n'
+    for number, name in zip(range(RULES - 1), itertools.cycle(("subject", "from", "to", "list-id")))
+)
+MANY_RULES += 'if header :contains "from" "sender@example.com" { fileinto "Filed"; }\n'
+BODY_TEST = 'require ["fileinto", "body"];\nif body :text :contains "no such text" { fileinto "Filed"; }\n'
+
+
+def filters(bench: Bench, name: str, script: str, work: Work) -> dict[str, list[Measurement]]:
+    """A race with a script, and the report of it."""
+    file = Path(tempfile.mkdtemp()) / f"{name}.sieve"
+    file.parent.chmod(0o755)
+    file.write_text(script)
+    contestants = bench.filtering(file)
+    results = race(bench, contestants, name, work)
+    report_race(name, work, results, "with script")
+    for contestant in contestants:
+        report(f"  memory of {contestant.name}: {number(contestant.peak)} MiB at most in a process")
+    return results
+
+
+def small_filter(bench: Bench) -> None:
+    """What a usual script costs."""
+    goals = Goal("Dovecot", 2.5), Goal("no script", 0.85)
+    filters(bench, "sieve", TEN_TESTS, ONE._replace(title="4 KiB messages and ten tests", goals=goals))
+
+
+def large_filter(bench: Bench) -> None:
+    """What a large script costs for a message, and once to compile."""
+    work = ONE._replace(title=f"4 KiB messages and {RULES} rules", messages=400, goals=())
+    results = filters(bench, "sieve-large", MANY_RULES, work)
+    more = [
+        1000 / with_script.rate - 1000 / without.rate
+        for with_script, without in zip(results["with script"], results["no script"])
+    ]
+    report(f"  the script takes {spread(more)} ms a message; {at_most(statistics.median(more), 3)}")
+    language = lmtpd.language_for(())
+    octets = MANY_RULES.encode()
+    times = [timed(lambda: lmtpd.Compiler(language, len(octets)).compile(octets, "large")) for _ in range(bench.rounds)]
+    report(f"  compiling it takes {spread(times)} ms; {at_most(statistics.median(times), 100)}")
+
+
+def body_filter(bench: Bench) -> None:
+    """What a test of the body costs for large messages."""
+    work = WORKS["50mb"]._replace(title="50 MB messages and a test of the body", goals=(Goal("Dovecot", 1),))
+    filters(bench, "sieve-body", BODY_TEST, work)
+
+
 class Life(NamedTuple):
     """What a process took from its start to its end, in milliseconds."""
 
@@ -777,6 +871,25 @@ def cold(bench: Bench) -> None:
         report(
             f"  {part:<5}lmtpd {spread(one)}, python3 -I -c pass {spread(pythons)}: {number(times)} times;"
             f" {at_most(times, 1.8)}"
+        )
+
+
+def cold_filter(bench: Bench) -> None:
+    """The whole life of a process for a message with a small script, against one without."""
+    file = Path(tempfile.mkdtemp()) / "cold.sieve"
+    file.parent.chmod(0o755)
+    file.write_text(TEN_TESTS)
+    sites = {"without": bench.cold, "with": bench.filtering_cold(file)}
+    lives = {name: list[Life]() for name in sites}
+    for _ in range(10 * bench.rounds):
+        for name, site in sites.items():
+            lives[name].append(life(as_the_unit_does(site), site, site.journal()))
+    report("", f"sieve-cold: a process for one 2 KB message and ten tests, ms; {len(lives['with'])} of each")
+    for part in Life._fields:
+        ours, others = ([getattr(one, part) for one in lives[name]] for name in ("with", "without"))
+        times = statistics.median(ratios(ours, others))
+        report(
+            f"  {part:<5}with {spread(ours)}, without {spread(others)}: {number(times)} times; {at_most(times, 1.35)}"
         )
 
 
@@ -891,7 +1004,15 @@ def growth_of_recipients(bench: Bench) -> None:
     report(f"  {growth(medians)}")
 
 
-TRIALS: dict[str, Callable[[Bench], None]] = {"sync": sync_calls, "duplicates": duplicates, "cold": cold}
+TRIALS: dict[str, Callable[[Bench], None]] = {
+    "sync": sync_calls,
+    "duplicates": duplicates,
+    "cold": cold,
+    "sieve": small_filter,
+    "sieve-large": large_filter,
+    "sieve-body": body_filter,
+    "sieve-cold": cold_filter,
+}
 LONG_TRIALS: dict[str, Callable[[Bench], None]] = {
     "1gib": gibibyte,
     "growth-folder": growth_of_folder,
@@ -967,7 +1088,8 @@ def run(bench: Bench, names: list[str]) -> None:
 
 def main() -> int:
     options = docopt(__doc__)
-    every = ["sync", *WORKS, "duplicates", "cold", *(LONG_TRIALS if options["--long"] else [])]
+    works = [name for name in TRIALS if name != "sync"]
+    every = ["sync", *WORKS, *works, *(LONG_TRIALS if options["--long"] else [])]
     names = options["WORK"] or every
     if unknown := set(names) - {"sync", *WORKS, *TRIALS, *LONG_TRIALS}:
         print(f"no such work: {', '.join(sorted(unknown))}; --help lists them", file=sys.stderr)
