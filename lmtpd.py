@@ -42,7 +42,8 @@ Options:
 # Records          the database of delivered messages, and of what scripts remember
 # Sieve: syntax    tokens and the grammar of scripts
 # Sieve: matching  comparators, match types, patterns
-# Sieve: runs      one run: the message as a script sees it, variables, actions, limits
+# Sieve: actions   what scripts decide: copies, the implicit keep
+# Sieve: runs      one run: the message as a script sees it, variables, limits
 # Sieve: language  the rows of the table of commands and tests; the checker
 # Sieve: tests     the tests of scripts
 # Sieve: commands  the commands of scripts; the table
@@ -2937,6 +2938,10 @@ HEXADECIMAL = frozenset(b"0123456789abcdefABCDEF")
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 ZONES = {"edt": -240, "est": -300, "cdt": -300, "cst": -360, "mdt": -360, "mst": -420, "pdt": -420, "pst": -480}
+FIELD_LINE = 78  # characters of a line of a header field that is added
+WORD_LIMIT = 900  # characters of a word without spaces; a line may have 998, RFC 5322 section 2.1.1
+NOT_IN_FIELDS = dict.fromkeys((*range(9), *range(10, 32), 127), " ")  # control characters
+ENCODED_WORD = 45  # octets in an encoded word, whose length RFC 2047 section 2 limits to 75 characters
 
 
 def raw_text(body: bytes) -> str:
@@ -3305,6 +3310,35 @@ def display_name(words: list[tuple[str, str]] | None) -> str:
     """The lexemes of a display name as people read them."""
     name = "".join([text for _, text in words or ()]).strip()
     return with_words_decoded(octets_of(name)).strip() if "=?" in name else name
+
+
+def folded_field(name: str, value: str) -> bytes:
+    """A field with that name and value, folded (RFC 5322 section 2.2.3), encoded where it has to be (RFC 2047)."""
+    lines, line = [], f"{name}:"
+    for word in encoded_if_needed(value).split(" "):
+        if len(line) + len(word) >= FIELD_LINE and line.strip() and not line.endswith(":"):
+            lines.append(line)
+            line = ""
+        line += f" {word}"
+    return ("\n".join([*lines, line]) + "\n").encode("utf-8", "surrogateescape")
+
+
+def encoded_if_needed(value: str) -> str:
+    """Text for a header field, in one line; in encoded words if ASCII or short words are not enough (RFC 2047)."""
+    value = value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    value = value.replace("\r\n", " ").translate(NOT_IN_FIELDS).strip()
+    if value.isascii() and all(len(word) < WORD_LIMIT for word in value.split(" ")):
+        return value
+    from binascii import b2a_base64
+
+    words, piece = [], b""
+    for character in f"{value}\0":
+        octets = character.encode("utf-8", "surrogateescape")
+        if character == "\0" or len(piece) + len(octets) > ENCODED_WORD:
+            words.append(f"=?UTF-8?B?{b2a_base64(piece, newline=False).decode()}?=")
+            piece = b""
+        piece += octets
+    return " ".join(words)
 
 
 def date_of(text: str) -> tuple[int, int] | None:
@@ -6066,14 +6100,125 @@ def parts_of_match(value: str, spans: Iterable[tuple[int, int]]) -> list[str]:
 
 
 # ======================================================================
-# Sieve: runs
+# Sieve: actions
 #
-# Owns one run of a script: the message as the script sees it, variables, flags,
-# the actions so far, limits.
-# Must not know commands and tests, files, the wire.
+# Owns what the scripts for a message have decided so far: copies, implicit keep.
+# Must not know how it is done.
 # ======================================================================
 
 ACTION_LIMIT = 32  # actions of a message
+ERROR_LIMIT = 500  # characters of the text of an error
+
+
+class RunError(Exception):
+    """The script cannot go on. text: why. script, line: where, once Run.execute() has set it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text, self.script, self.line = text[:ERROR_LIMIT], "", 0
+
+
+class Filing:
+    """A copy for a folder. folder: the name of its directory. flags: those of the copy.
+
+    header: the changed header; None if it is the message's own. number: the later one counts. is_named: whether
+    a fileinto has named the folder.
+    """
+
+    __slots__ = ("flags", "folder", "header", "is_named", "number")
+
+    def __init__(self, folder: str, flags: Sequence[str], header: Header | None, number: int) -> None:
+        self.folder, self.flags, self.header, self.number = folder, flags, header, number
+        self.is_named = False
+
+
+class Actions:
+    """The actions of the scripts for a message. default_folder: the directory of the folder where a keep goes.
+
+    Each script hands the message on to the next while keeps is true at its end.
+    """
+
+    def __init__(self, default_folder: str) -> None:
+        self._default_folder = default_folder
+        self._filings: dict[str, Filing] = {}
+        self._kept: Filing | None = None  # by the explicit keep of the present script
+        self._handed: Filing | None = None  # by that of the script before it
+        self._keeps_implicitly = True
+        self._flags_before: Sequence[str] = ()
+        self._filed = 0  # copies, those that others have replaced among them
+
+    def begin_script(self, flags: Sequence[str]) -> Actions:
+        """The next script begins, with these flags in the internal variable; what to go back to if it fails."""
+        self.fall_back()
+        self._flags_before = tuple(flags)
+        before = Actions(self._default_folder)
+        before.__dict__.update(self.__dict__, _filings=dict(self._filings))
+        return before
+
+    def fall_back(self) -> None:
+        """Puts the implicit keep into effect, for the next script cannot run."""
+        self._handed, self._kept, self._keeps_implicitly = self._kept or self._handed, None, True
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a keep is in effect: an explicit one of the last script, or the implicit one."""
+        return self._keeps_implicitly or self._kept is not None
+
+    def filings(self, flags: Sequence[str], header: Header | None) -> list[Filing]:
+        """All copies, once the last script has ended. A folder that is named twice gets one, the later one.
+
+        flags, header: for the implicit keep.
+        """
+        filings = dict(self._filings)
+        if self.keeps:
+            kept = self._kept or self._implicit_filing(flags, header)
+            earlier = filings.get(kept.folder)
+            if not earlier or earlier.number < kept.number:
+                filings[kept.folder] = kept
+        return list(filings.values())
+
+    def file(self, folder: str, flags: Sequence[str], header: Header | None, copy: bool) -> None:
+        """Files a copy, and cancels the implicit keep unless copy is set. Raises RunError."""
+        self._filings[folder] = filing = self._filing(folder, flags, header)
+        filing.is_named = True
+        self._keeps_implicitly = self._keeps_implicitly and copy
+        self._check_number()
+
+    def keep(self, flags: Sequence[str], header: Header | None) -> None:
+        """Keeps the message. If another script follows, that one decides. Raises RunError."""
+        self._kept = self._filing(self._default_folder, flags, header)
+        self._check_number()
+
+    def discard(self) -> None:
+        """Cancels the implicit keep."""
+        self._keeps_implicitly = False
+
+    def _check_number(self) -> None:
+        if len(self._filings) + (self._kept is not None) > ACTION_LIMIT:
+            raise RunError(f"there are more than {ACTION_LIMIT} actions")
+
+    def _implicit_filing(self, flags: Sequence[str], header: Header | None) -> Filing:
+        """The copy of the implicit keep, with the flags of the keep of a script before if the last has not set any."""
+        kept = self._filing(self._default_folder, flags, header)
+        handed = self._handed
+        if handed and tuple(flags) == self._flags_before:
+            kept.flags = handed.flags
+        kept.number = handed.number if handed else 0  # a fileinto that names the folder decides
+        return kept
+
+    def _filing(self, folder: str, flags: Sequence[str], header: Header | None) -> Filing:
+        self._filed += 1
+        return Filing(folder, tuple(flags), header, self._filed)
+
+
+# ======================================================================
+# Sieve: runs
+#
+# Owns one run of a script: the message as the script sees it, variables, flags,
+# limits.
+# Must not know commands and tests, files, the wire.
+# ======================================================================
+
 INCLUDE_LIMIT = 10  # how deep scripts may include each other
 STEP_LIMIT = 5_000_000  # work of a run; a step takes about a fifth of a microsecond
 STEP_OCTETS = 256  # characters that are compared in one step
@@ -6095,11 +6240,6 @@ HEADER_GROWTH = 1 << 17  # octets that a run may add to a header
 FLAG_LIMIT = 128  # flags of a message
 RECORDS_LIMIT = 32  # records that the scripts for a message make
 KEYWORD_LENGTH_LIMIT = 50  # octets of a keyword, as in Dovecot's setting mail_max_keyword_length
-FIELD_LINE = 78  # characters of a line of a header field that is added
-WORD_LIMIT = 900  # characters of a word without spaces; a line may have 998, RFC 5322 section 2.1.1
-NOT_IN_FIELDS = dict.fromkeys((*range(9), *range(10, 32), 127), " ")  # control characters
-ENCODED_WORD = 45  # octets in an encoded word, whose length RFC 2047 section 2 limits to 75 characters
-ERROR_LIMIT = 500  # characters of the text of an error
 MEMO_LIMIT = 1024  # characters of a text, and texts, that are kept in the form in which they are compared
 
 
@@ -6117,14 +6257,6 @@ class Break(Exception):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
-
-
-class RunError(Exception):
-    """The script cannot go on. text: why. script, line: where, once Run.execute() has set it."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.text, self.script, self.line = text[:ERROR_LIMIT], "", 0
 
 
 class Script:
@@ -6286,49 +6418,6 @@ def end_of_trace(header: Header) -> int:
     return 0
 
 
-def folded_field(name: str, value: str) -> bytes:
-    """A field with that name and value, folded (RFC 5322 section 2.2.3), encoded where it has to be (RFC 2047)."""
-    lines, line = [], f"{name}:"
-    for word in encoded_if_needed(value).split(" "):
-        if len(line) + len(word) >= FIELD_LINE and line.strip() and not line.endswith(":"):
-            lines.append(line)
-            line = ""
-        line += f" {word}"
-    return ("\n".join([*lines, line]) + "\n").encode("utf-8", "surrogateescape")
-
-
-def encoded_if_needed(value: str) -> str:
-    """Text for a header field, in one line; in encoded words if ASCII or short words are not enough (RFC 2047)."""
-    value = value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    value = value.replace("\r\n", " ").translate(NOT_IN_FIELDS).strip()
-    if value.isascii() and all(len(word) < WORD_LIMIT for word in value.split(" ")):
-        return value
-    from binascii import b2a_base64
-
-    words, piece = [], b""
-    for character in f"{value}\0":
-        octets = character.encode("utf-8", "surrogateescape")
-        if character == "\0" or len(piece) + len(octets) > ENCODED_WORD:
-            words.append(f"=?UTF-8?B?{b2a_base64(piece, newline=False).decode()}?=")
-            piece = b""
-        piece += octets
-    return " ".join(words)
-
-
-class Filing:
-    """A copy for a folder. folder: the name of its directory. flags: those of the copy.
-
-    header: the changed header; None if it is the message's own. number: the later one counts. is_named: whether
-    a fileinto has named the folder.
-    """
-
-    __slots__ = ("flags", "folder", "header", "is_named", "number")
-
-    def __init__(self, folder: str, flags: Sequence[str], header: Header | None, number: int) -> None:
-        self.folder, self.flags, self.header, self.number = folder, flags, header, number
-        self.is_named = False
-
-
 if TYPE_CHECKING:
 
     class Surroundings(Protocol):
@@ -6406,10 +6495,10 @@ def work_of_folding(text: str, comparator: Comparator) -> int:
 class Run:
     """A run of scripts, one after the other, with those that they include.
 
-    variables: the present script's. matched: the match variables. flags: the internal variable of imap4flags. records:
-    what to record once all is stored, with the seconds to keep it. place: the index in the present script. report: is
-    told each test with its result, for a person; None if nobody asks. spend: see Budget.
-    folded: see FoldedTexts.of().
+    actions: what the scripts have decided so far. variables: the present script's. matched: the match variables. flags:
+    the internal variable of imap4flags. records: what to record once all is stored, with the seconds to keep it. place:
+    the index in the present script. report: is told each test with its result, for a person; None if nobody asks.
+    spend: see Budget. folded: see FoldedTexts.of().
     """
 
     def __init__(self, subject: Subject, around: Surroundings) -> None:
@@ -6420,31 +6509,24 @@ class Run:
         self.shared_variables: dict[str, str] = {}
         self.matched: list[str] = []
         self.flags: list[str] = []
+        self.actions = Actions(around.default_folder)
         self.records: dict[str, int] = {}
         self.started = time.time()
         self.place = 0
         self.report: Callable[[Script, int, str], None] | None = None
         self.folded = FoldedTexts(self.spend).of
-        self._filings: dict[str, Filing] = {}
-        self._kept: Filing | None = None  # by the explicit keep of the present script
-        self._handed: Filing | None = None  # by that of the script before it
-        self._keeps_implicitly = True
-        self._flags_before: list[str] = []
         self._included: set[str] = set()
         self._including: list[str] = []
-        self._filed = 0  # copies, those that others have replaced among them
         self._held = 0  # characters in the variables of the scripts that include the present one
 
     def execute(self, script: Script) -> None:
-        """Runs a script to its end. Afterwards keeps says whether another may follow. Raises RunError.
+        """Runs a script to its end. Raises RunError.
 
         After an error the actions of the scripts before are still there, and a keep is in effect.
         """
-        before = dict(self._filings), dict(self.records), self._kept or self._handed
-        header, flags = self.subject.header, list(self.flags)
-        self._flags_before = flags
+        records, header, flags = dict(self.records), self.subject.header, list(self.flags)
+        before = self.actions.begin_script(flags)
         self.script, self.variables, self.matched, self.place = script, {}, [], 0
-        self._handed, self._kept, self._keeps_implicitly = before[2], None, True
         self._included.add(script.name)
         self._including, self._held = [], 0
         try:
@@ -6452,39 +6534,13 @@ class Run:
         except (ScriptEnd, Return):
             return
         except RunError:
-            self._filings, self.records, self._handed = before
-            self._kept, self._keeps_implicitly = None, True
+            self.actions, self.records, self.flags = before, records, flags
             self.subject.set_header(header)
-            self.flags = flags
             raise
 
-    def fall_back(self) -> None:
-        """Puts the implicit keep into effect, for the next script cannot run."""
-        self._handed, self._kept, self._keeps_implicitly = self._kept or self._handed, None, True
-
-    @property
-    def keeps(self) -> bool:
-        """Whether a keep is in effect: an explicit one of the last script, or the implicit one."""
-        return self._keeps_implicitly or self._kept is not None
-
-    def filings(self) -> list[Filing]:
-        """All copies, once the last script has ended. A folder that is named twice gets one, the later one."""
-        filings = dict(self._filings)
-        if self.keeps:
-            kept = self._kept or self._implicit_filing()
-            earlier = filings.get(kept.folder)
-            if not earlier or earlier.number < kept.number:
-                filings[kept.folder] = kept
-        return list(filings.values())
-
-    def _implicit_filing(self) -> Filing:
-        """The copy of the implicit keep, with the flags of the keep of a script before if the last has not set any."""
-        kept = self._filing(self.around.default_folder, self.flags)
-        handed = self._handed
-        if handed and self.flags == self._flags_before:
-            kept.flags = handed.flags
-        kept.number = handed.number if handed else 0  # a fileinto that names the folder decides
-        return kept
+    def changed_header(self) -> Header | None:
+        """The header of now; None if it is the message's own."""
+        return self.subject.header if self.subject.is_changed else None
 
     def include(self, script: Script, once: bool) -> None:
         """Runs an included script, unless it has been included before and that is not wanted twice.
@@ -6550,32 +6606,6 @@ class Run:
         if name not in variables and len(variables) >= VARIABLES_LIMIT:
             raise RunError(f"there are more than {VARIABLES_LIMIT} variables")
         variables[name] = value[:VARIABLE_LIMIT]
-
-    def file(self, folder: str, flags: Sequence[str], copy: bool) -> None:
-        """Files a copy, and cancels the implicit keep unless copy is set. Raises RunError."""
-        self._filings[folder] = filing = self._filing(folder, flags)
-        filing.is_named = True
-        self._keeps_implicitly = self._keeps_implicitly and copy
-        self._check_actions()
-
-    def keep(self, flags: Sequence[str]) -> None:
-        """Keeps the message. If another script follows, that one decides. Raises RunError."""
-        self._kept = self._filing(self.around.default_folder, flags)
-        self._check_actions()
-
-    def discard(self) -> None:
-        """Cancels the implicit keep."""
-        self._keeps_implicitly = False
-
-    def _check_actions(self) -> None:
-        if len(self._filings) + (self._kept is not None) > ACTION_LIMIT:
-            raise RunError(f"there are more than {ACTION_LIMIT} actions")
-
-    def _filing(self, folder: str, flags: Sequence[str]) -> Filing:
-        """A copy with the header of now."""
-        self._filed += 1
-        header = self.subject.header if self.subject.is_changed else None
-        return Filing(folder, tuple(flags), header, self._filed)
 
     def _located(self, error: RunError) -> RunError:
         """The error with the place where the run is, unless it has one."""
@@ -7929,12 +7959,12 @@ def stop(_call: Call) -> Step:
 def keep(call: Call) -> Step:
     """The command keep (RFC 5228 section 4.3)."""
     flags = flags_of(call)
-    return lambda run: run.keep(flags(run))
+    return lambda run: run.actions.keep(flags(run), run.changed_header())
 
 
 def discard(_call: Call) -> Step:
     """The command discard (RFC 5228 section 4.4)."""
-    return lambda run: run.discard()
+    return lambda run: run.actions.discard()
 
 
 def flags_of(call: Call) -> Callable[[Run], Sequence[str]]:
@@ -7963,7 +7993,7 @@ def file_into(call: Call) -> Step:
             folder = run.around.folder(wanted if special is None else special)
         except ValueError as error:
             raise RunError(f"fileinto: {error}") from None
-        run.file(folder, flags(run), copy)
+        run.actions.file(folder, flags(run), run.changed_header(), copy)
 
     return run_fileinto
 
@@ -8591,13 +8621,13 @@ class Filters:
             for script in self._scripts(occasion.mailbox):
                 filtered.scripts.append(script.name)
                 run.execute(script)
-                if not run.keeps:
+                if not run.actions.keeps:
                     break
         except ScriptUnreadable as error:
-            run.fall_back()
+            run.actions.fall_back()
             filtered.errors.append((error.script, "", str(error)))
         except ScriptErrors as errors:
-            run.fall_back()
+            run.actions.fall_back()
             filtered.errors += [(errors.name, f"{line}:{column}", text) for line, column, text in errors.errors]
         except RunError as error:
             filtered.errors.append((error.script, str(error.line), error.text))
@@ -8611,7 +8641,8 @@ class Filters:
             run.subject.close()
         if not filtered.scripts and not filtered.errors:
             return None
-        filtered.filings, filtered.records = run.filings(), run.records
+        filtered.filings = run.actions.filings(run.flags, run.changed_header())
+        filtered.records = run.records
         filtered.ms = round((time.monotonic() - started) * 1000, 1)
         return filtered
 
