@@ -40,12 +40,15 @@ Options:
 # Users            the user databases
 # Mailstore        the way from a recipient to a mailbox
 # Records          the database of delivered messages, and of what scripts remember
+# Submission       how mail leaves: SMTP, sendmail
+# Answers          messages that this host writes, and who must not get one
 # Sieve: syntax    tokens and the grammar of scripts
 # Sieve: matching  comparators, match types, patterns
-# Sieve: actions   what scripts decide: copies, the implicit keep
+# Sieve: actions   what scripts decide: copies, the implicit keep, what is sent
 # Sieve: runs      one run: the message as a script sees it, variables, limits
 # Sieve: language  the rows of the table of commands and tests; the checker
 # Sieve: tests     the tests of scripts
+# Sieve: sending   the commands that send mail
 # Sieve: commands  the commands of scripts; the table
 # Filters          whose scripts run, and in which order
 # Delivery         one message and all its recipients: placements, replies to store errors
@@ -70,8 +73,10 @@ if TYPE_CHECKING:
     import signal
     import socket
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+    from smtplib import SMTP
     from sqlite3 import Connection as Database
     from ssl import SSLContext
+    from subprocess import Popen
     from typing import Any, NoReturn, Protocol, TypeVar, Union
 
     T = TypeVar("T")
@@ -118,6 +123,7 @@ SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 OCTETS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 DECIMAL_DIGITS = frozenset("0123456789")
 OPTION_PUNCTUATION = str.maketrans("", "", "-_")
+SMTP_PORTS = {"smtp": "25", "submission": "587"}
 TLS_VERSIONS = ("tls1_0", "tls1_1", "tls1_2", "tls1_3")
 FACILITIES = {  # syslog(3)
     **{name: number << 3 for number, name in enumerate(("kern", "user", "mail", "daemon", "auth", "syslog", "lpr"))},
@@ -134,10 +140,9 @@ XLIST = "xlist-"  # before the special use, in the name of an option
 CHANGING_OPTIONS = """
     autocreate_sieve_compiled_script autocreate_sieve_folders autocreate_sieve_script
     autocreate_sieve_script_compile autocreate_sieve_script_compiled mailbox_initial_flags mailnotifier
-    notifysocket proxyservers sendmail sendmail_auth_id sieve_allowreferrals sieve_folder sieve_maxscripts
-    sieve_sasl_send_unsolicited_capability sieve_use_lmtp_reject sieve_utf8fileinto sieve_vacation_max_response
-    sieve_vacation_min_response sievenotifier smtp_auth_authname smtp_auth_password smtp_auth_realm smtp_backend
-    smtp_host userdeny_db userdeny_db_path username_tolower
+    notifysocket proxyservers sendmail_auth_id sieve_allowreferrals sieve_folder sieve_maxscripts
+    sieve_sasl_send_unsolicited_capability sieve_utf8fileinto sievenotifier smtp_auth_realm userdeny_db
+    userdeny_db_path username_tolower
 """
 OTHER_OPTIONS = """
     acl_admin_implies_write afspts_localrealms afspts_mycell allowallsubscribe allowanonymouslogin allowapop
@@ -359,6 +364,20 @@ def as_words(*allowed: str) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
+def as_smtp_host(value: str) -> tuple[str, int, frozenset[str]]:
+    """A host, perhaps with a port, and /tls or /noauth: mx.example.com:25/tls. The host, the port, and the words."""
+    place, *words = value.split("/")
+    host, colon, port = place.rpartition(":")
+    if not colon or port.endswith("]"):  # an IPv6 address in brackets
+        host, port = place, "submission"
+    number = SMTP_PORTS.get(port.lower(), port)
+    if not host or not DECIMAL_DIGITS.issuperset(number) or not 0 < int(number or 0) < 65536:
+        raise ValueError("must be a host and perhaps a port, such as localhost:25")
+    if not {"tls", "noauth"}.issuperset(map(str.lower, words)):
+        raise ValueError("may have /tls and /noauth at its end")
+    return host.strip("[]"), int(number), frozenset(map(str.lower, words))
+
+
 def as_template(variables: str) -> Callable[[str], str]:
     """An absolute path in which %X is a variable, for each letter X of variables, and %% is a %."""
 
@@ -502,6 +521,7 @@ class Config:
         as_choice("saslauthd", "dovecot", "file", "auxprop"), "saslauthd", "what checks passwords"
     )
     sasl_saslauthd_path = option(as_path, "/run/saslauthd/mux", "the socket of saslauthd")
+    sendmail = option(as_path, "/usr/sbin/sendmail", "the program that sends mail")
     serverinfo = option(
         as_choice("on", "min", "off"), "on", "whether the greeting and the trace header show the product"
     )
@@ -527,6 +547,10 @@ class Config:
     sieve_subaddress_folder = option(
         as_switch, "yes", "whether keep files mail for a sub-address into the folder that the sub-address names"
     )
+    sieve_use_lmtp_reject = option(as_switch, "yes", "whether reject answers the client, and sends no report")
+    sieve_vacation_max_response = option(as_duration, "90d", "the longest time between two vacation answers")
+    sieve_vacation_min_response = option(as_duration, "3d", "the shortest time between two vacation answers")
+    sieve_vacation_min_seconds = option(as_duration, "60s", "the same for the tag :seconds")
     sieve_virustest_max_header = option(as_field_pattern, "", "the field with the highest score of the test virustest")
     sieve_virustest_max_value = option(optional(as_decimal), "", "the highest score of the test virustest")
     sieve_virustest_status_header = option(as_field_pattern, "", "the field with the score of the test virustest")
@@ -534,6 +558,11 @@ class Config:
     sievedir = option(optional(as_path), "", "the directory of the users' Sieve scripts, as Cyrus up to 3.4 has it")
     sieveusehomedir = option(as_switch, "no", "whether a user's Sieve script is ~/.sieve")
     singleinstancestore = option(as_switch, "yes", "store a message as one file with hard links for its recipients")
+    smtp_auth_authname = option(as_text, "", "the user as whom lmtpd authenticates to smtp_host")
+    smtp_auth_password = option(as_text, "", "the user's password")
+    smtp_backend = option(as_choice("sendmail", "host"), "sendmail", "whether sendmail or smtp_host sends mail")
+    smtp_host = option(as_smtp_host, "localhost:587", "the server that sends mail")
+    smtp_tls_ca_file = option(as_file, "", "the file of CA certificates that verify that of smtp_host")
     soft_noauth = option(as_switch, "yes", "refuse unauthenticated clients temporarily (430), not permanently (530)")
     syslog_facility = option(as_choice(*FACILITIES), "mail", "the facility of lines sent to syslog")
     syslog_prefix = option(as_text, "", "a prefix of the name lmtpd in syslog, followed by a slash")
@@ -599,20 +628,30 @@ class Config:
         config.defaultdomain = config.defaultdomain.lower()
         config.partition = default_partition(config, settings, service, file)
         config.test_texts = {test: texts_of_results(test, settings) for test in TEST_TEXTS}
-        config.special_uses = {}
-        for prefix in (XLIST, f"{service}_{XLIST}"):  # the latter overrides the other
-            for name in [name for name in settings if name.startswith(prefix)]:
-                config.special_uses[f"\\{name[len(prefix) :]}"] = settings.pop(name)[0]
+        config.special_uses = special_uses(settings, service)
         config.ignored = [(where, name) for name, (_, where) in settings.items() if "partition-" not in name]
-        config.warnings = []
-        for limit in ("lmtp_maxchild", "lmtp_maxchild_untrusted"):
-            allowed = getattr(config, limit)
-            if 0 < allowed < config.lmtp_prefork:
-                text = (
-                    f"lmtp_prefork is {config.lmtp_prefork}, but {limit} allows {allowed}: lower it, or raise {limit}"
-                )
-                config.warnings.append(text)
+        config.warnings = odd_settings(config)
         return config
+
+
+def special_uses(settings: dict[str, tuple[str, str]], service: str) -> dict[str, str]:
+    """Takes the options xlist-USE from the settings: the folders by their special uses."""
+    folders = {}
+    for prefix in (XLIST, f"{service}_{XLIST}"):  # the latter overrides the other
+        for name in [name for name in settings if name.startswith(prefix)]:
+            folders[f"\\{name[len(prefix) :]}"] = settings.pop(name)[0]
+    return folders
+
+
+def odd_settings(config: Config) -> list[str]:
+    """What does not fit together in the settings, for the log."""
+    texts = []
+    for limit in ("lmtp_maxchild", "lmtp_maxchild_untrusted"):
+        allowed = getattr(config, limit)
+        if 0 < allowed < config.lmtp_prefork:
+            text = f"lmtp_prefork is {config.lmtp_prefork}, but {limit} allows {allowed}: lower it, or raise {limit}"
+            texts.append(text)
+    return texts
 
 
 def texts_of_results(test: str, settings: dict[str, tuple[str, str]]) -> dict[int, str]:
@@ -2593,6 +2632,12 @@ class Header:
             after = end
         return b"".join([*kept, self.octets[after:]])
 
+    def name_with(self, prefix: bytes) -> str:
+        """The name of the first field whose name begins so; "" if there is none."""
+        self._lowered = self._lowered or LF + self.octets.lower()
+        start = self._lowered.find(LF + prefix)
+        return self.octets[start:].partition(b":")[0].decode("ascii", "replace") if start >= 0 else ""
+
     def spans(self, name: bytes) -> Iterator[tuple[int, int]]:
         """Where each field of that name begins and ends."""
         lowered = self._lowered = self._lowered or LF + self.octets.lower()  # lowered[n] is the octet before octets[n]
@@ -2634,17 +2679,18 @@ class Message:
     header: the header section, with the added fields, as far as it lies in the first MEMORY_LIMIT octets. body_offset:
     the index after it and the empty line. size: octets. lines: LFs without a CR, to which an IMAP server adds one.
     message_id: the Message-ID as text. has_message_id: whether the client sent it. date: the Date that the client sent.
-    content: all octets; b"" if they are not in memory. draft: a file with all octets; None while there is none.
+    content: all octets; b"" if they are not in memory. draft: a file with all octets; None while there is none. added:
+    the octets of the fields that this host has put before those of the client.
     """
 
     __slots__ = (
-        *("_original", "body_offset", "content", "date", "draft", "has_message_id", "header", "lines"),
+        *("_original", "added", "body_offset", "content", "date", "draft", "has_message_id", "header", "lines"),
         *("message_id", "size"),
     )
 
     def __init__(self) -> None:
         self.header = NO_HEADER
-        self.body_offset = self.size = self.lines = 0
+        self.added = self.body_offset = self.size = self.lines = 0
         self.message_id, self.has_message_id, self.date = "", False, ""
         self.content = b""
         self.draft: Draft | None = None
@@ -2680,6 +2726,25 @@ class Message:
         if self.content or not self.draft:
             return self.content[offset : offset + size]
         return self.draft.read(offset, size)
+
+    def fingerprint(self) -> str:
+        """A hash by which a message is known when the client sends it again: of the header as the client sent it.
+
+        Without a Message-ID, or with an empty one, of the whole message. Raises OSError.
+        """
+        import hashlib
+
+        digest = hashlib.sha256(self.header.octets[self.added :])
+        if not self.has_message_id or not self.message_id.strip("<> "):
+            for piece in self.stream(len(self.header.octets)):
+                digest.update(piece)
+        return digest.hexdigest()
+
+    def stream(self, offset: int = 0) -> Iterator[bytes]:
+        """The octets from that offset on, READ_SIZE at a time. Raises OSError."""
+        while piece := self.read(offset, READ_SIZE):
+            yield piece
+            offset += len(piece)
 
     def discard(self) -> None:
         """Frees the octets, and removes the draft if it has not become a delivered message."""
@@ -2831,7 +2896,9 @@ class Incoming:
             if self._config.munge8bit:
                 header = Header(header.octets.translate(EIGHT_BIT_TO_X))
         message = self.message
-        head = [self._trace, *self._added_fields(header), header.without(b"return-path")]
+        head = [self._trace, *self._added_fields(header)]
+        message.added = sum(map(len, head))
+        head.append(header.without(b"return-path"))
         if body and not header.octets and not body.startswith(LF):
             body = LF + body
         message.header = Header(b"".join(head))
@@ -2846,7 +2913,7 @@ class Incoming:
         if (message_id := header.body_of(b"message-id")) is not None:
             message.message_id, message.has_message_id = message_id, True
         else:
-            message.message_id = f"<lmtpd.{time.time_ns()}.{os.getpid()}@{self._config.servername}>"
+            message.message_id = new_message_id(self._config)
             missing.append(f"Message-ID: {message.message_id}\n".encode())
         if (date := header.body_of(b"date")) is not None:
             message.date = date
@@ -2868,6 +2935,11 @@ def line_ends(data: bytes) -> int:
 def date_time() -> str:
     """The time now, as RFC 5322 section 3.3 writes it."""
     return time.strftime("%a, %d %b %Y %H:%M:%S %z")  # in English: this program never sets a locale
+
+
+def new_message_id(config: Config) -> str:
+    """A Message-ID for a message that has none."""
+    return f"<lmtpd.{time.time_ns()}.{os.getpid()}@{config.servername}>"
 
 
 class Origin:
@@ -2938,6 +3010,7 @@ HEXADECIMAL = frozenset(b"0123456789abcdefABCDEF")
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 ZONES = {"edt": -240, "est": -300, "cdt": -300, "cst": -360, "mdt": -360, "mst": -420, "pdt": -420, "pst": -480}
+CODE_DIGITS = frozenset(DIGITS + "abcdefABCDEF")
 FIELD_LINE = 78  # characters of a line of a header field that is added
 WORD_LIMIT = 900  # characters of a word without spaces; a line may have 998, RFC 5322 section 2.1.1
 NOT_IN_FIELDS = dict.fromkeys((*range(9), *range(10, 32), 127), " ")  # control characters
@@ -5442,6 +5515,8 @@ class Records:
 
     def prepare(self) -> None:
         """Imports what is needed, before workers fork."""
+        import hashlib  # noqa: F401
+
         try:
             import sqlite3  # noqa: F401
         except ImportError:
@@ -5492,6 +5567,14 @@ class Records:
                 ("COMMIT", ()),
             ]
         )
+
+    def is_usable(self) -> bool:
+        """Whether the database can be used now."""
+        return bool(self._execute([("SELECT 1", ())]))
+
+    def lock(self, mailbox: str, record: str) -> RecordLock:
+        """A "with" block for what is done at most once for a record: no other process is in one for the same."""
+        return RecordLock(f"{self._path}.lock", f"{mailbox}\0{record}")
 
     def _execute(self, statements: Sequence[tuple[str, Sequence[object]]]) -> list[object]:
         """The rows that the last of the statements returns."""
@@ -5544,6 +5627,29 @@ class Records:
             return
 
 
+class RecordLock:
+    """See Records.lock(). The lock is one octet of a file, and ends with the process. Source: fcntl_locking(2)."""
+
+    def __init__(self, path: str, key: str) -> None:
+        from zlib import crc32
+
+        self._path, self._place = path, crc32(key.encode("utf-8", "surrogateescape"))
+        self._fd = -1
+
+    def __enter__(self) -> None:
+        from fcntl import LOCK_EX, lockf
+
+        try:
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            lockf(self._fd, LOCK_EX, 1, self._place)
+        except OSError as error:  # something may be done twice, but must not be left undone
+            log.warning("record not locked", cause=error)
+
+    def __exit__(self, *_: object) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+
 def has_table(database: Database, name: str) -> bool:
     """Whether the database has a table of that name. Raises sqlite3.Error."""
     return bool(database.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (name,)).fetchall())
@@ -5571,6 +5677,680 @@ def shortened(record: str) -> str:
     import hashlib
 
     return hashlib.sha256(text).hexdigest()
+
+
+# ======================================================================
+# Submission
+#
+# Owns how mail leaves: by SMTP to a server, or by the program sendmail.
+# Must not know why it is sent.
+# ======================================================================
+
+SEND_PATIENCE = 60  # seconds for each reply of the server, and for the program
+PERMANENT_STATUSES = (65, 67, 68, 69)  # of sendmail, EX_DATAERR, NOUSER, NOHOST and UNAVAILABLE: sysexits(3)
+SAID_LIMIT = 4096  # octets of what the program says
+
+
+class NotSent(Exception):
+    """Mail could not be sent. permanent: whether it cannot be sent later, either. The text says why, for the log.
+
+    is_down: whether other mail could not be sent now, either.
+    """
+
+    def __init__(self, text: str, permanent: bool = False, is_down: bool = False) -> None:
+        super().__init__(text)
+        self.permanent, self.is_down = permanent, is_down
+
+
+class Submission:
+    """Hands messages to the server smtp_host, or to the program sendmail, as smtp_backend says. It has no queue."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._backoff = Backoff(f"{config.configdirectory}/smtp.backoff")
+
+    def prepare(self) -> None:
+        """Imports what is needed, before workers fork."""
+        if self._config.smtp_backend == "host":
+            import smtplib  # noqa: F401
+
+    def send(
+        self, message: Message, reverse_path: Address | None, recipients: Sequence[Address], is_automatic: bool
+    ) -> None:
+        """Sends a message without its Return-Path. reverse_path: None for <>.
+
+        is_automatic: whether the sender wants no report about the delivery. Raises NotSent, and OSError if the message
+        cannot be read.
+        """
+        variant = message.with_header(Header(message.header.without(b"return-path")))
+        if reverse_path and not reverse_path.domain:
+            reverse_path = Address(reverse_path.local, self._config.servername)
+        if self._backoff.is_active():
+            raise NotSent(f"{self._name} has failed a moment ago, and is left alone for {BACKOFF:.0f} seconds")
+        try:
+            if self._config.smtp_backend == "sendmail":
+                run_sendmail(self._config.sendmail, variant, reverse_path, recipients)
+            else:
+                self._send_by_smtp(variant, reverse_path, recipients, is_automatic)
+        except NotSent as error:
+            if error.is_down:
+                self._backoff.start()
+            raise
+
+    @property
+    def _name(self) -> str:
+        host, port, _ = self._config.smtp_host
+        return self._config.sendmail if self._config.smtp_backend == "sendmail" else f"{host}:{port}"
+
+    def _send_by_smtp(
+        self, message: Message, reverse_path: Address | None, recipients: Sequence[Address], is_automatic: bool
+    ) -> None:
+        """See send(). Source: RFC 5321 section 3.3."""
+        import smtplib
+
+        try:
+            server = self._connected()
+        except (smtplib.SMTPException, OSError) as error:
+            raise NotSent(f"{self._name}: {text_of_smtp_error(error)}", is_down=True) from None
+        try:
+            SmtpDialogue(server, self._name).deliver(message, reverse_path, recipients, is_automatic)
+        except (smtplib.SMTPException, ConnectionError, socket.timeout) as error:
+            raise NotSent(f"{self._name}: {text_of_smtp_error(error)}", is_down=True) from None
+        finally:
+            server.close()
+
+    def _connected(self) -> SMTP:
+        """A connection on which mail may be sent. Raises SMTPException and OSError."""
+        import smtplib
+
+        config = self._config
+        host, port, words = config.smtp_host
+        server = smtplib.SMTP(host, port, config.servername, SEND_PATIENCE)
+        try:
+            if server.sock:  # else the end of a small message waits for an acknowledgement of its beginning
+                server.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            server.ehlo_or_helo_if_needed()
+            if "tls" in words:
+                from ssl import create_default_context
+
+                server.starttls(context=create_default_context(cafile=config.smtp_tls_ca_file or None))
+                server.ehlo_or_helo_if_needed()
+            if config.smtp_auth_authname and "noauth" not in words:
+                if "tls" not in words and server.sock and not is_loopback(server.sock.getpeername()[0]):
+                    raise smtplib.SMTPException("no password is sent without TLS: add /tls to smtp_host")
+                server.login(config.smtp_auth_authname, config.smtp_auth_password)
+        except BaseException:
+            server.close()
+            raise
+        return server
+
+
+class SmtpDialogue:
+    """A transaction with a server. name: the server's, for errors."""
+
+    def __init__(self, server: SMTP, name: str) -> None:
+        self._server, self._name = server, name
+
+    def deliver(
+        self, message: Message, reverse_path: Address | None, recipients: Sequence[Address], is_automatic: bool
+    ) -> None:
+        """See Submission.send(). Raises SMTPException, too."""
+        server = self._server
+        options = self._options(message, [*recipients, *filter(None, (reverse_path,))])
+        self._command(f"MAIL FROM:<{reverse_path or ''}>{options}", 250)
+        notify = " NOTIFY=NEVER" if is_automatic and server.has_extn("dsn") else ""
+        for recipient in recipients:
+            self._command(f"RCPT TO:<{recipient}>{notify}", 250, 251)
+        self._command("DATA", 354)
+        for piece in on_the_wire(message):
+            server.send(piece)
+        server.send(b".\r\n")
+        self._expect(server.getreply(), 250)
+        try:
+            server.putcmd("QUIT")  # the answer is not waited for: what has been sent is to be recorded
+        except OSError as error:  # the server has taken the message
+            log.debug("farewell failed", server=self._name, cause=error)
+
+    def _options(self, message: Message, addresses: Iterable[Address]) -> str:
+        """The parameters of MAIL, each with a space before it. Raises NotSent if the server lacks what is needed."""
+        server, options = self._server, ""
+        if server.has_extn("size"):
+            options += f" SIZE={message.size + message.lines}"
+        if server.has_extn("8bitmime"):
+            options += " BODY=8BITMIME"
+        elif not is_ascii(message):
+            raise NotSent(f"{self._name}: does not offer 8BITMIME", permanent=True)
+        if not all(str(address).isascii() for address in addresses):
+            if not server.has_extn("smtputf8"):
+                raise NotSent(f"{self._name}: does not offer SMTPUTF8", permanent=True)
+            server.command_encoding = "utf-8"
+            options += " SMTPUTF8"
+        return options
+
+    def _command(self, line: str, *expected: int) -> None:
+        self._expect(self._server.docmd(line), *expected, after=line.partition(":")[0])
+
+    def _expect(self, reply: tuple[int, bytes], *expected: int, after: str = "the message") -> None:
+        """Raises NotSent unless the reply has one of the expected codes."""
+        code, text = reply
+        if code not in expected:
+            said = text.decode("utf-8", "backslashreplace").replace("\n", " ")
+            raise NotSent(f"{self._name}: {code} {said} (after {after})", permanent=500 <= code < 600)
+
+
+def text_of_smtp_error(error: Exception) -> str:
+    """What an exception of smtplib says, in one line."""
+    code, said = getattr(error, "smtp_code", None), getattr(error, "smtp_error", b"")
+    if code is None:
+        return text_of(error)
+    return f"{code} {said.decode('utf-8', 'backslashreplace') if isinstance(said, bytes) else said}"
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an IP address is one of this host's loopback interface."""
+    return address == "::1" or address.startswith("127.")
+
+
+def is_ascii(message: Message) -> bool:
+    """Whether the message has no 8-bit octets. Raises OSError."""
+    return all(piece.isascii() for piece in message.stream())
+
+
+def on_the_wire(message: Message) -> Iterator[bytes]:
+    """The octets of a message as DATA sends them, up to the dot: a lone CR is a line end, too. Raises OSError.
+
+    Source: RFC 5321 sections 2.3.8 and 4.5.2.
+    """
+    held, before = b"", LF
+    for piece in itertools.chain(message.stream(), (b"",)):
+        data = held + piece
+        held = b""
+        if b"\r" in data:
+            if data.endswith(b"\r") and piece:
+                data, held = data[:-1], b"\r"
+            data = data.replace(CRLF, LF).replace(b"\r", LF)
+        if data:
+            yield (before + data).replace(b"\n.", b"\n..")[len(before) :].replace(LF, CRLF)
+            before = LF if data.endswith(LF) else b""
+    if not before:
+        yield CRLF
+
+
+def run_sendmail(program: str, message: Message, reverse_path: Address | None, recipients: Sequence[Address]) -> None:
+    """Gives a message to the program. Raises NotSent, and OSError if the message cannot be read.
+
+    Source: Postfix' and Exim's sendmail(1), sysexits(3).
+    """
+    import subprocess
+
+    command = [program, "-i", "-f", str(reverse_path or "<>"), "--", *map(str, recipients)]
+    output = os.memfd_create("output")
+    # The real ids may still be root's, see drop_privileges().
+    user, group = (os.geteuid(), os.getegid()) if os.getuid() != os.geteuid() else (None, None)
+    try:
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                cwd="/",
+                user=user,
+                group=group,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise NotSent(text_of(error) + hint_at_host(), is_down=True) from None
+        deadline = time.monotonic() + SEND_PATIENCE
+        try:
+            feed(process, message.stream(), deadline)
+            status = process.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            text = f"{program}: has not ended after {SEND_PATIENCE} seconds{hint_at_host()}"
+            raise NotSent(text, is_down=True) from None
+        finally:
+            if process.poll() is None:  # Postfix' postdrop, which it has started, would try for ever
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if status:
+            said = os.pread(output, SAID_LIMIT, 0).decode("utf-8", "backslashreplace").split("\n")
+            lines = "; ".join(filter(None, map(str.strip, said)))
+            text = f"{program}: exit status {status}: {lines or 'it does not say why'}"
+            raise NotSent(text + hint_at_host(), permanent=status in PERMANENT_STATUSES)
+    finally:
+        os.close(output)
+
+
+def feed(process: Popen[bytes], pieces: Iterator[bytes], deadline: float) -> None:
+    """Writes the pieces to a program's standard input, as far as it reads. Raises TimeoutExpired, OSError."""
+    import subprocess
+
+    assert process.stdin
+    pipe = process.stdin.fileno()
+    os.set_blocking(pipe, False)
+    poll = select.poll()
+    poll.register(pipe, select.POLLOUT)
+    try:
+        for piece in pieces:
+            while piece:
+                if not poll.poll(max(deadline - time.monotonic(), 0) * 1000):
+                    raise subprocess.TimeoutExpired(process.args, SEND_PATIENCE)
+                piece = piece[os.write(pipe, piece) :]
+    except BrokenPipeError:
+        pass  # its exit status says why
+    finally:
+        process.stdin.close()
+
+
+def hint_at_host() -> str:
+    """What to set where systemd lets no program gain privileges: then sendmail cannot write to its queue."""
+    try:
+        with open("/proc/self/status", "rb") as status:
+            is_confined = b"\nNoNewPrivs:\t1\n" in status.read()
+    except OSError:
+        return ""
+    return " (with NoNewPrivileges= no sendmail can work: set smtp_backend: host, and smtp_host)" if is_confined else ""
+
+
+# ======================================================================
+# Answers
+#
+# Owns the messages that this host writes itself, who must not get one, and what is
+# sent for a user.
+# Must not know commands of scripts, and how mail is sent.
+# ======================================================================
+
+BULK_WORDS = frozenset(("bulk", "junk", "list"))  # of Precedence
+SUPPRESSING_WORDS = frozenset(("all", "autoreply", "oof"))  # of X-Auto-Response-Suppress
+MACHINES = frozenset(("listserv", "mailer-daemon", "majordomo"))  # local parts of senders where no person reads
+ADDRESSEE_FIELDS = ("to", "cc", "bcc", "resent-to", "resent-cc", "resent-bcc")
+ENTITY_FIELDS = ("type", "transfer-encoding", "disposition", "description", "id", "language")  # after Content-
+SUBJECT_LIMIT = 500  # characters of a subject that an answer repeats
+REFERENCES_LIMIT = 10  # message ids in References
+TEXT_LINE_LIMIT = 998  # octets of a line of a message, RFC 5322 section 2.1.1
+MAILTO_RECIPIENTS_LIMIT = 8
+RESERVED_FIELDS = (  # which a URI cannot set: RFC 5436 section 2.7
+    *("auto-submitted", "bcc", "date", "from", "importance", "message-id", "mime-version", "received", "references"),
+    *("return-path", "sender"),
+)
+IMPORTANCE = {"1": "high", "2": "normal", "3": "low"}  # RFC 5435 section 3.4, RFC 4021 section 2.1.54
+ANSWERED_LATELY = "the sender has had this answer lately"  # why there is none
+PLAIN_REASON = "The recipient does not accept this message"  # where the user's own text cannot be told
+
+
+class Outgoing:
+    """Mail that is to be sent for a user.
+
+    action: "redirect", "reject", "vacation" or "notify". reverse_path: None for <>. compose: makes the message out of
+    the one that has arrived. record: what is recorded once it is sent; "" for nothing. seconds: for how long the record
+    counts; 0: as long as this message can come again. filing: where a copy goes then; None for none. withheld: why it
+    is not sent; "" if it is.
+    """
+
+    def __init__(
+        self,
+        action: str,
+        recipients: Sequence[Address],
+        reverse_path: Address | None,
+        compose: Callable[[Message], Message],
+        record: str,
+        seconds: int = 0,
+    ) -> None:
+        self.action, self.recipients, self.reverse_path = action, recipients, reverse_path
+        self.compose, self.record, self.seconds = compose, record, seconds
+        self.filing: Filing | None = None
+        self.withheld = ""
+
+    @property
+    def to(self) -> str:
+        """The recipients as text."""
+        return ", ".join(map(str, self.recipients))
+
+    def __str__(self) -> str:
+        withheld = f" (not sent: {self.withheld})" if self.withheld else ""
+        return f"{self.action} {self.to}{withheld}"
+
+
+class Filing:
+    """A copy for a folder. folder: the name of its directory. flags: those of the copy.
+
+    header: the changed header; None if it is the message's own. number: the later one counts. is_named: whether
+    a script has named the folder.
+    """
+
+    __slots__ = ("flags", "folder", "header", "is_named", "number")
+
+    def __init__(self, folder: str, flags: Sequence[str], header: Header | None, number: int) -> None:
+        self.folder, self.flags, self.header, self.number = folder, flags, header, number
+        self.is_named = False
+
+
+def reason_for_silence(header: Header, sender: Address | None) -> str:
+    """Why a message must not be answered automatically; "" if it may. header: as it has arrived.
+
+    Source: RFC 3834 section 2, RFC 5230 section 4.6.
+    """
+    if not sender:
+        return "the sender is <>"
+    local = sender.local.lower()
+    if local in MACHINES or local.startswith("owner-") or local.endswith("-request"):
+        return f"the sender is <{sender}>"
+    if name := header.name_with(b"list-"):
+        return f"the message has a field {name[:SUBJECT_LIMIT]}"
+    for name, is_decisive in SILENCING_FIELDS.items():
+        for start, end in header.spans(name.lower().encode()):
+            value = raw_text(header.octets[start:end].partition(b":")[2]).strip()
+            if is_decisive(value):
+                return f"{name}: {value[:SUBJECT_LIMIT]}"
+    return ""
+
+
+def is_from_machine(header: Header, sender: Address | None) -> bool:
+    """Whether no report must be sent about a message: it is one itself, or no person has sent it (RFC 3834)."""
+    return not sender or any(
+        is_automatic(raw_text(header.octets[start:end].partition(b":")[2]).strip())
+        for start, end in header.spans(b"auto-submitted")
+    )
+
+
+def is_bulk(precedence: str) -> bool:
+    """Whether a value of Precedence is that of mail to many."""
+    return keyword_in(precedence) in BULK_WORDS
+
+
+def is_automatic(auto_submitted: str) -> bool:
+    """Whether a value of Auto-Submitted says that no person has sent the message. Source: RFC 3834 section 5."""
+    return keyword_in(auto_submitted) != "no"
+
+
+def keyword_in(value: str) -> str:
+    """The word in the value of a field, without comments and parameters."""
+    return value_and_parameters(octets_of(value))[0].strip().lower()
+
+
+def suppresses_answers(auto_response_suppress: str) -> bool:
+    """Whether a value of X-Auto-Response-Suppress wants no answer of a vacation script."""
+    return not SUPPRESSING_WORDS.isdisjoint(auto_response_suppress.lower().replace(",", " ").replace(";", " ").split())
+
+
+SILENCING_FIELDS = {
+    "Precedence": is_bulk,
+    "Auto-Submitted": is_automatic,
+    "X-Auto-Response-Suppress": suppresses_answers,
+}
+
+
+def own_addresses(recipient: Recipient, config: Config) -> dict[str, Address]:
+    """The addresses of a recipient, by comparable(): as given, without the detail, and the userid."""
+    domain = recipient.address.domain or config.defaultdomain or config.servername
+    own = [recipient.address, Address(recipient.address.local, domain), Address(recipient.user, domain)]
+    if recipient.domain:
+        own.append(Address(recipient.user, recipient.domain))
+    return {comparable(address): address for address in reversed(own)}
+
+
+def comparable(address: Address) -> str:
+    """An address in the form in which addresses are compared."""
+    if not address.domain:
+        return address.local.lower()
+    return f"{address.local.lower()}@{domain_spellings(address.domain)[-1]}"
+
+
+def addressee(header: Header, own: dict[str, Address]) -> Address | None:
+    """The first of a user's addresses to which the message is addressed; None if it is to none of them."""
+    for name in ADDRESSEE_FIELDS:
+        for start, end in header.spans(name.encode()):
+            for _, local, domain in mailboxes_of(header.octets[start:end].partition(b":")[2]):
+                if found := own.get(comparable(Address(local, domain))):
+                    return found
+    return None
+
+
+def strict_address(text: str) -> tuple[str, Address]:
+    """The display name and the address in "local@domain" or "Name <local@domain>". Raises ValueError.
+
+    Source: RFC 5228 section 2.4.2.3.
+    """
+    text = text.strip()
+    before, angle, rest = text.rpartition("<")
+    inner = rest[:-1] if angle and text.endswith(">") else text
+    try:
+        address, after = parse_path(f"<{inner}>")
+    except ValueError:
+        address, after = None, ""
+    quoted = inner.startswith('"')
+    if not address or after or not address.domain or inner.startswith("@"):
+        raise ValueError(f"{text!r} is no address: write one such as jane@example.com")
+    labels = address.domain.split(".")
+    words = address.local.split(".")
+    unquoted = "".join(before.split('"')[::2])
+    is_plain = all(words) and is_made_of(address.local, DOT_STRING)
+    if not all(labels) or not (quoted or is_plain) or not set("<>@,;:").isdisjoint(unquoted):
+        raise ValueError(f"{text!r} is no address: write one such as jane@example.com")
+    if not angle:
+        return "", address
+    found = mailboxes_of(text.encode("utf-8", "surrogateescape"))
+    return found[0][0] if len(found) == 1 else "", address
+
+
+def mailbox_text(name: str, address: Address) -> str:
+    """An address with a display name, for a header field."""
+    if not name:
+        return str(address)
+    phrase = encoded_if_needed(name)
+    if not phrase.startswith("=?"):
+        phrase = '"' + phrase.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return f"{phrase} <{address}>"
+
+
+def written_message(fields: Sequence[tuple[str, str]], entity: bytes, config: Config) -> Message:
+    """A message of this host: the fields, those that every message has, and the entity with its fields of MIME."""
+    complete = [*fields, ("Date", date_time()), ("Message-ID", new_message_id(config)), ("MIME-Version", "1.0")]
+    header = b"".join(
+        # The addresses in these have been put into the form of a field already.
+        f"{name}: {value}\n".encode("utf-8", "replace") if name in ("From", "To", "Cc") else folded_field(name, value)
+        for name, value in complete
+    )
+    return Message.of(header + entity)
+
+
+def text_entity(text: str) -> bytes:
+    """Text as the body of a message, with its fields. Source: RFC 2045."""
+    octets = lines_of_text(text)
+    if octets.isascii() and all(len(line) <= TEXT_LINE_LIMIT for line in octets.split(LF)) and b"\0" not in octets:
+        encoding = b"7bit"
+    else:
+        from binascii import b2a_qp
+
+        encoding, octets = b"quoted-printable", b2a_qp(octets, istext=True)
+    return b"Content-Type: text/plain; charset=utf-8\nContent-Transfer-Encoding: %s\n\n%s" % (encoding, octets)
+
+
+def lines_of_text(text: str) -> bytes:
+    """Text of a script in UTF-8, with LF at the end of lines."""
+    octets = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()
+    octets = octets.replace(CRLF, LF).replace(b"\r", LF)
+    return octets if octets.endswith(LF) else octets + LF
+
+
+def mime_entity(text: str) -> bytes:
+    """An entity that a script has written: only its Content- fields count (RFC 5230 section 4.5)."""
+    octets = lines_of_text(text)
+    header = Header.of(octets)
+    body = octets[len(header.octets) :].removeprefix(LF)
+    fields = b""
+    for name in ENTITY_FIELDS:
+        for start, end in header.spans(b"content-" + name.encode()):
+            fields += header.octets[start:end]
+            break
+    if not body.isascii() and b"transfer-encoding" not in fields.lower():
+        fields += b"Content-Transfer-Encoding: 8bit\n"
+    return fields + LF + body
+
+
+def subject_of(header: Header) -> str:
+    """The subject of a message, decoded."""
+    return unstructured(field_body(header, b"subject") or b"").strip()[:SUBJECT_LIMIT]
+
+
+def fields_of_reply(message: Message) -> list[tuple[str, str]]:
+    """In-Reply-To and References for a reply (RFC 5322 section 3.6.4); none if the message has no Message-ID."""
+    message_ids = [each for each in message.message_id.split() if is_message_id(each)]
+    if not message.has_message_id or len(message_ids) != 1:
+        return []
+    header = message.header
+    before = (header.body_of(b"references") or "").split()
+    replied = (header.body_of(b"in-reply-to") or "").split()
+    if not before and len(replied) == 1:
+        before = replied
+    references = [*filter(is_message_id, before), *message_ids]
+    if len(references) > REFERENCES_LIMIT:
+        references = [references[0], *references[1 - REFERENCES_LIMIT :]]
+    return [("In-Reply-To", message_ids[0]), ("References", " ".join(references))]
+
+
+def is_message_id(word: str) -> bool:
+    """Whether it is a message id in angle brackets, short enough for a line."""
+    return (
+        word.startswith("<") and word.endswith(">") and word.isascii() and word.isprintable() and len(word) < WORD_LIMIT
+    )
+
+
+def vacation_answer(
+    message: Message, sender: Address, author: str, subject: str, entity: bytes, config: Config
+) -> Message:
+    """The answer of somebody who is away. author: the value of From. subject: "" for that of the message.
+
+    Source: RFC 5230 section 5, RFC 3834 section 3.1.
+    """
+    original = subject_of(message.header)
+    fields = [
+        ("From", author),
+        ("To", str(sender)),
+        ("Subject", subject or (f"Auto: {original}" if original else "Automated reply")),
+        *fields_of_reply(message),
+        ("Auto-Submitted", "auto-replied"),
+    ]
+    return written_message(fields, entity, config)
+
+
+def rejection_report(message: Message, sender: Address, recipient: Address, reason: str, config: Config) -> Message:
+    """The report that a recipient has rejected a message. Source: RFC 5429 section 2.2, RFC 8098 section 3."""
+    boundary = f"lmtpd.{time.time_ns()}.{os.getpid()}"
+    has_id = message.has_message_id and is_message_id(message.message_id)
+    original = f"Original-Message-ID: {message.message_id}\n" if has_id else ""
+    kind = "rfc822" if str(recipient).isascii() else "utf-8"
+    notice = (
+        "Content-Type: message/disposition-notification\n\n"
+        f"Reporting-UA: {config.servername}; lmtpd\n"
+        f"Final-Recipient: {kind}; {recipient}\n"
+        f"{original}"
+        "Disposition: automatic-action/MDN-sent-automatically; deleted\n"
+    )
+    explanation = f"Your message to <{recipient}> was not accepted. The recipient's mail filter says:\n\n{reason}"
+    parts = [
+        text_entity(explanation),
+        notice.encode(),
+        b"Content-Type: text/rfc822-headers\nContent-Transfer-Encoding: 8bit\n\n"
+        + message.header.octets[message.added :],
+    ]
+    report = "multipart/report; report-type=disposition-notification"
+    entity = f'Content-Type: {report}; boundary="{boundary}"\n\n'.encode()
+    entity += b"".join(f"--{boundary}\n".encode() + part.rstrip(LF) + b"\n\n" for part in parts)
+    fields = [
+        ("From", str(recipient)),
+        ("To", str(sender)),
+        ("Subject", f"Rejected: {subject_of(message.header)}"),
+        *fields_of_reply(message),
+        ("Auto-Submitted", "auto-replied (rejected)"),
+    ]
+    return written_message(fields, entity + f"--{boundary}--\n".encode(), config)
+
+
+class Mailto:
+    """A URI mailto:, as a method of the command notify. to, cc: the recipients. subject, body: "" for none.
+
+    fields: others that the notification has.
+
+    Source: RFC 6068, RFC 5436 section 2.1.
+    """
+
+    def __init__(self, uri: str) -> None:
+        """Raises ValueError with a text that says what is wrong."""
+        scheme, colon, rest = uri.strip().partition(":")
+        if not colon or scheme.lower() != "mailto":
+            raise ValueError(f"{uri[:SUBJECT_LIMIT]!r} is no method: write mailto: and an address")
+        addresses, _, query = rest.partition("?")
+        self.to: list[Address] = []
+        self.cc: list[Address] = []
+        self.to = self._addresses(*map(uri_text, addresses.split(",")))
+        self.subject = self.body = ""
+        self.fields: list[tuple[str, str]] = []
+        for pair in filter(None, query.split("&")):
+            name, equals, value = pair.partition("=")
+            if not equals:
+                raise ValueError(f"{pair!r} in the URI has no value")
+            text = uri_text(value)
+            name = uri_text(name).lower()
+            if name == "to":
+                self.to += self._addresses(text)
+            elif name == "cc":
+                self.cc += self._addresses(text)
+            elif name == "subject":
+                self.subject = text
+            elif name == "body":
+                self.body = text
+            elif not is_field_name(name):
+                raise ValueError(f"{name!r} in the URI is no name of a header field")
+            elif name not in RESERVED_FIELDS and not name.startswith(("content-", "resent-")):
+                self.fields.append((name.title(), text))
+        if not self.to and not self.cc:
+            raise ValueError("the URI has no recipient: write mailto: and an address")
+        if len(self.recipients) > MAILTO_RECIPIENTS_LIMIT:
+            raise ValueError(f"the URI has more than {MAILTO_RECIPIENTS_LIMIT} recipients")
+
+    @property
+    def recipients(self) -> list[Address]:
+        """All recipients, each once."""
+        return list({str(address): address for address in (*self.to, *self.cc)}.values())
+
+    def _addresses(self, *texts: str) -> list[Address]:
+        """The addresses in texts that have commas between them, save those that are recipients already."""
+        found = [strict_address(part)[1] for text in texts for part in text.split(",") if part.strip()]
+        known = set(map(str, self.recipients))
+        return [address for address in found if str(address) not in known]
+
+
+def uri_text(text: str) -> str:
+    """A part of a URI without its percent encoding. Raises ValueError."""
+    for place in text.split("%")[1:]:
+        if len(place) < 2 or not CODE_DIGITS.issuperset(place[:2]):
+            raise ValueError("a % in the URI must be followed by two hexadecimal digits")
+    decoded_text = percent_decoded(text.encode()).decode("utf-8", "replace")
+    return decoded_text.replace("\r\n", "\n")
+
+
+def notification(
+    message: Message, mailto: Mailto, author: str, owner: Address, text: str, importance: str, config: Config
+) -> Message:
+    """A message that tells of another. owner: the user. text: what the script says; "" for what the URI says.
+
+    importance: "1", "2" or "3". Source: RFC 5436 section 2.7.
+    """
+    original = subject_of(message.header)
+    subject = text or mailto.subject or original or "New mail"
+    sender = unstructured(field_body(message.header, b"from") or b"").strip()[:SUBJECT_LIMIT]
+    body = mailto.body or f"There is new mail for {owner}.\n\nFrom: {sender}\nSubject: {original}\n"
+    fields = [
+        ("From", author),
+        ("To", ", ".join(map(str, mailto.to))),
+        ("Cc", ", ".join(map(str, mailto.cc))),
+        ("Subject", " ".join(subject.split())[:SUBJECT_LIMIT]),
+        ("Auto-Submitted", f'auto-notified; owner-email="{owner}"'),
+        ("Importance", IMPORTANCE[importance]),
+        *mailto.fields,
+    ]
+    return written_message([(name, value) for name, value in fields if value], text_entity(body), config)
 
 
 # ======================================================================
@@ -6102,11 +6882,14 @@ def parts_of_match(value: str, spans: Iterable[tuple[int, int]]) -> list[str]:
 # ======================================================================
 # Sieve: actions
 #
-# Owns what the scripts for a message have decided so far: copies, implicit keep.
+# Owns what the scripts for a message have decided so far: copies, implicit keep,
+# what is sent.
 # Must not know how it is done.
 # ======================================================================
 
 ACTION_LIMIT = 32  # actions of a message
+REDIRECT_LIMIT = 4  # redirects of a message
+SENDING_ORDER = ("redirect", "reject", "vacation", "notify")
 ERROR_LIMIT = 500  # characters of the text of an error
 
 
@@ -6116,20 +6899,6 @@ class RunError(Exception):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.text, self.script, self.line = text[:ERROR_LIMIT], "", 0
-
-
-class Filing:
-    """A copy for a folder. folder: the name of its directory. flags: those of the copy.
-
-    header: the changed header; None if it is the message's own. number: the later one counts. is_named: whether
-    a fileinto has named the folder.
-    """
-
-    __slots__ = ("flags", "folder", "header", "is_named", "number")
-
-    def __init__(self, folder: str, flags: Sequence[str], header: Header | None, number: int) -> None:
-        self.folder, self.flags, self.header, self.number = folder, flags, header, number
-        self.is_named = False
 
 
 class Actions:
@@ -6146,13 +6915,17 @@ class Actions:
         self._keeps_implicitly = True
         self._flags_before: Sequence[str] = ()
         self._filed = 0  # copies, those that others have replaced among them
+        self._outgoing: list[Outgoing] = []
+        self.rejection: str | None = None
+        self._answers_here = False  # whether the present script has answered
 
     def begin_script(self, flags: Sequence[str]) -> Actions:
         """The next script begins, with these flags in the internal variable; what to go back to if it fails."""
         self.fall_back()
         self._flags_before = tuple(flags)
+        self._answers_here = False
         before = Actions(self._default_folder)
-        before.__dict__.update(self.__dict__, _filings=dict(self._filings))
+        before.__dict__.update(self.__dict__, _filings=dict(self._filings), _outgoing=list(self._outgoing))
         return before
 
     def fall_back(self) -> None:
@@ -6179,6 +6952,7 @@ class Actions:
 
     def file(self, folder: str, flags: Sequence[str], header: Header | None, copy: bool) -> None:
         """Files a copy, and cancels the implicit keep unless copy is set. Raises RunError."""
+        self._check_rejection("fileinto")
         self._filings[folder] = filing = self._filing(folder, flags, header)
         filing.is_named = True
         self._keeps_implicitly = self._keeps_implicitly and copy
@@ -6193,8 +6967,48 @@ class Actions:
         """Cancels the implicit keep."""
         self._keeps_implicitly = False
 
+    def redirect(self, mail: Outgoing, copy: bool) -> None:
+        """Sends the message on, and cancels the implicit keep unless copy is set. Raises RunError."""
+        self._check_rejection("redirect")
+        self._keeps_implicitly = self._keeps_implicitly and copy
+        self.send(mail)
+        if sum(each.action == "redirect" for each in self._outgoing) > REDIRECT_LIMIT:
+            raise RunError(f"there are more than {REDIRECT_LIMIT} redirects")
+
+    def reject(self, reply: str, report: Outgoing | None) -> None:
+        """Rejects the message, by the text of a reply or by a report. Raises RunError. Source: RFC 5429 section 2.4."""
+        self._check_rejection("reject")
+        others = [*("fileinto" for _ in self._filings), *(each.action for each in self._outgoing)]
+        if conflicts := [action for action in others if action != "notify"]:
+            raise RunError(f"reject cannot stand beside {conflicts[0]}: the message would be taken and refused")
+        self._keeps_implicitly, self.rejection = False, reply
+        if report:
+            self.send(report)
+
+    def has_answered(self) -> bool:
+        """Whether there is an answer already. Raises RunError if it is the present script's (RFC 5230 section 4.7)."""
+        self._check_rejection("vacation")
+        if self._answers_here:
+            raise RunError("vacation: a script can answer a message only once")
+        self._answers_here = True
+        return any(each.action == "vacation" for each in self._outgoing)
+
+    def send(self, mail: Outgoing) -> None:
+        """Sends mail; of two with the same record the first counts. Raises RunError."""
+        if not any((each.action, each.record) == (mail.action, mail.record) for each in self._outgoing):
+            self._outgoing.append(mail)
+        self._check_number()
+
+    def outgoing(self) -> list[Outgoing]:
+        """What is to be sent, in the order in which it is: what must not be lost comes first."""
+        return sorted(self._outgoing, key=lambda mail: SENDING_ORDER.index(mail.action))
+
+    def _check_rejection(self, action: str) -> None:
+        if self.rejection is not None:
+            raise RunError(f"{action} cannot stand beside reject: the message would be taken and refused")
+
     def _check_number(self) -> None:
-        if len(self._filings) + (self._kept is not None) > ACTION_LIMIT:
+        if len(self._filings) + len(self._outgoing) + (self._kept is not None) > ACTION_LIMIT:
             raise RunError(f"there are more than {ACTION_LIMIT} actions")
 
     def _implicit_filing(self, flags: Sequence[str], header: Header | None) -> Filing:
@@ -6781,7 +7595,7 @@ REGEXES_LIMIT = 200  # regular expressions in a script
 ERRORS_LIMIT = 20  # errors of a script that are told
 SIMILAR = 0.7  # how similar a misspelt word is to the one that was meant, by difflib
 DEFAULT_COMPARATOR = "i;ascii-casemap"
-CODE_DIGITS = frozenset(DIGITS + "abcdefABCDEF")
+IMPLIED = {"spamtestplus": "spamtest", "vacation-seconds": "vacation"}  # RFC 5235 section 2.3, RFC 6131 section 2
 
 
 class Tag:
@@ -6856,6 +7670,7 @@ class Call:
         """Raises ScriptError for arguments that do not fit."""
         self.node, self.word, self.compiler = node, word, compiler
         self._tags: dict[str, Argument] = {}
+        self._tag_places: dict[str, int] = {}
         self._positional: list[Argument | None] = []
         arguments = iter(node.arguments)
         for argument in arguments:
@@ -6966,6 +7781,7 @@ class Call:
     def _take_tag(self, argument: Argument, rest: Iterator[Argument]) -> None:
         """Takes a tag and the value that follows it. Raises ScriptError."""
         name = argument.value
+        self._tag_places.setdefault(name, argument.start)
         tag = self.word.tags.get(name)
         if not tag:
             hint = similar_word(name, self.word.tags)
@@ -6985,6 +7801,10 @@ class Call:
                 raise ScriptError(f"a {tag.value} must follow {name}{found}", value.start if value else self.node.after)
             argument = value
         self._tags[name] = argument
+
+    def tag_place(self, tag: str) -> int:
+        """Where a tag that is given stands."""
+        return self._tag_places[tag]
 
     def _check_positional(self) -> None:
         """Puts None in place of missing optional arguments. Raises ScriptError."""
@@ -7133,8 +7953,8 @@ class Compiler:
     def enable(self, capability: str) -> None:
         """Lets the script use a capability, and what is a part of it."""
         self.enabled.add(capability)
-        if capability == "spamtestplus":  # RFC 5235 section 2.3
-            self.enabled.add("spamtest")
+        if capability in IMPLIED:
+            self.enabled.add(IMPLIED[capability])
 
     def demand(self, capability: str, what: str, place: int) -> None:
         """Raises ScriptError unless the script has required the capability."""
@@ -7908,6 +8728,329 @@ def score_matches(call: Call, of: str, best: int) -> Check:
 
 
 # ======================================================================
+# Sieve: sending
+#
+# Owns the commands of scripts that send mail, and the tests of notifications.
+# Must not know how mail is sent.
+# ======================================================================
+
+REPLY_LINES = 50  # lines of a reply that a user has written
+REPLY_LINE = 200  # characters of such a line
+ANSWER_OCTETS = 16  # octets of a header that are examined for an answer in one step
+DEFAULT_DAYS = 7  # until a sender gets an answer again, RFC 5230 section 4.1
+
+
+def flags_of(call: Call) -> Callable[[Run], Sequence[str]]:
+    """The flags of an action: those of :flags, else the internal variable (RFC 5232 section 5)."""
+    if not call.has(":flags"):
+        return lambda run: run.flags
+    lists = all_of(call.texts(":flags"))
+    return lambda run: normalized_flags(run.billed(lists(run)))
+
+
+def directory_of(call: Call) -> Callable[[Run, str], str]:
+    """What gives the directory of the folder with a name, or of that with the special use in the tag :specialuse.
+
+    Raises ScriptError, and RunError when it runs. Source: RFC 8579 section 4.
+    """
+    use = call.text(":specialuse")
+    if isinstance(use, str) and not use.startswith("\\"):
+        raise ScriptError(f'{use!r} is no special use: write "\\\\{use}"', call.place_of(":specialuse"))
+
+    def directory(run: Run, name: str) -> str:
+        run.spend(LOOKUP_STEPS)
+        special = None if use is None else run.look_up().special_folder(expanded(use, run).lower())
+        try:
+            return run.around.folder(name if special is None else special)
+        except ValueError as error:
+            raise RunError(f"{call.node.name}: {error}") from None
+
+    return directory
+
+
+def address_argument(call: Call, argument: int | str) -> Callable[[Run], tuple[str, Address]]:
+    """What gives the display name and the address in an argument. Raises ScriptError, and RunError when it runs."""
+    strings = call.strings(argument)
+    if len(strings) != 1:
+        raise ScriptError(f"{call.node.name} needs one address here", call.place_of(argument))
+    text, place = strings[0]
+    if isinstance(text, str):
+        fixed = checked_address(text, place)
+        return lambda _run: fixed
+    return lambda run: address_at_run(expanded(text, run), call.node.name)
+
+
+def checked_address(text: str, place: int) -> tuple[str, Address]:
+    """See strict_address(). Raises ScriptError."""
+    try:
+        return strict_address(text)
+    except ValueError as error:
+        raise ScriptError(str(error), place) from None
+
+
+def address_at_run(text: str, command: str) -> tuple[str, Address]:
+    """See strict_address(). Raises RunError."""
+    try:
+        return strict_address(text)
+    except ValueError as error:
+        raise RunError(f"{command}: {error}") from None
+
+
+def author_of(
+    author: Callable[[Run], tuple[str, Address]] | None, run: Run, own: dict[str, Address], substitute: Address
+) -> str:
+    """The value of From: what :from says if that is one of the user's own addresses, else the substitute.
+
+    Raises RunError.
+    """
+    name, address = author(run) if author else ("", substitute)
+    if comparable(address) in own:
+        return mailbox_text(name, address)
+    if author:
+        log.warning("author not used", author=address, user=run.around.recipient.userid)
+    return mailbox_text("", substitute)
+
+
+def redirect(call: Call) -> Step:
+    """The command redirect (RFC 5228 section 4.2, RFC 3894)."""
+    address, copy = address_argument(call, 0), call.has(":copy")
+
+    def run_redirect(run: Run) -> None:
+        recipient, around = address(run)[1], run.around
+        header = run.changed_header()
+        if comparable(recipient) in own_addresses(around.recipient, around.config):
+            if not copy:  # it would only come back
+                run.actions.keep(run.flags, header)
+            return
+
+        def composed_redirect(message: Message) -> Message:
+            return message.with_header(header) if header else message
+
+        record = f"redirect {comparable(recipient)}"
+        run.actions.redirect(Outgoing("redirect", [recipient], around.reverse_path, composed_redirect, record), copy)
+
+    return run_redirect
+
+
+def reject(call: Call) -> Step:
+    """The commands reject and ereject (RFC 5429 sections 2.1 and 2.2)."""
+    text, may_report = call.text(0) or "", call.node.name == "reject"
+
+    def run_reject(run: Run) -> None:
+        reason, around = expanded(text, run).replace("\r\n", "\n").strip(), run.around
+        is_tellable = reason.isascii()
+        config, sender, recipient = around.config, around.reverse_path, around.recipient.address
+        may_be_sent = may_report and not is_from_machine(run.subject.message.header, sender)
+        if may_be_sent and sender and not (config.sieve_use_lmtp_reject and is_tellable):
+            sender = sender if sender.domain else Address(sender.local, config.servername)
+            report = Outgoing(
+                "reject",
+                [sender],
+                None,
+                lambda message: rejection_report(message, sender, recipient, reason, config),
+                "reject",
+            )
+            run.actions.reject("", report)
+        else:
+            run.actions.reject(reply_text(reason) if is_tellable and reason else PLAIN_REASON, None)
+
+    return run_reject
+
+
+def reply_text(reason: str) -> str:
+    """A user's text as that of a reply: long lines become several (RFC 5429 section 2.5)."""
+    lines: list[str] = []
+    for line in reason.replace("\t", " ").split("\n"):
+        rest = line.strip()
+        while len(rest) > REPLY_LINE:
+            cut = rest.rfind(" ", 0, REPLY_LINE)
+            cut = cut if cut > 0 else REPLY_LINE
+            lines.append(rest[:cut])
+            rest = rest[cut:].strip()
+        lines.append(rest)
+    return "\n".join(lines[:REPLY_LINES])
+
+
+def vacation(call: Call) -> Step:
+    """The command vacation (RFC 5230, RFC 6131)."""
+    reason, is_entity = call.text(0) or "", call.has(":mime")
+    subject, handle = call.text(":subject") or "", call.text(":handle")
+    author = address_argument(call, ":from") if call.has(":from") else None
+    others = [
+        (text, checked_address(text, place)[1] if isinstance(text, str) else None)
+        for text, place in call.strings(":addresses")
+    ]
+    if is_entity and isinstance(reason, str):
+        check_entity(reason, call.place_of(0))
+    period, filing = period_of(call), filing_of(call)
+
+    def run_vacation(run: Run) -> None:
+        config, sender = run.around.config, run.around.reverse_path
+        if run.actions.has_answered():
+            return
+        own = own_addresses(run.around.recipient, config)
+        for text, fixed in others:
+            other = fixed or address_at_run(expanded(text, run), "vacation")[1]
+            own.setdefault(comparable(other), other)
+        text, title = expanded(reason, run), expanded(subject, run)
+        header = run.subject.message.header  # as it arrived: a script cannot make an answer due
+        run.spend(len(header.octets) // ANSWER_OCTETS)
+        withheld, addressed = reason_for_silence(header, sender), addressee(header, own)
+        if not withheld and sender and comparable(sender) in own:
+            withheld = f"the sender <{sender}> is the user"
+        if not withheld and not addressed:
+            withheld = "the message is not addressed to the user"
+        from_value = author_of(author, run, own, addressed or run.around.recipient.address)
+        seconds = period(config)
+        what = (
+            expanded(handle, run)
+            if handle is not None
+            else "\0".join(("text", title, from_value if author else "", str(is_entity), text))
+        )
+        record = shortened(f"vacation {comparable(sender) if sender else ''} {what}")
+        if not withheld and seconds and run.look_up().has_seen(record):
+            withheld = ANSWERED_LATELY
+        entity = mime_entity(text) if is_entity else text_entity(text)
+        to = [sender if sender.domain else Address(sender.local, config.servername)] if sender else []
+        answer = Outgoing(
+            "vacation",
+            to,
+            None,
+            lambda message: vacation_answer(message, to[0], from_value, title, entity, config),
+            record if seconds else "",
+            seconds,
+        )
+        answer.withheld, answer.filing = withheld, filing(run)
+        run.actions.send(answer)
+
+    return run_vacation
+
+
+def check_entity(text: str, place: int) -> None:
+    """Raises ScriptError unless the text is an entity of MIME."""
+    octets = lines_of_text(text)
+    header = Header.of(octets)
+    if not header.octets and not octets.startswith(LF):
+        text = "with :mime the text begins with fields such as Content-Type, and an empty line follows them"
+        raise ScriptError(text, place)
+    if not header.octets.isascii():
+        raise ScriptError("the fields of an entity must be ASCII", place)
+
+
+def period_of(call: Call) -> Callable[[Config], int]:
+    """For how many seconds nobody gets the answer again."""
+    days, seconds = call.number(":days"), call.number(":seconds")
+
+    def period(config: Config) -> int:
+        least = config.sieve_vacation_min_response if seconds is None else config.sieve_vacation_min_seconds
+        wanted = DAY * (DEFAULT_DAYS if days is None else days) if seconds is None else seconds
+        return min(max(wanted, least), max(config.sieve_vacation_max_response, least))
+
+    return period
+
+
+def filing_of(call: Call) -> Callable[[Run], Filing | None]:
+    """Where a copy of what is sent goes, as the tag :fcc says (RFC 8580). Raises ScriptError."""
+    if not call.has(":fcc"):
+        for tag in (":create", ":flags", ":specialuse"):
+            if call.has(tag):
+                raise ScriptError(f"{tag} stands here only with :fcc", call.tag_place(tag))
+        return lambda _run: None
+    name, flags, directory = call.text(":fcc") or "", flags_of(call), directory_of(call)
+    has_flags = call.has(":flags")
+
+    def filing(run: Run) -> Filing:
+        folder = directory(run, expanded(name, run))
+        copy = Filing(folder, tuple(flags(run)) if has_flags else (), None, 0)
+        copy.is_named = True
+        return copy
+
+    return filing
+
+
+def notify(call: Call) -> Step:
+    """The command notify (RFC 5435 section 3)."""
+    author = address_argument(call, ":from") if call.has(":from") else None
+    message_text, importance = call.text(":message") or "", call.text(":importance")
+    if isinstance(importance, str) and importance not in IMPORTANCE:
+        raise ScriptError(wrong_importance(importance), call.place_of(":importance"))
+    for option_text, place in call.strings(":options"):
+        if isinstance(option_text, str) and not option_text.partition("=")[1]:
+            raise ScriptError(f'{option_text!r} is no option: write "name=value"', place)
+    method = call.text(0) or ""
+    fixed = checked_method(method, call.place_of(0)) if isinstance(method, str) else None
+    filing = filing_of(call)
+
+    def run_notify(run: Run) -> None:
+        config, owner = run.around.config, run.around.recipient.address
+        try:
+            mailto = fixed or Mailto(expanded(method, run))
+        except ValueError as error:
+            raise RunError(f"notify: {error}") from None
+        from_value = author_of(author, run, own_addresses(run.around.recipient, config), owner)
+        weight = expanded(importance, run) if importance is not None else "2"
+        if weight not in IMPORTANCE:
+            raise RunError(f"notify: {wrong_importance(weight)}")
+        header = run.subject.message.header
+        text = expanded(message_text, run)
+        run.spend(len(header.octets) // ANSWER_OCTETS)
+        mail = Outgoing(
+            "notify",
+            mailto.recipients,
+            owner if run.around.reverse_path else None,
+            lambda message: notification(message, mailto, from_value, owner, text, weight, config),
+            shortened(f"notify {expanded(method, run)} {text}"),
+        )
+        for start, end in header.spans(b"auto-submitted"):
+            value = raw_text(header.octets[start:end].partition(b":")[2]).strip()
+            if is_automatic(value):  # RFC 5436 section 2.7.1
+                mail.withheld = f"Auto-Submitted: {value[:SUBJECT_LIMIT]}"
+        mail.filing = filing(run)
+        run.actions.send(mail)
+
+    return run_notify
+
+
+def wrong_importance(importance: str) -> str:
+    """What to say about an importance that there is not."""
+    return f'{importance!r} is no importance: write "1" (high), "2" or "3"'
+
+
+def checked_method(uri: str, place: int) -> Mailto:
+    """The method of a notification. Raises ScriptError."""
+    try:
+        return Mailto(uri)
+    except ValueError as error:
+        raise ScriptError(str(error), place) from None
+
+
+def is_method(uri: str) -> bool:
+    """Whether notify can use the method."""
+    try:
+        Mailto(uri)
+    except ValueError:
+        return False
+    return True
+
+
+def methods_are_valid(call: Call) -> Check:
+    """The test valid_notify_method (RFC 5435 section 4)."""
+    uris = all_of(call.texts(0))
+    return lambda run: all(map(is_method, run.billed(uris(run))))
+
+
+def method_can(call: Call) -> Check:
+    """The test notify_method_capability (RFC 5435 section 5): nobody knows whether a recipient of mail is online."""
+    uri, capability, matcher = call.text(0) or "", call.text(1) or "", call.matcher(2)
+
+    def run_capability(run: Run) -> bool:
+        is_known = expanded(capability, run).lower() == "online" and is_method(expanded(uri, run))
+        return is_known and matcher.accepts(run, ["maybe"])
+
+    return run_capability
+
+
+# ======================================================================
 # Sieve: commands
 #
 # Owns the commands of scripts, alike, and the table of commands, tests and tags.
@@ -7918,10 +9061,27 @@ PRECEDENCE = {  # RFC 5229 section 4.1, draft-ietf-sieve-regex section 4
     **dict.fromkeys((":lower", ":upper"), 40),
     **dict.fromkeys((":lowerfirst", ":upperfirst"), 30),
     **dict.fromkeys((":quotewildcard", ":quoteregex"), 20),
+    ":encodeurl": 15,  # RFC 5435 section 6
     ":length": 10,
 }
+UNRESERVED = frozenset((LETTERS + DIGITS + "-._~").encode())  # RFC 3986 section 2.3
 WILDCARDS = str.maketrans({each: f"\\{each}" for each in "*?\\"})
 REGEX_SPECIALS = str.maketrans({each: f"\\{each}" for each in "\\.[]{}()*+?|^$"})
+
+
+def url_encoded(text: str) -> str:
+    """Text with percent encoding (RFC 3986 section 2.1), cut between characters at VARIABLE_LIMIT."""
+    pieces, room = [], VARIABLE_LIMIT
+    for character in text[:VARIABLE_LIMIT]:
+        octets = character.encode("utf-8", "surrogateescape")
+        piece = "".join(chr(octet) if octet in UNRESERVED else f"%{octet:02X}" for octet in octets)
+        room -= len(piece)
+        if room < 0:
+            break
+        pieces.append(piece)
+    return "".join(pieces)
+
+
 MODIFIERS: dict[str, Callable[[str], str]] = {
     ":lower": ascii_lower,
     ":upper": ascii_upper,
@@ -7930,6 +9090,7 @@ MODIFIERS: dict[str, Callable[[str], str]] = {
     ":quotewildcard": lambda text: text.translate(WILDCARDS),
     ":quoteregex": lambda text: text.translate(REGEX_SPECIALS),
     ":length": lambda text: str(len(text)),
+    ":encodeurl": url_encoded,
 }
 
 
@@ -7967,32 +9128,15 @@ def discard(_call: Call) -> Step:
     return lambda run: run.actions.discard()
 
 
-def flags_of(call: Call) -> Callable[[Run], Sequence[str]]:
-    """The flags of an action: those of :flags, else the internal variable (RFC 5232 section 5)."""
-    if not call.has(":flags"):
-        return lambda run: run.flags
-    lists = all_of(call.texts(":flags"))
-    return lambda run: normalized_flags(run.billed(lists(run)))
-
-
 def file_into(call: Call) -> Step:
     """The command fileinto (RFC 5228 section 4.1, RFC 3894, RFC 5232, RFC 5490, RFC 8579).
 
     A missing folder is made in any case, with :create and without.
     """
-    name, use = call.text(0) or "", call.text(":specialuse")
-    if isinstance(use, str) and not use.startswith("\\"):
-        raise ScriptError(f'{use!r} is no special use: write "\\\\{use}"', call.place_of(":specialuse"))
-    flags, copy = flags_of(call), call.has(":copy")
+    name, flags, directory, copy = call.text(0) or "", flags_of(call), directory_of(call), call.has(":copy")
 
     def run_fileinto(run: Run) -> None:
-        wanted = expanded(name, run)
-        run.spend(LOOKUP_STEPS)
-        special = None if use is None else run.look_up().special_folder(expanded(use, run).lower())
-        try:
-            folder = run.around.folder(wanted if special is None else special)
-        except ValueError as error:
-            raise RunError(f"fileinto: {error}") from None
+        folder = directory(run, expanded(name, run))
         run.actions.file(folder, flags(run), run.changed_header(), copy)
 
     return run_fileinto
@@ -8226,9 +9370,12 @@ MODIFIER_TAGS = (
     Tag(":upperfirst", group="first letter"),
     Tag(":quotewildcard", group="quoting"),
     Tag(":quoteregex", "regex", group="quoting"),
+    Tag(":encodeurl", "enotify", group="encoding"),
     Tag(":length"),
 )
 FLAGS_TAG = Tag(":flags", "imap4flags", STRINGS)
+FOLDER_TAGS = (Tag(":create", "mailbox"), FLAGS_TAG, Tag(":specialuse", "special-use", STRING))
+FCC_TAGS = (Tag(":fcc", "fcc", STRING), *FOLDER_TAGS)
 
 COMMANDS = (
     Word(
@@ -8249,6 +9396,7 @@ COMMANDS = (
         optional=1,
     ),
     Word("discard", "", (), discard),
+    Word("ereject", "ereject", (STRING,), reject),
     Word("error", "ihave", (STRING,), error_),
     Word("extracttext", "extracttext", (STRING,), extract_text, (Tag(":first", value=NUMBER), *MODIFIER_TAGS)),
     Word(
@@ -8256,7 +9404,7 @@ COMMANDS = (
         "fileinto",
         (STRING,),
         file_into,
-        (Tag(":copy", "copy"), Tag(":create", "mailbox"), FLAGS_TAG, Tag(":specialuse", "special-use", STRING)),
+        (Tag(":copy", "copy"), *FOLDER_TAGS),
     ),
     Word("foreverypart", "foreverypart", (), for_every_part, (Tag(":name", value=STRING),), has_block=True),
     Word("global", "include", (STRINGS,), global_),
@@ -8268,12 +9416,43 @@ COMMANDS = (
         (Tag(":personal", group="place"), Tag(":global", group="place"), Tag(":once"), Tag(":optional")),
     ),
     Word("keep", "", (), keep, (FLAGS_TAG,)),
+    Word(
+        "notify",
+        "enotify",
+        (STRING,),
+        notify,
+        (
+            Tag(":from", value=STRING),
+            Tag(":importance", value=STRING),
+            Tag(":options", value=STRINGS),
+            Tag(":message", value=STRING),
+            *FCC_TAGS,
+        ),
+    ),
+    Word("redirect", "", (STRING,), redirect, (Tag(":copy", "copy"),)),
+    Word("reject", "reject", (STRING,), reject),
     Word("removeflag", "imap4flags", (STRINGS, STRINGS), change_flags(without_flags), optional=1),
     Word("require", "", (STRINGS,), require),
     Word("return", "include", (), return_),
     Word("set", "variables", (STRING, STRING), set_variable, MODIFIER_TAGS),
     Word("setflag", "imap4flags", (STRINGS, STRINGS), change_flags(lambda _old, new: new), optional=1),
     Word("stop", "", (), stop),
+    Word(
+        "vacation",
+        "vacation",
+        (STRING,),
+        vacation,
+        (
+            Tag(":days", value=NUMBER, group="period"),
+            Tag(":seconds", "vacation-seconds", NUMBER, group="period"),
+            Tag(":subject", value=STRING),
+            Tag(":from", value=STRING),
+            Tag(":addresses", value=STRINGS),
+            Tag(":mime"),
+            Tag(":handle", value=STRING),
+            *FCC_TAGS,
+        ),
+    ),
 )
 TESTS = (
     Word(
@@ -8317,6 +9496,7 @@ TESTS = (
     Word("ihave", "ihave", (STRINGS,), has_capability),
     Word("mailboxexists", "mailbox", (STRINGS,), folders_exist),
     Word("not", "", (), negation, tests=1),
+    Word("notify_method_capability", "enotify", (STRING, STRING, STRINGS), method_can, MATCH_TAGS),
     Word(
         "size", "", (), size_is, (Tag(":over", value=NUMBER, group="size"), Tag(":under", value=NUMBER, group="size"))
     ),
@@ -8324,11 +9504,12 @@ TESTS = (
     Word("specialuse_exists", "special-use", (STRING, STRINGS), special_uses_exist, optional=1),
     Word("string", "variables", (STRINGS, STRINGS), strings_match, MATCH_TAGS),
     Word("true", "", (), always_true),
+    Word("valid_notify_method", "enotify", (STRINGS,), methods_are_valid),
     Word("virustest", "virustest", (STRING,), virus_matches, MATCH_TAGS),
 )
 # Capabilities that stand for something else than a row or a tag.
 OTHER_CAPABILITIES = (
-    *("encoded-character", "fileinto", "include", "mime", "spamtestplus"),
+    *("encoded-character", "fileinto", "include", "mime", "spamtestplus", "vacation-seconds"),
     *map("comparator-".__add__, COMPARATORS),
 )
 
@@ -8575,13 +9756,16 @@ def number_in(text: str) -> float | None:
 class Filtered:
     """What the scripts want for a message. scripts: the paths of those that ran.
 
-    filings: its copies; none if it is discarded. records: what to record once they are stored, and for how many
-    seconds. errors: each as (script, "line" or "line:column", text); then the message is kept. ms: milliseconds.
+    filings: its copies; none if it is discarded. outgoing: what is sent. rejection: the text of the reply if the
+    message is rejected by one, "" if by a report; else None. records: what to record once they are stored, and for how
+    many seconds. errors: each as (script, "line" or "line:column", text); then the message is kept. ms: milliseconds.
     """
 
     def __init__(self) -> None:
         self.scripts: list[str] = []
         self.filings: list[Filing] = []
+        self.outgoing: list[Outgoing] = []
+        self.rejection: str | None = None
         self.records: dict[str, int] = {}
         self.errors: list[tuple[str, str, str]] = []
         self.ms = 0.0
@@ -8589,7 +9773,8 @@ class Filtered:
     def actions(self) -> str:
         """The actions in words."""
         filed = [" ".join([f"fileinto {folder_name(filing.folder)}", *filing.flags]) for filing in self.filings]
-        return ", ".join(filed) or "discard"
+        rejected = ["reject"] if self.rejection else []
+        return ", ".join([*rejected, *map(str, self.outgoing), *filed]) or "discard"
 
 
 class Filters:
@@ -8642,6 +9827,7 @@ class Filters:
         if not filtered.scripts and not filtered.errors:
             return None
         filtered.filings = run.actions.filings(run.flags, run.changed_header())
+        filtered.outgoing, filtered.rejection = run.actions.outgoing(), run.actions.rejection
         filtered.records = run.records
         filtered.ms = round((time.monotonic() - started) * 1000, 1)
         return filtered
@@ -8753,6 +9939,12 @@ MAILBOX_FULL_PERMANENT = Reply(552, "5.2.2", "Mailbox is full")
 MAILBOX_UNUSABLE = Reply(550, "5.2.1", "Mailbox does not accept messages")
 STORAGE_FULL = Reply(452, "4.3.1", "Mail storage is full, try again later")
 STORAGE_FAILED = Reply(451, "4.3.0", "Mail storage failed, try again later")
+SENDING_FAILED = Reply(451, "4.4.0", "The message could not be sent on, try again later")
+SENT_EXPIRY = (
+    7 * DAY
+)  # seconds after which no client sends a message again that it had to keep: RFC 5321 section 4.5.4.1
+REDIRECT_EXPIRY = DAY  # seconds within which a message that comes again, by another way, is in a loop
+RECEIVED_LIMIT = 100  # fields Received of a message that is sent on: RFC 5321 section 6.3
 
 
 class Destination:
@@ -8806,17 +9998,30 @@ class Placement:
 class Delivery:
     """The delivery of a message to one recipient. It has no placement if a script discards the message.
 
-    failure: the client's reply if something has failed; else None. records: what to record once all is stored, and for
-    how many seconds.
+    failure: the client's reply if something has failed; else None. outgoing: what is sent once all is stored.
+    rejection: the client's reply if the recipient rejects the message. records: what to record when all is done, and
+    for how many seconds. message, folder: what a keep stores, and where. is_sent: whether the message has been sent on.
     """
 
-    __slots__ = ("destination", "failure", "placements", "records", "reverse_path")
+    __slots__ = (
+        *("destination", "failure", "folder", "is_sent", "message", "outgoing", "placements", "records", "rejection"),
+        "reverse_path",
+    )
 
-    def __init__(self, destination: Destination, reverse_path: Address | None) -> None:
-        self.destination, self.reverse_path = destination, reverse_path
+    def __init__(self, destination: Destination, reverse_path: Address | None, message: Message) -> None:
+        self.destination, self.reverse_path, self.message = destination, reverse_path, message
         self.placements: list[Placement] = []
+        self.outgoing: list[Outgoing] = []
         self.records: dict[str, int] = {}
         self.failure: Reply | None = None
+        self.rejection: Reply | None = None
+        self.folder = INBOX
+        self.is_sent = False
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the mailbox has the message, perhaps from an earlier delivery."""
+        return any(placement.is_stored or placement.event == "duplicate" for placement in self.placements)
 
     def fail(self, reply: Reply, placement: Placement | None = None) -> None:
         """Adds a failure, of a placement or of them all.
@@ -8940,12 +10145,14 @@ class DeliveryAgent:
         self.router = Router(config)
         self._identity = Identity.of_process()
         self._records = Records(config)
+        self._submission = Submission(config)
         self._filters = Filters(config, self._records, report_test if config.debug else None)
         self._pending: set[tuple[str, str]] = set()
 
     def prepare(self) -> None:
         """Gets ready for many messages, before workers fork."""
         self._records.prepare()
+        self._submission.prepare()
 
     def drafts(self, envelope: Envelope) -> Iterator[Draft]:
         """Spool files for a message that is too large for memory, one after the other on different file systems.
@@ -8990,20 +10197,21 @@ class DeliveryAgent:
         journal once for all of them.
         """
         started = time.monotonic()
-        deliveries = [Delivery(destination, envelope.reverse_path) for destination in envelope.destinations]
+        reverse_path, message = envelope.reverse_path, incoming.message
+        deliveries = [Delivery(destination, reverse_path, message) for destination in envelope.destinations]
         if refusal := self.refusal(incoming):
             for delivery in deliveries:
                 delivery.fail(refusal)
         else:
-            self._place_all(incoming.message, deliveries)
+            self._deliver_all(message, deliveries)
         replies = []
         for delivery in deliveries:
-            replies.append(reply := delivery.failure or delivered)
-            log_delivery(delivery, reply, incoming.message, envelope, started)
+            replies.append(reply := delivery.failure or delivery.rejection or delivered)
+            log_delivery(delivery, reply, message, envelope, started)
         return replies
 
     def plan(self, message: Message, delivery: Delivery) -> list[Placement]:
-        """The placements of a message for one recipient, none if it is discarded; sets the delivery's records.
+        """The placements of a message for one recipient, none if it is discarded; sets what else the scripts want.
 
         Raises StoreError, LmtpError and OSError.
         """
@@ -9015,14 +10223,16 @@ class DeliveryAgent:
         folder = self.router.folder_of(destination)
         if recipient.is_shared:
             return [Placement(message, mailbox, folder)]
-        default = folder if config.sieve_subaddress_folder else INBOX
-        occasion = Occasion(mailbox, recipient, delivery.reverse_path, default, config)
+        delivery.message, delivery.folder = message, folder if config.sieve_subaddress_folder else INBOX
+        occasion = Occasion(mailbox, recipient, delivery.reverse_path, delivery.folder, config)
         occasion.pending = self._pending
         filtered = self._filters.run(message, occasion)
         if not filtered:
             return [Placement(message, mailbox, folder)]
         self._filters.tell(filtered, occasion)
-        delivery.records = filtered.records
+        delivery.records, delivery.outgoing = filtered.records, filtered.outgoing
+        if filtered.rejection:
+            delivery.rejection = Reply(550, "5.7.1", filtered.rejection)
         self._pending.update((mailbox.path, record) for record in filtered.records)
         variants: dict[Header | None, Message] = {None: message}
         for filing in filtered.filings:
@@ -9033,69 +10243,58 @@ class DeliveryAgent:
             for filing in filtered.filings
         ]
 
-    def _place_all(self, message: Message, deliveries: Sequence[Delivery]) -> None:
-        """Delivers to all recipients, and updates the duplicate database."""
-        first_in: dict[str, Placement] = {}
+    def _deliver_all(self, message: Message, deliveries: Sequence[Delivery]) -> None:
+        """Stores the message for all recipients, then sends what is to be sent; records both in the database."""
+        placer = Placer(message, self._config, self._records)
+        outbox = Outbox(message, placer, self._submission, self._records, self._config)
         self._pending.clear()
         batch: list[Delivery] = []
         waiting = 0
         for delivery in deliveries:
-            self._place(message, delivery, first_in, delivery is deliveries[-1])
+            try:
+                delivery.placements = self.plan(message, delivery)
+                outbox.withhold(delivery)
+            except Exception as error:
+                delivery.fail(reply_to(error, self._config, delivery.destination.mailbox.path))
+            placer.place(delivery, delivery is deliveries[-1])
             batch.append(delivery)
             waiting += len(delivery.placements)
             if waiting >= BATCH or delivery is deliveries[-1]:
-                self._settle(message, batch, first_in)
+                placer.settle(batch)
                 batch, waiting = [], 0
-        placements = [placement for delivery in deliveries for placement in delivery.placements]
-        stored = [placement.key for placement in placements if placement.is_stored]
-        if stored and self._config.duplicatesuppression and is_identified(message):
-            self._records.add_delivered(message.message_id, message.date, stored)
+        placer.record(deliveries)
         for delivery in deliveries:
+            if delivery.outgoing and not delivery.failure:
+                outbox.send(delivery)
             if delivery.records and not delivery.failure:
                 self._records.add(delivery.destination.mailbox.path, delivery.records)
 
-    def _place(self, message: Message, delivery: Delivery, first_in: dict[str, Placement], is_last: bool) -> None:
+
+class Placer:
+    """Stores the copies of one message for all its recipients."""
+
+    def __init__(self, message: Message, config: Config, records: Records) -> None:
+        self._message, self._config, self._records = message, config, records
+        self._first_in: dict[str, Placement] = {}  # the first placement in each folder, by its key
+
+    def place(self, delivery: Delivery, is_last: bool) -> None:
         """Puts a recipient's copies into the folders that do not have the message yet, until one of them fails.
 
-        first_in: the first placement in each folder, by its key. is_last: whether no other recipient follows.
+        is_last: whether no other recipient follows.
         """
-        try:
-            delivery.placements = self.plan(message, delivery)
-        except Exception as error:
-            delivery.fail(reply_to(error, self._config, delivery.destination.mailbox.path))
-            return
         for number, placement in enumerate(delivery.placements, 1):
             # The last placement of a message may take its draft away.
-            may_move = is_last or placement.message is not message
+            may_move = is_last or placement.message is not self._message
             for later in delivery.placements[number:]:
                 may_move = may_move and later.message is not placement.message
             try:
-                self._place_one(placement, delivery.destination, first_in, may_move)
+                self._place_one(placement, delivery.destination, may_move)
             except Exception as error:
                 delivery.fail(reply_to(error, self._config, placement.key), placement)
                 del delivery.placements[number:]
                 return
 
-    def _place_one(
-        self, placement: Placement, destination: Destination, first_in: dict[str, Placement], may_move: bool
-    ) -> None:
-        """Places the message unless the folder has it already. Raises StoreError, OSError and ValueError."""
-        message, mailbox = placement.message, placement.mailbox
-        placement.twin = first_in.get(placement.key) if self._config.duplicatesuppression else None
-        if placement.twin or self._has_got(placement.key, message):
-            placement.event = "duplicate"
-            return
-        if self._config.lmtp_strict_quota and not destination.ignores_quota:
-            mailbox.check_quota(placement.folder, message.size, 1)
-        placement.placed = mailbox.place(message, placement.folder, placement.flags, may_move, placement.subscribes)
-        first_in[placement.key] = placement
-
-    def _has_got(self, key: str, message: Message) -> bool:
-        if not self._config.duplicatesuppression or not is_identified(message):
-            return False
-        return self._records.has_delivered(message.message_id, message.date, key)
-
-    def _settle(self, message: Message, deliveries: Sequence[Delivery], first_in: dict[str, Placement]) -> None:
+    def settle(self, deliveries: Sequence[Delivery]) -> None:
         """Makes the placements of each recipient durable; if one of them fails, takes that recipient's others back.
 
         Frees messages other than the one that was sent.
@@ -9103,24 +10302,59 @@ class DeliveryAgent:
         for delivery in deliveries:
             for placement in delivery.placements:
                 if not delivery.failure:
-                    self._sync(placement, delivery, first_in)
+                    self._sync(placement, delivery)
             if delivery.failure:
                 for placement in delivery.placements:
                     self._take_back(placement, delivery.failure)
             for placement in delivery.placements:
                 if placement.placed:
                     placement.placed.close()
-                if placement.message is not message:
+                if placement.message is not self._message:
                     placement.message.discard()
 
-    def _sync(self, placement: Placement, delivery: Delivery, first_in: dict[str, Placement]) -> None:
+    def keep(self, delivery: Delivery) -> None:
+        """Stores the message where a keep does, for what was to be done with it has failed."""
+        delivery.placements.append(Placement(delivery.message, delivery.destination.mailbox, delivery.folder))
+        later = Delivery(delivery.destination, delivery.reverse_path, delivery.message)
+        later.placements = delivery.placements[-1:]
+        self.place(later, is_last=False)
+        self.settle([later])
+        self.record([later])
+        if later.failure:
+            delivery.fail(later.failure)
+
+    def record(self, deliveries: Sequence[Delivery]) -> None:
+        """Records what has been stored in the duplicate database."""
+        placements = [placement for delivery in deliveries for placement in delivery.placements]
+        stored = [placement.key for placement in placements if placement.is_stored]
+        if stored and self._config.duplicatesuppression and is_identified(self._message):
+            self._records.add_delivered(self._message.message_id, self._message.date, stored)
+
+    def _place_one(self, placement: Placement, destination: Destination, may_move: bool) -> None:
+        """Places the message unless the folder has it already. Raises StoreError, OSError and ValueError."""
+        message, mailbox = placement.message, placement.mailbox
+        placement.twin = self._first_in.get(placement.key) if self._config.duplicatesuppression else None
+        if placement.twin or self._has_got(placement.key, message):
+            placement.event = "duplicate"
+            return
+        if self._config.lmtp_strict_quota and not destination.ignores_quota:
+            mailbox.check_quota(placement.folder, message.size, 1)
+        placement.placed = mailbox.place(message, placement.folder, placement.flags, may_move, placement.subscribes)
+        self._first_in[placement.key] = placement
+
+    def _has_got(self, key: str, message: Message) -> bool:
+        if not self._config.duplicatesuppression or not is_identified(message):
+            return False
+        return self._records.has_delivered(message.message_id, message.date, key)
+
+    def _sync(self, placement: Placement, delivery: Delivery) -> None:
         """Makes a placement durable; first places it anew if its twin has failed. An error becomes the failure."""
         try:
             if placement.twin and placement.twin.failure:  # another recipient's failure is not this one's
-                if (first := first_in.get(placement.key)) and first.failure:
-                    del first_in[placement.key]
+                if (first := self._first_in.get(placement.key)) and first.failure:
+                    del self._first_in[placement.key]
                 placement.event = "delivered"
-                self._place_one(placement, delivery.destination, first_in, may_move=False)
+                self._place_one(placement, delivery.destination, may_move=False)
             if placement.placed:
                 placement.placed.sync()
         except Exception as error:
@@ -9131,6 +10365,135 @@ class DeliveryAgent:
             return
         placement.fail(failure)
         placement.placed.take_back()
+
+
+class Outbox:
+    """Sends what scripts want for one message, once it is stored, and records each mail as soon as it has been sent."""
+
+    def __init__(
+        self, message: Message, placer: Placer, submission: Submission, records: Records, config: Config
+    ) -> None:
+        self._message, self._placer, self._config = message, placer, config
+        self._submission, self._records = submission, records
+        self._sent: set[tuple[str, str]] = set()  # mailboxes and records: the database may be out of order
+        self._fingerprint = ""
+
+    def withhold(self, delivery: Delivery) -> None:
+        """Keeps the message where a redirect would make it go round in a circle. Raises OSError."""
+        mailbox = delivery.destination.mailbox
+        for mail in delivery.outgoing:
+            if mail.action == "redirect" and (cause := self._circle(mail, mailbox.path)):
+                mail.withheld = cause
+                log.warning("redirect not followed", cause=cause, **self._fields(mail, delivery))
+                if not delivery.placements and not delivery.rejection:
+                    delivery.placements.append(Placement(delivery.message, mailbox, delivery.folder))
+            elif mail.withheld:
+                log.info("no answer", cause=mail.withheld, **self._fields(mail, delivery))
+
+    def _circle(self, mail: Outgoing, mailbox: str) -> str:
+        """Why a message must not be sent on; "" if it may."""
+        message = self._message
+        received = sum(start >= message.added for start, _ in message.header.spans(b"received"))
+        if received > RECEIVED_LIMIT:
+            return f"the message has {received} fields Received"
+        now, *ever = self._records_of(mail)
+        is_circle = any(self._records.has(mailbox, each) for each in ever) and not self._records.has(mailbox, now)
+        return "the message has been redirected already, and comes again: a loop" if is_circle else ""
+
+    def send(self, delivery: Delivery) -> None:
+        """Sends a recipient's mail. What fails is deferred or kept, if the message would else be lost."""
+        mails = [mail for mail in delivery.outgoing if not mail.withheld]
+        vital = [mail for mail in mails if mail.action in ("redirect", "reject")]
+        failures = [failure for mail in vital if (failure := self._send(mail, delivery))]
+        delivery.is_sent = len(failures) < len(vital)
+        if failures and not delivery.is_stored:
+            if any(failure.permanent for failure in failures):
+                self._placer.keep(delivery)
+            else:
+                delivery.fail(SENDING_FAILED)
+        if delivery.failure:
+            return
+        for mail in mails:
+            if mail not in vital:
+                self._send(mail, delivery)
+        if not self._message.has_message_id or not self._message.message_id.strip("<> "):
+            # It does not come again; another that is the same, such as one of a device, may.
+            for mail in mails:
+                if not mail.seconds:
+                    self._records.add(delivery.destination.mailbox.path, dict.fromkeys(self._records_of(mail), 0))
+
+    def _send(self, mail: Outgoing, delivery: Delivery) -> NotSent | None:
+        """Sends a mail, unless it has been sent. The failure if there is one."""
+        mailbox = delivery.destination.mailbox.path
+        started = time.monotonic()
+        try:
+            with self._records.lock(mailbox, mail.record):
+                records = self._records_of(mail)
+                if self._has_sent(mailbox, records):
+                    if mail.action == "vacation":
+                        log.info("no answer", cause=ANSWERED_LATELY, **self._fields(mail, delivery))
+                    return None
+                if mail.action == "vacation" and not self._records.is_usable():
+                    raise NotSent("without the duplicate database, the sender could get the answer again and again")
+                message = mail.compose(self._message)
+                is_automatic = mail.action != "redirect"
+                self._submission.send(message, mail.reverse_path, mail.recipients, is_automatic)
+                self._sent.update((mailbox, record) for record in records)
+                self._records.add(mailbox, records)
+        except Exception as error:
+            if not isinstance(error, (NotSent, OSError)):
+                log.traceback("sending failed")
+            failure = error if isinstance(error, NotSent) else NotSent(text_of(error))
+            result = "permanent" if failure.permanent else "temporary"
+            log.error("mail not sent", result=result, cause=failure, **self._fields(mail, delivery))
+            return failure
+        ms = round((time.monotonic() - started) * 1000)
+        log.info("mail sent", ms=ms, **self._fields(mail, delivery))
+        if mail.filing:
+            self._file(message, mail.filing, delivery.destination)
+        return None
+
+    def _has_sent(self, mailbox: str, records: dict[str, int]) -> bool:
+        """Whether the first of the records is there: it stands for this mail."""
+        return any((mailbox, each) in self._sent or self._records.has(mailbox, each) for each in list(records)[:1])
+
+    def _records_of(self, mail: Outgoing) -> dict[str, int]:
+        """What is recorded once a mail is sent, and for how many seconds; the first stands for this very mail."""
+        if mail.seconds or not mail.record:
+            return {mail.record: mail.seconds} if mail.record else {}
+        self._fingerprint = self._fingerprint or self._message.fingerprint()
+        records = {shortened(f"{self._fingerprint} {mail.record}"): SENT_EXPIRY}
+        if mail.action == "redirect" and self._message.message_id.strip("<> "):
+            records[shortened(f"{self._message.message_id} {mail.record}")] = REDIRECT_EXPIRY
+        return records
+
+    def _file(self, message: Message, filing: Filing, destination: Destination) -> None:
+        """Stores a copy of what has been sent. A failure is logged, and changes nothing else (RFC 8580 section 3)."""
+        mailbox = destination.mailbox
+        key = mailbox.key(filing.folder)
+        try:
+            if self._config.lmtp_strict_quota and not destination.ignores_quota:
+                mailbox.check_quota(filing.folder, message.size, 1)
+            placed = mailbox.place(message, filing.folder, filing.flags, subscribes=filing.is_named)
+            try:
+                placed.sync()
+            finally:
+                placed.close()
+        except Exception as error:
+            log.error("copy not filed", mailbox=key, cause=error)
+        else:
+            log.info("copy filed", mailbox=key, file=placed.name)
+        finally:
+            message.discard()
+
+    def _fields(self, mail: Outgoing, delivery: Delivery) -> dict[str, object]:
+        """The fields of a line of the log."""
+        return {
+            "action": mail.action,
+            "recipient": f"<{delivery.destination.recipient.address}>",
+            "to": f"<{mail.to}>",
+            "msgid": self._message.message_id,
+        }
 
 
 def reply_to(error: Exception, config: Config, mailbox: str = "") -> Reply:
@@ -9166,7 +10529,11 @@ def log_delivery(delivery: Delivery, reply: Reply, message: Message, envelope: E
     """Logs one line for each placement. started: when the delivery began, by time.monotonic()."""
     path = delivery.destination.mailbox.path
     parts = [(each.event, each.key, each.placed.name if each.placed else "") for each in delivery.placements]
-    for event, mailbox, file in parts or [("not delivered" if delivery.failure else "discarded", path, "")]:
+    is_rejected = delivery.rejection or any(mail.action == "reject" for mail in delivery.outgoing)
+    if not parts or (is_rejected and not delivery.failure):
+        done = "rejected" if is_rejected else "redirected" if delivery.is_sent else "discarded"
+        parts.append(("not delivered" if delivery.failure else done, path, ""))
+    for event, mailbox, file in parts:
         log.info(
             event,
             msgid=message.message_id,

@@ -72,6 +72,9 @@ NSPAWN_OPTIONS = [
     "--register=no",
     "--keep-unit",
     "--private-network",
+    # Without these its systemd leaves IPAddressDeny= and IPAddressAllow= out.
+    "--capability=CAP_BPF",
+    "--system-call-filter=bpf",
     "--notify-ready=yes",
     "--console=pipe",
     "--link-journal=no",

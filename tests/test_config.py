@@ -758,13 +758,13 @@ def test_a_name_that_nobody_knows_is_warned_of_with_the_nearest(site: Site, name
 
 
 def test_a_process_that_listens_warns_at_each_start(site: Site) -> None:
-    site.configure(maxmesagesize="1", sendmail="/x")
+    site.configure(maxmesagesize="1", mailnotifier="x")
     for _ in range(2):
         with SocketActivate(logged(site), address=str(site.root / "lmtp")) as starter:
             starter.connect().hello()
     assert [line.split()[-2:] for line in site.log_text().splitlines() if "where=" in line] == [
         ["name=maxmesagesize", "similar=maxmessagesize"],
-        ["where=" + f"{site.conf}:{len(site.options)}", "name=sendmail"],
+        ["where=" + f"{site.conf}:{len(site.options)}", "name=mailnotifier"],
     ] * 2
 
 

@@ -153,7 +153,7 @@ def test_a_recipient_who_shares_a_part_that_was_taken_back_shares_the_failure(si
 def test_a_temporary_failure_decides_before_a_permanent_one(scene: Scene, codes: list[int], decides: int) -> None:
     """The client has to try again, for what may still be stored."""
     destination = scene.agent.router.find(Address("jane", ""), Envelope(None), 0, False)
-    delivery = Delivery(destination, None)
+    delivery = Delivery(destination, None, Message())
     for code in codes:
         delivery.placements.append(Placement(Message(), destination.mailbox, lmtpd.INBOX))
         if code >= 400:

@@ -140,6 +140,60 @@ def test_each_weakness_of_the_sandbox_is_explained(installed: Machine, unit: str
     assert unexplained == []
 
 
+# Another address of the machine's own, which stands for another host: no packet gets to it, either.
+ELSEWHERE = "192.0.2.7"
+ADD_ADDRESS = f"""\
+import fcntl, socket, struct
+address = struct.pack("16sHH4s8x", b"lo:1", socket.AF_INET, 0, socket.inet_aton("{ELSEWHERE}"))
+fcntl.ioctl(socket.socket(), 0x8916, address)  # SIOCSIFADDR
+"""
+# Says what comes of connecting to a server at each address, and of being one.
+REACH = f"""\
+import errno, socket
+
+def tried(action):
+    try:
+        return action()
+    except OSError as error:
+        return errno.errorcode.get(error.errno, "timed out")
+
+def greeted(*address):
+    with socket.create_connection(address, timeout=2) as connection:
+        return connection.recv(3).decode()
+
+def listens():
+    with socket.socket() as server:
+        server.listen()
+    return "listens"
+
+with open("/var/lib/lmtpd/reached", "w") as file:
+    for host in ("localhost", "127.0.0.1", "::1", "{ELSEWHERE}"):
+        print(host, tried(lambda: greeted(host, 25)), file=file)
+    print("netlink", tried(lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)), file=file)
+    print("server", tried(listens), file=file)
+"""
+
+
+@pytest.mark.parametrize("unit", ["lmtpd@.service", "lmtpd-pool.service"])
+def test_the_sandbox_has_a_way_to_a_server_on_this_host_and_no_other(installed: Machine, unit: str) -> None:
+    """A program in the place of lmtpd tries, with Postfix as the server at all addresses."""
+    (installed.root / "run/reach.py").write_text(REACH)
+    installed.run("python3", "-c", ADD_ADDRESS)
+    assert installed.run("python3", "-c", f"import smtplib; smtplib.SMTP('{ELSEWHERE}')").stdout == ""
+    program = "[Service]\nType=oneshot\nRestart=no\nWatchdogSec=0\nStandardInput=null\nStandardOutput=journal\n"
+    install_drop_in(installed, unit, "test.conf", program + "ExecStart=\nExecStart=/usr/bin/python3 /run/reach.py\n")
+    try:
+        installed.run("systemctl", "start", unit.replace("@", "@reach"))
+        reached = (installed.root / "var/lib/lmtpd/reached").read_text().splitlines()
+    finally:
+        reset(installed, unit, "lmtpd-pool.socket")
+        (installed.root / "var/lib/lmtpd/reached").unlink(missing_ok=True)
+    assert reached == [
+        *("localhost 220", "127.0.0.1 220", "::1 220", f"{ELSEWHERE} timed out"),
+        *("netlink EAFNOSUPPORT", "server EPERM"),
+    ]
+
+
 # --- a service for each connection ---
 
 
@@ -268,11 +322,13 @@ def test_a_broken_configuration_defers_the_mail(machine: Machine) -> None:
 
 def test_tcp_with_the_drop_in(machine: Machine) -> None:
     machine.run("systemctl", "stop", "lmtpd.socket")
-    install_drop_in(machine, "lmtpd.socket", "test-tcp.conf", (TOP / "units/tcp.conf").read_text())
+    machine.run("python3", "-c", ADD_ADDRESS)
+    inner = f"ListenStream={ELSEWHERE}:24\n"
+    install_drop_in(machine, "lmtpd.socket", "test-tcp.conf", (TOP / "units/tcp.conf").read_text() + inner)
     machine.run("systemctl", "start", "lmtpd.socket")
     session = "import smtplib; c = smtplib.LMTP('{}', 24); print(c.mail('a@example.com')[0])"
-    # Nobody is trusted on TCP before authenticating.
-    for address in ("127.0.0.1", "::1"):
+    # Nobody is trusted on TCP before authenticating. Other hosts can connect, though the sandbox keeps lmtpd from them.
+    for address in ("127.0.0.1", "::1", ELSEWHERE):
         assert machine.run("python3", "-c", session.format(address)).stdout == "430\n"
     preauthorised = "[Service]\nExecStart=\nExecStart=/usr/local/bin/lmtpd -a\n"
     install_drop_in(machine, "lmtpd@.service", "test.conf", preauthorised)
