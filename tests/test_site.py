@@ -11,6 +11,7 @@ from harness import PATIENCE, wait_for
 SITE = "### A whole site"
 SPOOL = "var/spool/lmtpd"
 PASSWORD = "secret"  # the README's
+ELSEWHERE = "/srv/elsewhere"
 # Says what the server says to each recipient; nothing is sent when all are refused. XCLIENT makes a stranger of us.
 SUBMIT = """\
 import smtplib, sys
@@ -46,8 +47,8 @@ print(imap.getquotaroot("INBOX")[1][1][0].decode())
 
 @pytest.fixture(scope="module")
 def site(installed: Machine) -> Machine:
-    """A machine after the README's commands, save the last: those for a catch-all."""
-    prepare, jane, *joe, connect, _ = readme_blocks(SITE)
+    """A machine after the README's commands, save the last: those for a catch-all and for scripts."""
+    prepare, jane, *joe, connect, _, _, _, _ = readme_blocks(SITE)
     release = int(has_dovecot_24(installed))
     # Dovecot is in the machine already, where no network is to install it from.
     installed.shell(prepare.replace("apt-get install -y dovecot-imapd\n", ""))
@@ -55,6 +56,31 @@ def site(installed: Machine) -> Machine:
     installed.shell(jane + joe[release] + connect)
     installed.shell("postconf -e smtpd_authorized_xclient_hosts=127.0.0.1\npostfix reload")
     return installed
+
+
+@pytest.fixture(scope="module")
+def filters(site: Machine) -> Machine:
+    """The machine after the README's commands for scripts. Mail for example.net is written to files."""
+    site.shell("".join(readme_blocks(SITE)[-3:]))
+    site.shell(f"install -d -m 777 {ELSEWHERE}")
+    pipe = f"elsewhere unix - n n - 1 pipe flags=R user=nobody argv=/usr/bin/tee -a {ELSEWHERE}/${{recipient}}"
+    site.run("postconf", "-M", f"elsewhere/unix={pipe}")
+    site.shell("postconf -e 'transport_maps = inline:{example.net=elsewhere:}'\npostfix reload")
+    return site
+
+
+def wait_until_sent(machine: Machine) -> None:
+    """Returns when nothing is in Postfix's queue."""
+    wait_for(lambda: "Mail queue is empty" in machine.run("postqueue", "-p").stdout, "an empty queue")
+
+
+def elsewhere(machine: Machine, recipient: str) -> str:
+    """What has arrived for somebody elsewhere; it is forgotten."""
+    wait_until_sent(machine)
+    file = machine.root / ELSEWHERE.lstrip("/") / recipient
+    text = file.read_text() if file.exists() else ""
+    file.unlink(missing_ok=True)
+    return text
 
 
 def has_dovecot_24(machine: Machine) -> bool:
@@ -66,9 +92,13 @@ def quota(machine: Machine, size: str) -> str:
     return f"userdb_quota_storage_size={size}" if has_dovecot_24(machine) else f"userdb_quota_rule=*:storage={size}"
 
 
-def submit(machine: Machine, subject: str, *recipients: str, size: int = 0) -> list[str]:
-    """Sends a message to Postfix as a stranger would; the replies to the recipients and, if any is taken, the text."""
-    text = f"Subject: {subject}\r\n\r\n" + ("x" * 70 + "\r\n") * (size // 72)
+def submit(machine: Machine, subject: str, *recipients: str, size: int = 0, field: str = "") -> list[str]:
+    """Sends a message to Postfix as a stranger would; the replies to the recipients and, if any is taken, the text.
+
+    field: one more of the header.
+    """
+    fields = f"Subject: {subject}\r\nTo: {', '.join(recipients)}\r\n" + (f"{field}\r\n" if field else "")
+    text = f"{fields}\r\n" + ("x" * 70 + "\r\n") * (size // 72)
     return machine.run("python3", "-c", SUBMIT, *recipients, stdin=text, timeout=PATIENCE).stdout.splitlines()
 
 
@@ -199,7 +229,7 @@ def test_while_dovecot_restarts_no_mail_is_lost(site: Machine) -> None:
 def test_the_catch_all_takes_the_rest(site: Machine) -> None:
     conf = site.root / "etc/imapd.conf"
     before = conf.read_text()
-    site.shell(readme_blocks(SITE)[-1])
+    site.shell(readme_blocks(SITE)[-4])
     try:
         assert codes(submit(site, "astray", "anything@example.com")) == ["250", "250"]
         wait_for_mail(site, "astray", "jane")
@@ -207,6 +237,84 @@ def test_the_catch_all_takes_the_rest(site: Machine) -> None:
         conf.write_text(before)
 
 
+@pytest.mark.parametrize("user", ["jane", "joe"])
+def test_spam_is_in_junk_for_everyone(filters: Machine, user: str) -> None:
+    submit(filters, "buy", f"{user}@example.com", field="X-Spam-Flag: YES")
+    wait_for(lambda: list((filters.root / SPOOL / user / ".Junk/new").glob("*")), "the folder and the message in it")
+    assert subjects(filters, user, "Junk") == ["Subject: buy"]
+    assert "Subject: buy" not in subjects(filters, user)
+    assert elsewhere(filters, "sender@example.net") == elsewhere(filters, "joe@example.net") == ""
+
+
+def test_an_out_of_office_reaches_the_sender_once(filters: Machine) -> None:
+    for subject in ("one", "two"):
+        submit(filters, subject, "jane@example.com")
+        wait_for_mail(filters, subject, "jane")
+    answer = elsewhere(filters, "sender@example.net")
+    assert answer.count("Subject: ") == 1
+    for line in (
+        "From: jane@example.com",
+        "Subject: Auto: one",
+        "Auto-Submitted: auto-replied",
+        "I am away until Monday.",
+    ):
+        assert f"\n{line}\n" in answer
+    assert "Return-Path: <MAILER-DAEMON>\n" in answer
+
+
+def test_a_forward_arrives_elsewhere(filters: Machine) -> None:
+    submit(filters, "for both", "joe@example.com")
+    wait_for_mail(filters, "for both", "joe")
+    forwarded = elsewhere(filters, "joe@example.net")
+    assert "Return-Path: <sender@example.net>\n" in forwarded
+    assert forwarded.count("Subject: for both\n") == 1
+
+
+def test_a_rejected_message_comes_back_as_a_bounce(filters: Machine) -> None:
+    script = filters.root / "var/lib/lmtpd/sieve/joe/active.sieve"
+    before = script.read_text()
+    script.write_text('require "reject";\nreject "I take no advertising.";\n')
+    try:
+        submit(filters, "advertising", "joe@example.com")
+        bounce = elsewhere(filters, "sender@example.net")
+    finally:
+        script.write_text(before)
+    assert "Return-Path: <MAILER-DAEMON>\n" in bounce
+    assert "550 5.7.1 I take no advertising." in " ".join(bounce.split())
+
+
 def test_nothing_of_it_is_an_error_in_the_log(site: Machine) -> None:
     warnings = site.journal("--identifier=lmtpd", "--priority=warning").splitlines()
     assert [line for line in warnings if "userdb" not in line and not line.startswith("over quota")] == []
+
+
+def test_mail_leaves_by_sendmail_outside_of_the_units(filters: Machine) -> None:
+    text = (filters.root / "etc/imapd.conf").read_text().replace("smtp_backend: host", "smtp_backend: sendmail")
+    (filters.root / "etc/sendmail.conf").write_text(text)
+    session = (
+        "LHLO x\r\nMAIL FROM:<other@example.net>\r\n"
+        "RCPT TO:<joe@example.com>\r\nRCPT TO:<jane@example.com>\r\nDATA\r\n"
+        "From: other@example.net\r\nTo: jane@example.com\r\nSubject: by sendmail\r\n\r\n.. x\r\n.\r\nQUIT\r\n"
+    )
+    done = filters.run(
+        "runuser", "-u", "lmtpd", "--", "/usr/local/bin/lmtpd", "-C", "/etc/sendmail.conf", stdin=session
+    )
+    assert done.stdout.count("250 2.1.5 Ok SESSIONID") == 2
+    forwarded = elsewhere(filters, "joe@example.net")
+    assert "Return-Path: <other@example.net>\n" in forwarded
+    assert "\n. x\n" in forwarded
+    assert "Return-Path: <MAILER-DAEMON>\n" in elsewhere(filters, "other@example.net")
+
+
+def test_in_the_units_sendmail_cannot_work_and_the_log_says_what_to_do(filters: Machine) -> None:
+    conf = filters.root / "etc/imapd.conf"
+    before = conf.read_text()
+    conf.write_text(before.replace("smtp_backend: host", "smtp_backend: sendmail"))
+    try:
+        submit(filters, "not by sendmail", "joe@example.com")
+        wait_for_mail(filters, "not by sendmail", "joe")
+        wait_for(lambda: "mail not sent" in filters.journal("--identifier=lmtpd", "--priority=err"), "the error")
+    finally:
+        conf.write_text(before)
+    assert "set smtp_backend: host" in filters.journal("--identifier=lmtpd", "--priority=err")
+    assert elsewhere(filters, "joe@example.net") == ""
