@@ -16,6 +16,7 @@ from pathlib import Path
 
 from harness import AS_ROOT, PATIENCE, STORE_USER, Client, connect, free_port, wait_for
 from peers import PASSWORD, Peer, PeerError, answers, dovecot_version, program
+from sink import Mail
 
 SEPARATOR = "/"
 DOMAIN = "example.com"
@@ -25,7 +26,7 @@ SPECIAL_USE = {"Archive": r"\Archive", "Drafts": r"\Drafts", "Junk": r"\Junk", "
 # What a script may ask for, beside what is there by default.
 EXTENSIONS = (
     *("+editheader", "+imapflags", "+spamtest", "+spamtestplus", "+virustest", "+vacation-seconds", "+mboxmetadata"),
-    *("+servermetadata", "+special-use", "+vnd.dovecot.environment"),
+    *("+servermetadata", "+special-use", "+vnd.dovecot.environment", "+enotify"),
 )
 
 # Settings of its plugin; the site of the tests has options of the same names.
@@ -54,12 +55,16 @@ class Stored:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a case: the last reply to each delivery, what is stored, which folders are there."""
+    """What became of a case: the last reply to each delivery, what is stored, which folders are there.
+
+    mails: what was sent.
+    """
 
     replies: tuple[str, ...]
     stored: tuple[Stored, ...]
     folders: tuple[str, ...]
     subscribed: tuple[str, ...]
+    mails: tuple[Mail, ...] = ()
 
 
 def decoded(name: str) -> str:
@@ -103,7 +108,7 @@ def stored_in(maildir: Path) -> tuple[Stored, ...]:
     return tuple(sorted(found))
 
 
-def result_of(maildir: Path, replies: tuple[str, ...]) -> Result:
+def result_of(maildir: Path, replies: tuple[str, ...], mails: tuple[Mail, ...] = ()) -> Result:
     """What became of a case whose user has that Maildir."""
     subscriptions = maildir / "subscriptions"
     lines = subscriptions.read_text().splitlines() if subscriptions.exists() else []
@@ -111,20 +116,22 @@ def result_of(maildir: Path, replies: tuple[str, ...]) -> Result:
     names = [
         decoded(line.replace("\t", SEPARATOR).replace(".", SEPARATOR)) for line in lines if line[:2] not in {"", "V\t"}
     ]
-    return Result(replies, stored_in(maildir), tuple(sorted(folders_in(maildir))), tuple(sorted(names)))
+    return Result(replies, stored_in(maildir), tuple(sorted(folders_in(maildir))), tuple(sorted(names)), mails)
 
 
 class Pigeonhole(Peer):
     """Dovecot's LMTP server with its Sieve, for users that need not be known: each case takes a new one.
 
-    settings: of its plugin section, in addition to those above. Scripts of the site are a user's own here,
-    scripts/USER/before.sieve, after.sieve and default.sieve, so that one instance does for all cases.
+    settings: of its plugin section, in addition to those above. submission: where it sends mail to, by SMTP; without
+    one it can send none. Scripts of the site are a user's own here, scripts/USER/before.sieve, after.sieve and
+    default.sieve, so that one instance does for all cases.
     """
 
     name = "Pigeonhole"
 
-    def __init__(self, folder: Path, **settings: str) -> None:
+    def __init__(self, folder: Path, submission: tuple[str, int] | None = None, **settings: str) -> None:
         super().__init__(folder)
+        self.submission = submission
         self.mail, self.homes, self.scripts = folder / "mail", folder / "home", folder / "scripts"
         self.global_scripts = folder / "global"
         for place in (self.mail, self.homes, self.scripts, self.global_scripts):
@@ -158,6 +165,7 @@ class Pigeonhole(Peer):
         mailboxes = "".join(
             f"  mailbox {name} {{\n    special_use = {use}\n  }}\n" for name, use in SPECIAL_USE.items()
         )
+        sending = "submission_host = {}:{}".format(*self.submission or ("127.0.0.1", 1))
         plugin = "".join(f"  {name} = {value}\n" for name, value in self.settings.items() if value)
         return f"""\
 base_dir = {self.folder}/run
@@ -171,6 +179,7 @@ hostname = mx.example.com
 postmaster_address = postmaster@{DOMAIN}
 mail_location = maildir:{self.mail}/%n
 mail_fsync = never
+{sending}
 recipient_delimiter = +
 lmtp_save_to_detail_mailbox = yes
 lda_mailbox_autocreate = yes

@@ -27,7 +27,11 @@ The second line.
 class Case:
     """A script and a message that is delivered to it, by LMTP, so many times.
 
-    before, after: scripts of the site. others: scripts of the user by name, for include.
+    before, after: scripts of the site. others: scripts of the user by name, for include. refuse: the reply to the
+    recipient of a mail that it sends. then: what else is delivered to the same user afterwards. theirs: the script for
+    Pigeonhole, if it does not know all of ours.
+
+    The word "username" stands for the user's name.
     """
 
     name: str
@@ -39,6 +43,9 @@ class Case:
     after: str = ""
     others: Mapping[str, str] = field(default_factory=dict)
     times: int = 1
+    refuse: Mapping[str, str] = field(default_factory=dict)
+    then: tuple[Case, ...] = ()
+    theirs: str = ""
 
     def __str__(self) -> str:
         return self.name
