@@ -6,14 +6,17 @@ import ast
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from email import message_from_bytes
-from email.policy import compat32
+from email.message import EmailMessage
+from email.policy import SMTPUTF8, compat32
 from pathlib import Path
 from typing import NamedTuple, Union
 from unittest import mock
 
 from harness import Site, config_of
+from sink import Mail, Sink
 
 import lmtpd
 from lmtpd import Compiler, DeliveryAgent, Envelope, Incoming, Reply, ScriptErrors, language_for
@@ -56,20 +59,80 @@ class Stored(NamedTuple):
 
     def headers(self, name: str) -> list[str]:
         """The bodies of all fields of that name, unfolded."""
-        fields = message_from_bytes(self.octets, policy=compat32).get_all(name, [])
-        return [re.sub(r"\r?\n(?=[ \t])", "", str(field)).strip() for field in fields]
+        return fields_of(self.octets, name)
 
     def header(self, name: str) -> str | None:
         """The body of the first field of that name; None if there is none."""
         return next(iter(self.headers(name)), None)
 
 
-class Outcome(NamedTuple):
-    """What came of one delivery. reply: the client's. folders: the messages that it added. events: the log."""
+class Sent(NamedTuple):
+    """A message that was sent on the occasion of a delivery. mail: what the SMTP server got."""
 
-    reply: str
+    mail: Mail
+
+    @property
+    def recipients(self) -> list[str]:
+        """Those of the envelope, sorted."""
+        return sorted(self.mail.recipients)
+
+    @property
+    def message(self) -> EmailMessage:
+        """The message, its fields decoded."""
+        return parsed(self.mail.octets)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all fields, in lower case, sorted."""
+        return sorted(name.lower() for name in message_from_bytes(self.mail.octets, policy=compat32))
+
+    @property
+    def text(self) -> str:
+        """The text of a message that has no parts, decoded, its lines with LF."""
+        text = self.message.get_content()
+        assert isinstance(text, str)
+        return text.replace("\r\n", "\n")
+
+    @property
+    def lines(self) -> list[bytes]:
+        """The lines as they came."""
+        return self.mail.octets.split(b"\r\n")
+
+    def headers(self, name: str) -> list[str]:
+        """The bodies of all fields of that name, unfolded, not decoded."""
+        return fields_of(self.mail.octets, name)
+
+    def header(self, name: str) -> str | None:
+        """The body of the first field of that name; None if there is none."""
+        return next(iter(self.headers(name)), None)
+
+    def decoded(self, name: str) -> str:
+        """The body of the only field of that name, its encoded words decoded."""
+        [value] = self.message.get_all(name, [])
+        return str(value)
+
+
+class Outcome(NamedTuple):
+    """What came of one delivery. replies: one for each recipient. folders: the messages that it added.
+
+    events: the log. sent: the mails.
+    """
+
+    replies: list[Reply]
     folders: dict[str, list[Stored]]
     events: list[Event]
+    sent: list[Sent]
+
+    @property
+    def reply(self) -> str:
+        """The codes of the reply; those for several recipients have commas between them."""
+        return ", ".join(map(str, self.replies))
+
+    @property
+    def reply_lines(self) -> list[str]:
+        """The lines of the only reply, as the client gets them."""
+        [reply] = self.replies
+        return reply.render().decode("ascii").split("\r\n")[:-1]
 
     @property
     def placed(self) -> dict[str, str]:
@@ -85,6 +148,10 @@ class Outcome(NamedTuple):
         found = (event.fields for event in self.events if event.name == SCRIPT_ERROR)
         return [f"{fields['line']}: {fields['cause']}" for fields in found]
 
+    def fields(self, event: str) -> list[dict[str, str]]:
+        """The fields of the events of that name."""
+        return [each.fields for each in self.events if each.name == event]
+
     @property
     def is_discarded(self) -> bool:
         """Whether nothing is stored, and the log says that a script wanted it so."""
@@ -98,10 +165,19 @@ class Outcome(NamedTuple):
 
 
 class Sieve:
-    """A user with scripts. before, after, default: scripts of the site."""
+    """A user with scripts. sink: where mail is sent to. before, after, default: scripts of the site."""
 
-    def __init__(self, site: Site, before: Text = "", after: Text = "", default: Text = "", **options: str) -> None:
-        self.site = site
+    def __init__(
+        self,
+        site: Site,
+        sink: Sink | None = None,
+        /,
+        before: Text = "",
+        after: Text = "",
+        default: Text = "",
+        **options: str,
+    ) -> None:
+        self.site, self.sink = site, sink
         self.folder = site.root / "sieve" / USER
         self.global_folder = site.root / "sieve-global"
         for folder in (self.folder.parent, self.folder, self.global_folder):
@@ -114,7 +190,9 @@ class Sieve:
         for name, script in (("before", before), ("after", after), ("default", default)):
             if script:
                 settings[f"sieve_{name}"] = str(self._write(site.root, name, script))
-        site.configure(**settings, **options)
+        if sink:
+            settings |= {"smtp_backend": "host", "smtp_host": f"127.0.0.1:{sink.port}"}
+        site.configure(**{**settings, **options})
         own = {name: value for name, value in site.options.items() if name != "cyrus_user"}
         self.config = config_of(**own)
         self.agent = DeliveryAgent(self.config)
@@ -156,21 +234,22 @@ class Sieve:
             self.write(name, other)
         return self.deliver(message, sender, f"{USER}+{detail}" if detail else USER)
 
-    def deliver(
-        self, message: Text, sender: str = "sender@example.org", recipient: str = USER, pieces: int = 0
-    ) -> Outcome:
-        """Delivers a message with the scripts as they are. recipient: the local part.
+    def deliver(self, message: Text, sender: str = "sender@example.org", *recipients: str, pieces: int = 0) -> Outcome:
+        """Delivers a message with the scripts as they are. recipients: the user, or local parts, or whole addresses.
 
         pieces: how many octets of the message arrive at a time; 0 for all at once.
         """
         lines: list[str] = []
         before = set(self._files())
+        mails = len(self.sink.mails) if self.sink else 0
         with mock.patch.object(lmtpd.log, "_emit", lambda _, line: lines.append(line)):
-            reply = self._deliver(octets_of(message).replace(b"\r\n", b"\n"), sender, recipient, pieces)
+            octets = octets_of(message).replace(b"\r\n", b"\n")
+            replies = self._deliver(octets, sender, recipients or (USER,), pieces)
+        sent = [Sent(mail) for mail in self.sink.mails[mails:]] if self.sink else []
         folders: dict[str, list[Stored]] = {}
         for path in sorted(set(self._files()) - before, key=lambda path: path.stat().st_mtime_ns):
             folders.setdefault(folder_of(path), []).append(Stored(flags_of(path), path.read_bytes()))
-        return Outcome(reply, folders, [Event.of(line) for line in lines])
+        return Outcome(replies, folders, [Event.of(line) for line in lines], sent)
 
     def check(self, script: Text) -> list[str]:
         """The errors in a script, each as "line:column: text"; [] if there is none."""
@@ -197,18 +276,19 @@ class Sieve:
         self.site.give(new)
         return new.replace(folder / f"{name}.sieve")
 
-    def _deliver(self, message: bytes, sender: str, recipient: str, pieces: int = 0) -> str:
+    def _deliver(self, message: bytes, sender: str, recipients: Sequence[str], pieces: int) -> list[Reply]:
         envelope = Envelope(lmtpd.parse_path(f"<{sender}>")[0])
-        address = lmtpd.Address(recipient, "example.com")
-        envelope.destinations.append(self.agent.router.find(address, envelope, 0, False))
+        for recipient in recipients:
+            local_part, _, domain = recipient.rpartition("@") if "@" in recipient else (recipient, "", "")
+            address = lmtpd.Address(local_part, domain or "example.com")
+            envelope.destinations.append(self.agent.router.find(address, envelope, 0, False))
         incoming = Incoming(b"Return-Path: <%s>\n" % sender.encode(), self.config, self.agent.drafts(envelope))
         try:
             size = pieces or len(message) or 1
             for start in range(0, len(message), size):
                 incoming.write(message[start : start + size])
             incoming.complete()
-            [reply] = self.agent.deliver(incoming, envelope, DELIVERED)
-            return str(reply)
+            return self.agent.deliver(incoming, envelope, DELIVERED)
         finally:
             incoming.discard()
 
@@ -217,6 +297,30 @@ class Sieve:
         for folder in ("", ".*/"):
             for kind in ("new", "cur"):
                 yield from maildir.glob(f"{folder}{kind}/*")
+
+
+class Clock:
+    """The time as lmtpd sees it, which goes faster where a test wants it."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+        self._time = time.time
+
+    def now(self) -> float:
+        return self._time() + self.ahead
+
+
+def fields_of(octets: bytes, name: str) -> list[str]:
+    """The bodies of all fields of that name in a message, unfolded."""
+    fields = message_from_bytes(octets, policy=compat32).get_all(name, [])
+    return [re.sub(r"\r?\n(?=[ \t])", "", str(field)).strip() for field in fields]
+
+
+def parsed(octets: bytes) -> EmailMessage:
+    """A message, its fields decoded."""
+    message = message_from_bytes(octets, policy=SMTPUTF8)
+    assert isinstance(message, EmailMessage)
+    return message
 
 
 def folder_of(message: Path) -> str:
