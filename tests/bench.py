@@ -26,6 +26,7 @@ Works:
   sieve-large              the same with a script of 1,000 rules, of which the last one matches
   sieve-body               50 MB messages with a test of the body, and lmtpd's memory
   sieve-cold               a process for one message with a small script, against one without
+  sending                  what a redirect costs beyond the server's answer, and a vacation answer that is not due
   1gib                     memory for a message of 1 GiB (long)
   growth-folder, growth-connection, growth-recipients
                            time per message as the number of them grows (long)
@@ -55,6 +56,7 @@ import platform
 import re
 import shutil
 import signal
+import smtplib
 import socket
 import statistics
 import subprocess
@@ -63,6 +65,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +86,7 @@ if __name__ == "__main__" and "LMTPD_BENCH" not in os.environ:
 
 # These are there only after the set-up.
 from docopt import docopt  # noqa: E402
-from harness import PATIENCE, STORE_USER, Client, Site, connect, wait_for  # noqa: E402
+from harness import PATIENCE, STORE_USER, Client, Site, connect, free_port, wait_for  # noqa: E402
 from peers import Cyrus, Dovecot, Peer, program  # noqa: E402
 
 import lmtpd  # noqa: E402
@@ -561,6 +564,12 @@ class Bench:
             self._lmtpd("no script", options),
         ]
 
+    def sending(self, script: Path, port: int) -> Server:
+        """lmtpd with a script for everybody, which sends by the SMTP server at that port."""
+        script.chmod(0o644)
+        options = {"sieve_default": str(script), "smtp_backend": "host", "smtp_host": f"127.0.0.1:{port}"}
+        return self._lmtpd(script.stem, {"duplicatesuppression": "no", **options})
+
     def filtering_cold(self, script: Path) -> Site:
         """A site for processes that are started by hand, with a script for everybody."""
         script.chmod(0o644)
@@ -843,6 +852,48 @@ def body_filter(bench: Bench) -> None:
     filters(bench, "sieve-body", BODY_TEST, work)
 
 
+SENDING_SCRIPTS = {
+    "redirected": 'redirect "joe@example.net";\n',
+    "discarded": "discard;\n",
+    "answered": 'require "vacation";\nvacation "I am away.";\ndiscard;\n',
+}
+
+
+def sending(bench: Bench) -> None:
+    """What a redirect costs beyond an SMTP session with the same server, and a vacation answer that is not due."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    port = free_port()
+    sink = subprocess.Popen([program("smtp-sink"), "-u", STORE_USER, f"127.0.0.1:{port}", "100"])
+    atexit.register(sink.kill)
+    clients = {}
+    for name, script in SENDING_SCRIPTS.items():
+        file = folder / f"{name}.sieve"
+        file.write_text(script)
+        clients[name] = Client(connect(bench.sending(file, port).address))
+        clients[name].hello()
+    wait_for(lambda: connect(("127.0.0.1", port)), "smtp-sink")
+    times: dict[str, list[float]] = {name: [] for name in ("direct", *clients)}
+    for number_of_message in range(100 * bench.rounds):
+        text = f"To: jane@example.com\r\nMessage-ID: <{number_of_message}@example.com>\r\n\r\n" + "0123456\r\n" * 450
+        for name, client in clients.items():
+            times[name].append(timed(partial(client.deliver, text.encode(), "jane@example.com")))
+        times["direct"].append(timed(partial(send_directly, port, text)))
+    report("", f"sending: ms for a 4 KiB message; {len(times['direct'])} of each, one after the other")
+    for name, taken in times.items():
+        report(f"  {name:<10} {spread(taken)}")
+    middle = {name: statistics.median(taken[10:]) for name, taken in times.items()}
+    redirect, silence = middle["redirected"] - middle["direct"], middle["answered"] - middle["discarded"]
+    report(f"  a redirect takes {number(redirect)} ms beyond the server's answer; {at_most(redirect, 1)}")
+    report(f"  an answer that is not due takes {number(silence)} ms; {at_most(silence, 0.3)}")
+
+
+def send_directly(port: int, text: str) -> None:
+    """Sends a message to the server itself."""
+    with smtplib.SMTP("127.0.0.1", port, "mx.example.com") as smtp:
+        smtp.sendmail("sender@example.com", ["joe@example.net"], text)
+
+
 class Life(NamedTuple):
     """What a process took from its start to its end, in milliseconds."""
 
@@ -1012,6 +1063,7 @@ TRIALS: dict[str, Callable[[Bench], None]] = {
     "sieve-large": large_filter,
     "sieve-body": body_filter,
     "sieve-cold": cold_filter,
+    "sending": sending,
 }
 LONG_TRIALS: dict[str, Callable[[Bench], None]] = {
     "1gib": gibibyte,
