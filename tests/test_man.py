@@ -110,14 +110,21 @@ def printed(page: Path, title: str) -> list[str]:
         (SIEVE_7, "and (.*) characters of an error", "ERROR_LIMIT", 1),
         (SIEVE_7, "regular expression with a variable (.*) and more", "REGEX_STEPS", 1),
         (SIEVE_7, "At most (.*) errors of a script are told", "ERRORS_LIMIT", 1),
-        (LMTPD_8, "The server gets (.*) seconds for each of its replies", "SEND_PATIENCE", 1),
-        (LMTPD_8, "breaks off, nothing is sent for (.*) seconds", "BACKOFF", 1),
-        (LMTPD_8, "by its whole header, for (.*) days", "SENT_EXPIRY", lmtpd.DAY),
-        (LMTPD_8, "arrives with more than (.*) fields Received", "RECEIVED_LIMIT", 1),
+        (LMTPD_8, "rights of a user. It has (.*) seconds", "SEND_PATIENCE", 1),
+        (LMTPD_8, "The server has (.*) seconds for each reply", "SEND_PATIENCE", 1),
+        (LMTPD_8, "no process sends anything for (.*) seconds", "BACKOFF", 1),
+        (LMTPD_8, "Mail is recognized for (.*) days", "SENT_EXPIRY", lmtpd.DAY),
+        (LMTPD_8, "A message with more than (.*) fields Received", "RECEIVED_LIMIT", 1),
+        (LMTPD_8, "a message is redirected to at most (.*) addresses", "REDIRECT_LIMIT", 1),
         (SIEVE_7, "arrives with more than (.*) fields Received", "RECEIVED_LIMIT", 1),
+        (SIEVE_7, "or .Ic :seconds says, by default (.*) days", "DEFAULT_DAYS", 1),
         (SIEVE_7, "A message is redirected to at most (.*) addresses", "REDIRECT_LIMIT", 1),
-        (SIEVE_7, "name more recipients, (.*) at most", "MAILTO_RECIPIENTS_LIMIT", 1),
-        (SIEVE_7, "within .Ic :days , (.*) by default", "DEFAULT_DAYS", 1),
+        (SIEVE_7, "from one to (.*)\\.", "MAILTO_RECIPIENTS_LIMIT", 1),
+        (SIEVE_7, "A notification has at most (.*) recipients", "MAILTO_RECIPIENTS_LIMIT", 1),
+        (SIEVE_7, "has at most (.*) lines; one of", "REPLY_LINES", 1),
+        (SIEVE_7, "more than (.*) characters is broken", "REPLY_LINE", 1),
+        (SIEVE_7, "repeats is cut after (.*) characters", "SUBJECT_LIMIT", 1),
+        (SIEVE_7, "References after (.*) message ids", "REFERENCES_LIMIT", 1),
         (IMAPD_CONF_5, "or is locked for more than (.*) seconds, every message is stored", "DATABASE_PATIENCE", 1),
     ],
 )
@@ -295,6 +302,16 @@ def test_events_and_fields_are_those_that_are_logged() -> None:
             for field in filter(lambda keyword: keyword.arg, call.keywords):
                 assert re.search(rf"^\.Ar {field.arg}\b", text, re.MULTILINE), field.arg
     assert set(items(text)) == logged
+
+
+def test_statuses_of_sendmail_are_those_that_are_permanent() -> None:
+    found = re.search(r"the exit statuses (\d.*) are permanent", LMTPD_8.read_text())
+    assert found
+    assert tuple(map(int, re.findall(r"\d+", found[1]))) == lmtpd.PERMANENT_STATUSES
+
+
+def test_the_text_that_a_reply_has_in_place_of_the_users_is_the_programs() -> None:
+    assert f"\n.Ql {lmtpd.PLAIN_REASON}\n" in section(SIEVE_7, "REJECTION")
 
 
 def test_exit_statuses_are_those_of_the_program() -> None:
