@@ -76,7 +76,6 @@ if TYPE_CHECKING:
     from smtplib import SMTP
     from sqlite3 import Connection as Database
     from ssl import SSLContext
-    from subprocess import Popen
     from typing import Any, NoReturn, Protocol, TypeVar, Union
 
     T = TypeVar("T")
@@ -2728,16 +2727,12 @@ class Message:
         return self.draft.read(offset, size)
 
     def fingerprint(self) -> str:
-        """A hash by which a message is known when the client sends it again: of the header as the client sent it.
-
-        Without a Message-ID, or with an empty one, of the whole message. Raises OSError.
-        """
+        """A hash of the message as the client sent it, by which it is known when it comes again. Raises OSError."""
         import hashlib
 
-        digest = hashlib.sha256(self.header.octets[self.added :])
-        if not self.has_message_id or not self.message_id.strip("<> "):
-            for piece in self.stream(len(self.header.octets)):
-                digest.update(piece)
+        digest = hashlib.sha256()
+        for piece in self.stream(self.added):
+            digest.update(piece)
         return digest.hexdigest()
 
     def stream(self, offset: int = 0) -> Iterator[bytes]:
@@ -5573,8 +5568,11 @@ class Records:
         return bool(self._execute([("SELECT 1", ())]))
 
     def lock(self, mailbox: str, record: str) -> RecordLock:
-        """A "with" block for what is done at most once for a record: no other process is in one for the same."""
-        return RecordLock(f"{self._path}.lock", f"{mailbox}\0{record}")
+        """A "with" block for what is done at most once for a record: no other process is in one for the same.
+
+        record: "" for no lock.
+        """
+        return RecordLock(f"{self._path}.lock", f"{mailbox}\0{record}" if record else "")
 
     def _execute(self, statements: Sequence[tuple[str, Sequence[object]]]) -> list[object]:
         """The rows that the last of the statements returns."""
@@ -5631,17 +5629,18 @@ class RecordLock:
     """See Records.lock(). The lock is one octet of a file, and ends with the process. Source: fcntl_locking(2)."""
 
     def __init__(self, path: str, key: str) -> None:
-        from zlib import crc32
-
-        self._path, self._place = path, crc32(key.encode("utf-8", "surrogateescape"))
+        self._path, self._key = path, key
         self._fd = -1
 
     def __enter__(self) -> None:
+        if not self._key:
+            return
         from fcntl import LOCK_EX, lockf
+        from zlib import crc32
 
         try:
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            lockf(self._fd, LOCK_EX, 1, self._place)
+            lockf(self._fd, LOCK_EX, 1, crc32(self._key.encode("utf-8", "surrogateescape")))
         except OSError as error:  # something may be done twice, but must not be left undone
             log.warning("record not locked", cause=error)
 
@@ -5729,7 +5728,7 @@ class Submission:
             raise NotSent(f"{self._name} has failed a moment ago, and is left alone for {BACKOFF:.0f} seconds")
         try:
             if self._config.smtp_backend == "sendmail":
-                run_sendmail(self._config.sendmail, variant, reverse_path, recipients)
+                run_sendmail(self._config.sendmail, variant, reverse_path, recipients, self._config.configdirectory)
             else:
                 self._send_by_smtp(variant, reverse_path, recipients, is_automatic)
         except NotSent as error:
@@ -5876,22 +5875,28 @@ def on_the_wire(message: Message) -> Iterator[bytes]:
         yield CRLF
 
 
-def run_sendmail(program: str, message: Message, reverse_path: Address | None, recipients: Sequence[Address]) -> None:
-    """Gives a message to the program. Raises NotSent, and OSError if the message cannot be read.
+def run_sendmail(
+    program: str, message: Message, reverse_path: Address | None, recipients: Sequence[Address], folder: str
+) -> None:
+    """Gives a message to the program. folder: for the file that it reads.
 
-    Source: Postfix' and Exim's sendmail(1), sysexits(3).
+    Were it a pipe, the program would send half a message if this process were killed. Raises NotSent, and OSError if
+    the message cannot be read, or the file not written. Source: Postfix' and Exim's sendmail(1), sysexits(3).
     """
     import subprocess
+    from tempfile import TemporaryFile
 
-    command = [program, "-i", "-f", str(reverse_path or "<>"), "--", *map(str, recipients)]
-    output = os.memfd_create("output")
+    command = [program, "-i", "-oep", "-f", str(reverse_path or "<>"), "--", *map(str, recipients)]
     # The real ids may still be root's, see drop_privileges().
     user, group = (os.geteuid(), os.getegid()) if os.getuid() != os.geteuid() else (None, None)
-    try:
+    with TemporaryFile(dir=folder) as text, TemporaryFile(dir=folder) as output:
+        for piece in message.stream():
+            text.write(piece)
+        text.seek(0)
         try:
             process = subprocess.Popen(
                 command,
-                stdin=subprocess.PIPE,
+                stdin=text,
                 stdout=output,
                 stderr=output,
                 cwd="/",
@@ -5901,45 +5906,20 @@ def run_sendmail(program: str, message: Message, reverse_path: Address | None, r
             )
         except OSError as error:
             raise NotSent(text_of(error) + hint_at_host(), is_down=True) from None
-        deadline = time.monotonic() + SEND_PATIENCE
         try:
-            feed(process, message.stream(), deadline)
-            status = process.wait(max(deadline - time.monotonic(), 0))
+            status = process.wait(SEND_PATIENCE)
         except subprocess.TimeoutExpired:
-            text = f"{program}: has not ended after {SEND_PATIENCE} seconds{hint_at_host()}"
-            raise NotSent(text, is_down=True) from None
+            cause = f"{program}: has not ended after {SEND_PATIENCE} seconds{hint_at_host()}"
+            raise NotSent(cause, is_down=True) from None
         finally:
             if process.poll() is None:  # Postfix' postdrop, which it has started, would try for ever
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         if status:
-            said = os.pread(output, SAID_LIMIT, 0).decode("utf-8", "backslashreplace").split("\n")
+            said = os.pread(output.fileno(), SAID_LIMIT, 0).decode("utf-8", "backslashreplace").split("\n")
             lines = "; ".join(filter(None, map(str.strip, said)))
-            text = f"{program}: exit status {status}: {lines or 'it does not say why'}"
-            raise NotSent(text + hint_at_host(), permanent=status in PERMANENT_STATUSES)
-    finally:
-        os.close(output)
-
-
-def feed(process: Popen[bytes], pieces: Iterator[bytes], deadline: float) -> None:
-    """Writes the pieces to a program's standard input, as far as it reads. Raises TimeoutExpired, OSError."""
-    import subprocess
-
-    assert process.stdin
-    pipe = process.stdin.fileno()
-    os.set_blocking(pipe, False)
-    poll = select.poll()
-    poll.register(pipe, select.POLLOUT)
-    try:
-        for piece in pieces:
-            while piece:
-                if not poll.poll(max(deadline - time.monotonic(), 0) * 1000):
-                    raise subprocess.TimeoutExpired(process.args, SEND_PATIENCE)
-                piece = piece[os.write(pipe, piece) :]
-    except BrokenPipeError:
-        pass  # its exit status says why
-    finally:
-        process.stdin.close()
+            cause = f"{program}: exit status {status}: {lines or 'it does not say why'}"
+            raise NotSent(cause + hint_at_host(), permanent=status in PERMANENT_STATUSES)
 
 
 def hint_at_host() -> str:
@@ -6986,12 +6966,15 @@ class Actions:
             self.send(report)
 
     def has_answered(self) -> bool:
-        """Whether there is an answer already. Raises RunError if it is the present script's (RFC 5230 section 4.7)."""
+        """Whether an answer has been decided on.
+
+        Raises RunError if the present script has done it: RFC 5230 section 4.7.
+        """
         self._check_rejection("vacation")
         if self._answers_here:
             raise RunError("vacation: a script can answer a message only once")
         self._answers_here = True
-        return any(each.action == "vacation" for each in self._outgoing)
+        return any(each.action == "vacation" and each.withheld in ("", ANSWERED_LATELY) for each in self._outgoing)
 
     def send(self, mail: Outgoing) -> None:
         """Sends mail; of two with the same record the first counts. Raises RunError."""
@@ -10427,16 +10410,18 @@ class Outbox:
         mailbox = delivery.destination.mailbox.path
         started = time.monotonic()
         try:
-            with self._records.lock(mailbox, mail.record):
-                records = self._records_of(mail)
+            records = self._records_of(mail)
+            with self._records.lock(mailbox, next(iter(records), "")):
                 if self._has_sent(mailbox, records):
                     if mail.action == "vacation":
                         log.info("no answer", cause=ANSWERED_LATELY, **self._fields(mail, delivery))
+                    else:
+                        log.info("mail sent before", **self._fields(mail, delivery))
                     return None
                 if mail.action == "vacation" and not self._records.is_usable():
                     raise NotSent("without the duplicate database, the sender could get the answer again and again")
-                message = mail.compose(self._message)
                 is_automatic = mail.action != "redirect"
+                message = mail.compose(self._message if is_automatic else delivery.message)
                 self._submission.send(message, mail.reverse_path, mail.recipients, is_automatic)
                 self._sent.update((mailbox, record) for record in records)
                 self._records.add(mailbox, records)
@@ -10529,7 +10514,8 @@ def log_delivery(delivery: Delivery, reply: Reply, message: Message, envelope: E
     """Logs one line for each placement. started: when the delivery began, by time.monotonic()."""
     path = delivery.destination.mailbox.path
     parts = [(each.event, each.key, each.placed.name if each.placed else "") for each in delivery.placements]
-    is_rejected = delivery.rejection or any(mail.action == "reject" for mail in delivery.outgoing)
+    is_reported = delivery.is_sent and any(mail.action == "reject" for mail in delivery.outgoing)
+    is_rejected = delivery.rejection or is_reported
     if not parts or (is_rejected and not delivery.failure):
         done = "rejected" if is_rejected else "redirected" if delivery.is_sent else "discarded"
         parts.append(("not delivered" if delivery.failure else done, path, ""))

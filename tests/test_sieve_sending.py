@@ -797,7 +797,7 @@ def test_sendmail_gets_the_mail(site: Site, sendmail: SendmailScript, sender: st
     outcome = sieve.run(f'redirect "{address}";', message, sender)
     verify(outcome, {})
     [ran] = sendmail.runs
-    assert ran.arguments == ("-i", "-f", given, "--", address)
+    assert ran.arguments == ("-i", "-oep", "-f", given, "--", address)
     assert ran.octets == message.encode()
     assert [event["to"] for event in outcome.fields("mail sent")] == [f"<{address}>"]
 
