@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from harness import connect as connect_to
 UNITS = ["lmtpd.socket", "lmtpd@.service", "lmtpd-pool.socket", "lmtpd-pool.service"]
 UNIT_FOLDER = "/etc/systemd/system/"
 MAILDIR = "var/spool/lmtpd/jane"
+MAILDIR_OF_JOE = "var/spool/lmtpd/joe"
 SESSION = "LHLO x\nMAIL FROM:<>\nRCPT TO:<jane>\nDATA\n{}\n\nx\n.\nQUIT\n"
 MESSAGE = b"From: <sender@example.com>\r\nSubject: one\r\n\r\nHello.\r\n"
 
@@ -219,6 +221,59 @@ def test_the_journal_shows_the_delivery(machine: Machine) -> None:
     assert warnings == ""
 
 
+@contextlib.contextmanager
+def redirecting(machine: Machine, **options: str) -> Iterator[None]:
+    """Has all mail redirected to joe, who has a Maildir meanwhile, with these options."""
+    conf, script = machine.root / "etc/imapd.conf", machine.root / "etc/redirect.sieve"
+    old = conf.read_text()
+    script.write_text('redirect "joe@example.com";\n')
+    lines = {"sieve_default": "/etc/redirect.sieve", **options}.items()
+    conf.write_text(old + "".join(f"{name}: {value}\n" for name, value in lines))
+    folders = " ".join(f"/{MAILDIR_OF_JOE}{part}" for part in ("", "/tmp", "/new", "/cur"))
+    machine.shell(f"install -d -o lmtpd -g lmtpd -m 700 {folders}")
+    try:
+        yield
+    finally:
+        conf.write_text(old)
+        script.unlink()
+        machine.shell(f"rm -r /{MAILDIR_OF_JOE}")
+
+
+def check_redirect_by_smtp(machine: Machine) -> None:
+    """What a filter sends reaches Postfix, which brings it to lmtpd again."""
+    with redirecting(machine, smtp_backend="host", smtp_host="localhost:25"):
+        send(machine)
+        folder = machine.root / MAILDIR_OF_JOE / "new"
+        wait_for(lambda: list(folder.iterdir()), "the redirected message")
+        [message] = folder.iterdir()
+        assert message.read_text().startswith("Return-Path: <jane@example.com>\n")
+    assert messages(machine) == []
+
+
+def check_redirect_by_sendmail(machine: Machine, unit: str) -> None:
+    """The log says why it cannot work, and what to set; the message is not lost."""
+    with redirecting(machine):
+        client = connect(machine)
+        client.hello()
+        [reply] = client.deliver(MESSAGE, "jane")
+        client.close()
+        assert reply.startswith("451 4.4.0")
+        log = machine.journal(f"--unit={unit}", "--priority=err")
+    hint = "(with NoNewPrivileges= no sendmail can work: set smtp_backend: host, and smtp_host)"
+    [line] = [line for line in log.splitlines() if line.startswith("mail not sent")]
+    assert hint in line
+    assert " action=redirect " in line
+    assert messages(machine) == []
+
+
+def test_a_filter_sends_by_smtp(machine: Machine) -> None:
+    check_redirect_by_smtp(machine)
+
+
+def test_a_filter_cannot_send_by_sendmail(machine: Machine) -> None:
+    check_redirect_by_sendmail(machine, "lmtpd@*")
+
+
 def test_postfix_learns_who_is_unknown(machine: Machine) -> None:
     send(machine, to="nobody-here@example.com")
     wait_for(lambda: messages(machine), "the bounce")
@@ -361,6 +416,14 @@ def test_pool_mail_through_postfix(pool: Machine) -> None:
     wait_for(lambda: "empty" in pool.run("mailq").stdout, "an empty queue")
     assert pool_pid(pool) == first
     assert "jane" in pool.journal("--unit=lmtpd-pool.service")
+
+
+def test_pool_a_filter_sends_by_smtp(pool: Machine) -> None:
+    check_redirect_by_smtp(pool)
+
+
+def test_pool_a_filter_cannot_send_by_sendmail(pool: Machine) -> None:
+    check_redirect_by_sendmail(pool, "lmtpd-pool.service")
 
 
 def test_pool_says_what_it_does(pool: Machine) -> None:
