@@ -592,8 +592,8 @@ REJECTS = [
 ]
 
 
-def erejects(name: str, commands: str, *capabilities: str) -> Case:
-    """A message that is refused at once, which Pigeonhole cannot do: it rejects in its way what we refuse in ours."""
+def erejects(name: str, commands: str) -> Case:
+    """A message that is refused at once. Pigeonhole does not know how to, and has reject in the place of ereject."""
     ours, theirs = (
         require(*words, "fileinto", "vacation", "copy") + text
         for words, text in ((("reject", "ereject"), commands), (("reject",), commands.replace("ereject", "reject")))
@@ -816,6 +816,108 @@ NOTIFIES = [
     sends("notify-encodeurl-not-required", 'set :encodeurl "v" "a b"; fileinto "[${v}]";', "variables", "fileinto"),
 ]
 
+
+def filed(name: str, commands: str, without: str, message: bytes = LETTER, sender: str = "sender@example.org") -> Case:
+    """A mail of which a copy is filed. without: the same where nobody knows how to file it."""
+    words = ("vacation", "enotify", "fileinto", "imap4flags", "mailbox", "special-use", "variables")
+    return Case(f"fcc-{name}", require(*words, "fcc") + commands, message, sender, theirs=require(*words) + without)
+
+
+NOTIFY = 'notify :message "m" {}"mailto:a@example.net";'
+# Each with the folders that have a copy, and its flags.
+COPIES: list[tuple[Case, dict[str, tuple[str, ...]]]] = [
+    (filed("vacation", 'vacation :fcc "Sent" "Away.";', 'vacation "Away.";'), {"Sent": ()}),
+    (filed("utf8", 'vacation :fcc "Sent" "größe";', 'vacation "größe";'), {"Sent": ()}),
+    (
+        filed(
+            "mime",
+            'vacation :mime :fcc "Sent" "Content-Type: text/html\r\n\r\n<b>x</b>";',
+            'vacation :mime "Content-Type: text/html\r\n\r\n<b>x</b>";',
+        ),
+        {"Sent": ()},
+    ),
+    (filed("notify", NOTIFY.format(':fcc "Sent" '), NOTIFY.format("")), {"Sent": ()}),
+    (filed("inbox", 'vacation :fcc "INBOX" "Away.";', 'vacation "Away.";'), {"INBOX": ()}),
+    (filed("utf8-folder", 'vacation :fcc "Größe" "Away.";', 'vacation "Away.";'), {"Größe": ()}),
+    (filed("level", 'vacation :fcc "a/b" "Away.";', 'vacation "Away.";'), {"a/b": ()}),
+    (filed("create", 'vacation :fcc "New" :create "Away.";', 'vacation "Away.";'), {"New": ()}),
+    (
+        filed("flags", 'vacation :fcc "Sent" :flags ["\\\\Seen", "done"] "Away.";', 'vacation "Away.";'),
+        {"Sent": (r"\Seen", "done")},
+    ),
+    (
+        filed("flags-in-one", 'vacation :flags "\\\\Seen done" :fcc "Sent" "Away.";', 'vacation "Away.";'),
+        {"Sent": (r"\Seen", "done")},
+    ),
+    (
+        filed("notify-flags", NOTIFY.format(':fcc "Sent" :flags "\\\\Seen" '), NOTIFY.format("")),
+        {"Sent": (r"\Seen",)},
+    ),
+    (
+        filed("special-use", 'vacation :fcc "Other" :specialuse "\\\\Trash" "Away.";', 'vacation "Away.";'),
+        {"Other": ()},
+    ),
+    (
+        followed(
+            filed("special-use-that-is-there", 'fileinto "Trash";', 'fileinto "Trash";'),
+            filed("", 'vacation :fcc "Other" :specialuse "\\\\Trash" "Away.";', 'vacation "Away.";'),
+        ),
+        {"Trash": ()},
+    ),
+    (
+        filed("beside-the-message", 'fileinto "f"; vacation :fcc "f" "Away.";', 'fileinto "f"; vacation "Away.";'),
+        {"f": ()},
+    ),
+    (filed("and-discard", 'discard; vacation :fcc "Sent" "Away.";', 'discard; vacation "Away.";'), {"Sent": ()}),
+    (
+        filed(
+            "variables",
+            'set "f" "Sent"; vacation :fcc "${f}" "Away.";',
+            'vacation "Away.";',
+        ),
+        {"Sent": ()},
+    ),
+    (
+        filed(
+            "both",
+            'vacation :fcc "One" "Away.";' + NOTIFY.format(':fcc "Two" '),
+            'vacation "Away.";' + NOTIFY.format(""),
+        ),
+        {"One": (), "Two": ()},
+    ),
+    (filed("no-answer", 'vacation :fcc "Sent" "Away.";', 'vacation "Away.";', sender=""), {}),
+    (
+        filed("no-answer-to-a-list", 'vacation :fcc "Sent" "Away.";', 'vacation "Away.";', with_field("List-Id: <x>")),
+        {},
+    ),
+    (
+        filed(
+            "no-notice", NOTIFY.format(':fcc "Sent" '), NOTIFY.format(""), with_field("Auto-Submitted: auto-generated")
+        ),
+        {},
+    ),
+    (
+        replace(
+            filed("refused", 'vacation :fcc "Sent" "Away.";', 'vacation "Away.";'),
+            refuse={"sender@example.org": "550 5.1.1 Unknown"},
+        ),
+        {},
+    ),
+    (replace(filed("again", 'vacation :fcc "Sent" "Away.";', 'vacation "Away.";'), times=2), {"Sent": ()}),
+]
+
+FCC_ERRORS = [
+    filed("flags-alone", 'vacation :flags "x" "Away.";', 'vacation :unknown "Away.";'),
+    filed("create-alone", 'vacation :create "Away.";', 'vacation :unknown "Away.";'),
+    filed("special-use-alone", 'vacation :specialuse "\\\\Sent" "Away.";', 'vacation :unknown "Away.";'),
+    filed("twice", 'vacation :fcc "a" :fcc "b" "Away.";', 'vacation :unknown "Away.";'),
+    filed("list", 'vacation :fcc ["a"] "Away.";', 'vacation :unknown "Away.";'),
+    filed("without-a-folder", 'vacation :fcc :create "Away.";', 'vacation :unknown "Away.";'),
+    filed("of-a-redirect", 'redirect :fcc "a" "a@example.net";', 'redirect :unknown "a@example.net";'),
+    filed("of-fileinto", 'fileinto :fcc "a" "b";', 'fileinto :unknown "b";'),
+    filed("of-keep", 'keep :fcc "a";', "keep :unknown;"),
+]
+
 CASES = [
     *REDIRECTS,
     *VACATION_TEXTS,
@@ -825,4 +927,5 @@ CASES = [
     *REJECTS,
     *EREJECTS,
     *NOTIFIES,
+    *FCC_ERRORS,
 ]

@@ -61,8 +61,8 @@ def _for_each(mail: Mail, originals: tuple[bytes, ...]) -> Iterator[Sent]:
         message = message_from_bytes(octets, policy=compat32)
         drop = drop | ENCODING | (OF_REPORTS if message.get_content_type() == "multipart/report" else set())
         parts = list(_parts(message))
-    elif not any(name in NEW for name, value in found.items() if value in known):
-        drop = drop | set(NEW)
+    else:
+        drop = drop | {name for name in NEW if found.get(name) not in known}
     fields = tuple(sorted(_told(name, value, known) for name, value in fields_of(header, drop)))
     for recipient in mail.recipients:
         yield Sent(mail.reverse_path, recipient, fields, tuple(parts))
