@@ -5489,6 +5489,7 @@ def is_safe_name(name: str) -> bool:
 DATABASE_PATIENCE = 5.0  # seconds to wait for the lock of the duplicate database
 DAY = 86400  # seconds
 EXPIRED_AT_ONCE = 10  # expired records that are deleted for each message, besides one for each new record
+LONGEST_RECORD = 10 * 366 * DAY  # seconds that a record of a script may last
 RECORD_LIMIT = 512  # characters of what a script remembers; of a longer one a hash is kept
 
 
@@ -5543,8 +5544,10 @@ class Records:
 
     def has(self, mailbox: str, record: str) -> bool:
         """Whether a script of the mailbox's owner has made the record, and it has not expired."""
-        query = "SELECT 1 FROM script_records WHERE mailbox = ? AND record = ? AND until >= ?"
-        return bool(self._execute([(query, (mailbox, record, time.time()))]))
+        query = "SELECT 1 FROM script_records WHERE mailbox = ? AND record = ? AND until BETWEEN ? AND ?"
+        now = time.time()
+        # What lasts longer was written while the clock was wrong.
+        return bool(self._execute([(query, (mailbox, record, now, now + LONGEST_RECORD))]))
 
     def add(self, mailbox: str, records: dict[str, int]) -> None:
         """Makes records that expire after so many seconds, and deletes some expired ones."""
@@ -5564,8 +5567,9 @@ class Records:
         )
 
     def is_usable(self) -> bool:
-        """Whether the database can be used now."""
-        return bool(self._execute([("SELECT 1", ())]))
+        """Whether the database can be written now."""
+        probe = "INSERT OR REPLACE INTO script_records (mailbox, record, until) VALUES ('', '', 0)"
+        return bool(self._execute([("BEGIN IMMEDIATE", ()), (probe, ()), ("COMMIT", ()), ("SELECT 1", ())]))
 
     def lock(self, mailbox: str, record: str) -> RecordLock:
         """A "with" block for what is done at most once for a record: no other process is in one for the same.
@@ -5686,6 +5690,7 @@ def shortened(record: str) -> str:
 # ======================================================================
 
 SEND_PATIENCE = 60  # seconds for each reply of the server, and for the program
+FINAL_PATIENCE = 300  # seconds for the reply to the message: else the client sends again what the server has taken
 PERMANENT_STATUSES = (65, 67, 68, 69)  # of sendmail, EX_DATAERR, NOUSER, NOHOST and UNAVAILABLE: sysexits(3)
 SAID_LIMIT = 4096  # octets of what the program says
 
@@ -5749,7 +5754,7 @@ class Submission:
 
         try:
             server = self._connected()
-        except (smtplib.SMTPException, OSError) as error:
+        except (smtplib.SMTPException, OSError, UnicodeError) as error:
             raise NotSent(f"{self._name}: {text_of_smtp_error(error)}", is_down=True) from None
         try:
             SmtpDialogue(server, self._name).deliver(message, reverse_path, recipients, is_automatic)
@@ -5803,6 +5808,8 @@ class SmtpDialogue:
         self._command("DATA", 354)
         for piece in on_the_wire(message):
             server.send(piece)
+        if server.sock:
+            server.sock.settimeout(FINAL_PATIENCE)
         server.send(b".\r\n")
         self._expect(server.getreply(), 250)
         try:
@@ -5892,7 +5899,10 @@ def run_sendmail(
     with TemporaryFile(dir=folder) as text, TemporaryFile(dir=folder) as output:
         for piece in message.stream():
             text.write(piece)
+        size = text.tell()
         text.seek(0)
+        if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:  # the system would reap the program, and its status
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             process = subprocess.Popen(
                 command,
@@ -5915,6 +5925,8 @@ def run_sendmail(
             if process.poll() is None:  # Postfix' postdrop, which it has started, would try for ever
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+        if not status and os.lseek(text.fileno(), 0, os.SEEK_CUR) < size:
+            raise NotSent(f"{program}: has not read the whole message")
         if status:
             said = os.pread(output.fileno(), SAID_LIMIT, 0).decode("utf-8", "backslashreplace").split("\n")
             lines = "; ".join(filter(None, map(str.strip, said)))
@@ -5948,6 +5960,8 @@ ENTITY_FIELDS = ("type", "transfer-encoding", "disposition", "description", "id"
 SUBJECT_LIMIT = 500  # characters of a subject that an answer repeats
 REFERENCES_LIMIT = 10  # message ids in References
 TEXT_LINE_LIMIT = 998  # octets of a line of a message, RFC 5322 section 2.1.1
+ADDRESS_LIMIT = 1000  # characters of an address with its display name
+URI_NAME_LIMIT = 70  # characters of the name of a field in a URI
 MAILTO_RECIPIENTS_LIMIT = 8
 RESERVED_FIELDS = (  # which a URI cannot set: RFC 5436 section 2.7
     *("auto-submitted", "bcc", "date", "from", "importance", "message-id", "mime-version", "received", "references"),
@@ -6081,7 +6095,8 @@ def addressee(header: Header, own: dict[str, Address]) -> Address | None:
     for name in ADDRESSEE_FIELDS:
         for start, end in header.spans(name.encode()):
             for _, local, domain in mailboxes_of(header.octets[start:end].partition(b":")[2]):
-                if found := own.get(comparable(Address(local, domain))):
+                is_short = len(local) + len(domain) <= PATH_LIMIT  # what is longer is nobody's, and slow to compare
+                if is_short and (found := own.get(comparable(Address(local, domain)))):
                     return found
     return None
 
@@ -6091,6 +6106,8 @@ def strict_address(text: str) -> tuple[str, Address]:
 
     Source: RFC 5228 section 2.4.2.3.
     """
+    if len(text) > ADDRESS_LIMIT:
+        raise ValueError(f"an address has at most {ADDRESS_LIMIT} characters with its name")
     text = text.strip()
     before, angle, rest = text.rpartition("<")
     inner = rest[:-1] if angle and text.endswith(">") else text
@@ -6117,8 +6134,8 @@ def mailbox_text(name: str, address: Address) -> str:
     """An address with a display name, for a header field."""
     if not name:
         return str(address)
-    phrase = encoded_if_needed(name)
-    if not phrase.startswith("=?"):
+    phrase = encoded_if_needed(name[:SUBJECT_LIMIT])
+    if phrase in name:  # not encoded: it may look so
         phrase = '"' + phrase.replace("\\", "\\\\").replace('"', '\\"') + '"'
     return f"{phrase} <{address}>"
 
@@ -6127,17 +6144,22 @@ def written_message(fields: Sequence[tuple[str, str]], entity: bytes, config: Co
     """A message of this host: the fields, those that every message has, and the entity with its fields of MIME."""
     complete = [*fields, ("Date", date_time()), ("Message-ID", new_message_id(config)), ("MIME-Version", "1.0")]
     header = b"".join(
-        # The addresses in these have been put into the form of a field already.
-        f"{name}: {value}\n".encode("utf-8", "replace") if name in ("From", "To", "Cc") else folded_field(name, value)
+        folded_addresses(name, value) if name in ("From", "To", "Cc") else folded_field(name, value)
         for name, value in complete
     )
     return Message.of(header + entity)
 
 
+def folded_addresses(name: str, value: str) -> bytes:
+    """A field of addresses, which have the form of a field already."""
+    lines = value.replace("?= =?", "?=\n =?").replace(", ", ",\n ")
+    return f"{name}: {lines}\n".encode("utf-8", "replace")
+
+
 def text_entity(text: str) -> bytes:
     """Text as the body of a message, with its fields. Source: RFC 2045."""
     octets = lines_of_text(text)
-    if octets.isascii() and all(len(line) <= TEXT_LINE_LIMIT for line in octets.split(LF)) and b"\0" not in octets:
+    if octets.isascii() and all(len(line) <= TEXT_LINE_LIMIT for line in octets.split(LF)):
         encoding = b"7bit"
     else:
         from binascii import b2a_qp
@@ -6149,7 +6171,7 @@ def text_entity(text: str) -> bytes:
 def lines_of_text(text: str) -> bytes:
     """Text of a script in UTF-8, with LF at the end of lines."""
     octets = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()
-    octets = octets.replace(CRLF, LF).replace(b"\r", LF)
+    octets = octets.replace(CRLF, LF).replace(b"\r", LF).replace(b"\0", b"")
     return octets if octets.endswith(LF) else octets + LF
 
 
@@ -6170,7 +6192,7 @@ def mime_entity(text: str) -> bytes:
 
 def subject_of(header: Header) -> str:
     """The subject of a message, decoded."""
-    return unstructured(field_body(header, b"subject") or b"").strip()[:SUBJECT_LIMIT]
+    return " ".join(unstructured(field_body(header, b"subject") or b"").split())[:SUBJECT_LIMIT]
 
 
 def fields_of_reply(message: Message) -> list[tuple[str, str]]:
@@ -6207,7 +6229,7 @@ def vacation_answer(
     fields = [
         ("From", author),
         ("To", str(sender)),
-        ("Subject", subject or (f"Auto: {original}" if original else "Automated reply")),
+        ("Subject", " ".join(subject.split()) or (f"Auto: {original}" if original else "Automated reply")),
         *fields_of_reply(message),
         ("Auto-Submitted", "auto-replied"),
     ]
@@ -6280,14 +6302,12 @@ class Mailto:
                 self.subject = text
             elif name == "body":
                 self.body = text
-            elif not is_field_name(name):
+            elif not is_field_name(name) or len(name) > URI_NAME_LIMIT:
                 raise ValueError(f"{name!r} in the URI is no name of a header field")
             elif name not in RESERVED_FIELDS and not name.startswith(("content-", "resent-")):
                 self.fields.append((name.title(), text))
         if not self.to and not self.cc:
             raise ValueError("the URI has no recipient: write mailto: and an address")
-        if len(self.recipients) > MAILTO_RECIPIENTS_LIMIT:
-            raise ValueError(f"the URI has more than {MAILTO_RECIPIENTS_LIMIT} recipients")
 
     @property
     def recipients(self) -> list[Address]:
@@ -6296,7 +6316,10 @@ class Mailto:
 
     def _addresses(self, *texts: str) -> list[Address]:
         """The addresses in texts that have commas between them, save those that are recipients already."""
-        found = [strict_address(part)[1] for text in texts for part in text.split(",") if part.strip()]
+        parts = [part for text in texts for part in text.split(",") if part.strip()]
+        if len(parts) + len(self.to) + len(self.cc) > MAILTO_RECIPIENTS_LIMIT:
+            raise ValueError(f"the URI has more than {MAILTO_RECIPIENTS_LIMIT} recipients")
+        found = [strict_address(part)[1] for part in parts]
         known = set(map(str, self.recipients))
         return [address for address in found if str(address) not in known]
 
@@ -6898,12 +6921,13 @@ class Actions:
         self._outgoing: list[Outgoing] = []
         self.rejection: str | None = None
         self._answers_here = False  # whether the present script has answered
+        self._taken_here: list[str] = []  # by which commands the present script has taken the message
 
     def begin_script(self, flags: Sequence[str]) -> Actions:
         """The next script begins, with these flags in the internal variable; what to go back to if it fails."""
         self.fall_back()
         self._flags_before = tuple(flags)
-        self._answers_here = False
+        self._answers_here, self._taken_here = False, []
         before = Actions(self._default_folder)
         before.__dict__.update(self.__dict__, _filings=dict(self._filings), _outgoing=list(self._outgoing))
         return before
@@ -6933,6 +6957,7 @@ class Actions:
     def file(self, folder: str, flags: Sequence[str], header: Header | None, copy: bool) -> None:
         """Files a copy, and cancels the implicit keep unless copy is set. Raises RunError."""
         self._check_rejection("fileinto")
+        self._taken_here.append("fileinto")
         self._filings[folder] = filing = self._filing(folder, flags, header)
         filing.is_named = True
         self._keeps_implicitly = self._keeps_implicitly and copy
@@ -6950,16 +6975,20 @@ class Actions:
     def redirect(self, mail: Outgoing, copy: bool) -> None:
         """Sends the message on, and cancels the implicit keep unless copy is set. Raises RunError."""
         self._check_rejection("redirect")
+        self._taken_here.append("redirect")
         self._keeps_implicitly = self._keeps_implicitly and copy
         self.send(mail)
         if sum(each.action == "redirect" for each in self._outgoing) > REDIRECT_LIMIT:
             raise RunError(f"there are more than {REDIRECT_LIMIT} redirects")
 
     def reject(self, reply: str, report: Outgoing | None) -> None:
-        """Rejects the message, by the text of a reply or by a report. Raises RunError. Source: RFC 5429 section 2.4."""
+        """Rejects the message, by the text of a reply or by a report. What scripts before have taken stays so.
+
+        Raises RunError. Source: RFC 5429 section 2.4.
+        """
         self._check_rejection("reject")
-        others = [*("fileinto" for _ in self._filings), *(each.action for each in self._outgoing)]
-        if conflicts := [action for action in others if action != "notify"]:
+        answers = [each.action for each in self._outgoing if each.action == "vacation" and not each.withheld]
+        if conflicts := [*self._taken_here, *answers]:
             raise RunError(f"reject cannot stand beside {conflicts[0]}: the message would be taken and refused")
         self._keeps_implicitly, self.rejection = False, reply
         if report:
@@ -8719,6 +8748,8 @@ def score_matches(call: Call, of: str, best: int) -> Check:
 
 REPLY_LINES = 50  # lines of a reply that a user has written
 REPLY_LINE = 200  # characters of such a line
+ADDRESS_STEPS = 100  # what it costs to take an address apart, and to compare it with those of the user
+DOMAIN_STEPS = 20  # what each character of a domain beyond ASCII costs
 ANSWER_OCTETS = 16  # octets of a header that are examined for an answer in one step
 DEFAULT_DAYS = 7  # until a sender gets an answer again, RFC 5230 section 4.1
 
@@ -8760,7 +8791,7 @@ def address_argument(call: Call, argument: int | str) -> Callable[[Run], tuple[s
     if isinstance(text, str):
         fixed = checked_address(text, place)
         return lambda _run: fixed
-    return lambda run: address_at_run(expanded(text, run), call.node.name)
+    return lambda run: address_at_run(expanded(text, run), call.node.name, run)
 
 
 def checked_address(text: str, place: int) -> tuple[str, Address]:
@@ -8771,8 +8802,9 @@ def checked_address(text: str, place: int) -> tuple[str, Address]:
         raise ScriptError(str(error), place) from None
 
 
-def address_at_run(text: str, command: str) -> tuple[str, Address]:
+def address_at_run(text: str, command: str, run: Run) -> tuple[str, Address]:
     """See strict_address(). Raises RunError."""
+    run.spend(ADDRESS_STEPS + len(text))
     try:
         return strict_address(text)
     except ValueError as error:
@@ -8800,6 +8832,7 @@ def redirect(call: Call) -> Step:
 
     def run_redirect(run: Run) -> None:
         recipient, around = address(run)[1], run.around
+        run.spend(ADDRESS_STEPS + (0 if recipient.domain.isascii() else DOMAIN_STEPS * len(recipient.domain)))
         header = run.changed_header()
         if comparable(recipient) in own_addresses(around.recipient, around.config):
             if not copy:  # it would only come back
@@ -8873,7 +8906,7 @@ def vacation(call: Call) -> Step:
             return
         own = own_addresses(run.around.recipient, config)
         for text, fixed in others:
-            other = fixed or address_at_run(expanded(text, run), "vacation")[1]
+            other = fixed or address_at_run(expanded(text, run), "vacation", run)[1]
             own.setdefault(comparable(other), other)
         text, title = expanded(reason, run), expanded(subject, run)
         header = run.subject.message.header  # as it arrived: a script cannot make an answer due
@@ -8966,8 +8999,10 @@ def notify(call: Call) -> Step:
 
     def run_notify(run: Run) -> None:
         config, owner = run.around.config, run.around.recipient.address
+        uri = expanded(method, run)
+        run.spend(LOOKUP_STEPS + len(uri))
         try:
-            mailto = fixed or Mailto(expanded(method, run))
+            mailto = fixed or Mailto(uri)
         except ValueError as error:
             raise RunError(f"notify: {error}") from None
         from_value = author_of(author, run, own_addresses(run.around.recipient, config), owner)
@@ -8982,7 +9017,7 @@ def notify(call: Call) -> Step:
             mailto.recipients,
             owner if run.around.reverse_path else None,
             lambda message: notification(message, mailto, from_value, owner, text, weight, config),
-            shortened(f"notify {expanded(method, run)} {text}"),
+            shortened(f"notify {uri} {text}"),
         )
         for start, end in header.spans(b"auto-submitted"):
             value = raw_text(header.octets[start:end].partition(b":")[2]).strip()
@@ -9027,7 +9062,9 @@ def method_can(call: Call) -> Check:
     uri, capability, matcher = call.text(0) or "", call.text(1) or "", call.matcher(2)
 
     def run_capability(run: Run) -> bool:
-        is_known = expanded(capability, run).lower() == "online" and is_method(expanded(uri, run))
+        method = expanded(uri, run)
+        run.spend(LOOKUP_STEPS + len(method))
+        is_known = expanded(capability, run).lower() == "online" and is_method(method)
         return is_known and matcher.accepts(run, ["maybe"])
 
     return run_capability
@@ -9927,6 +9964,7 @@ SENT_EXPIRY = (
     7 * DAY
 )  # seconds after which no client sends a message again that it had to keep: RFC 5321 section 4.5.4.1
 REDIRECT_EXPIRY = DAY  # seconds within which a message that comes again, by another way, is in a loop
+VISITS_LIMIT = 4  # deliveries by this host, by its fields Received, of a message that it sends on
 RECEIVED_LIMIT = 100  # fields Received of a message that is sent on: RFC 5321 section 6.3
 
 
@@ -10379,6 +10417,11 @@ class Outbox:
         received = sum(start >= message.added for start, _ in message.header.spans(b"received"))
         if received > RECEIVED_LIMIT:
             return f"the message has {received} fields Received"
+        fields = [message.header.octets[slice(*span)].lower() for span in message.header.spans(b"received")]
+        own = f"by {self._config.servername} ".lower().encode()
+        visits = sum(own in field and b"lmtp" in field for field in fields)
+        if visits > VISITS_LIMIT:
+            return f"the message has been here {visits} times: a loop"
         now, *ever = self._records_of(mail)
         is_circle = any(self._records.has(mailbox, each) for each in ever) and not self._records.has(mailbox, now)
         return "the message has been redirected already, and comes again: a loop" if is_circle else ""

@@ -41,8 +41,6 @@ DIFFERENCES = {
     "vacation-again-variables": "RFC 5230, 4.2: another subject is another answer",
     "reject-null-sender-utf8": "RFC 5429, 2.2.1: no report to <>; the client is told in English",
     "reject-auto-submitted": "RFC 3834, 2: no report to a program; the client is told",
-    "reject-copied-before": "RFC 5429, 2.4: what is taken cannot be rejected, also by another script",
-    "reject-sent-on-before": "RFC 5429, 2.4: what is taken cannot be rejected, also by another script",
     "reject-answered-before": "RFC 5429, 2.4: what is answered cannot be rejected, also by another script",
     "notify-plain": "RFC 5436, 2.7: the subject is that of the message",
     "notify-message-empty": "an empty :message is none",

@@ -1,17 +1,15 @@
-"""Mail that scripts send leaves by a real Postfix, whose queue comes before lmtpd, too, and by Exim's sendmail."""
+"""Mail that scripts send leaves by a real Postfix, whose queue comes before lmtpd, too."""
 
 from __future__ import annotations
 
 import itertools
-import os
 import smtplib
-import subprocess
 from collections.abc import Iterator
 from email import message_from_bytes
 
 import pytest
 from harness import PATIENCE, Site, wait_for
-from peers import POSTFIX_MAIN_CF, Exim, Postfix, for_others, libraries, program, unpacked
+from peers import POSTFIX_MAIN_CF, Postfix
 from sieve import script_text
 from sink import Mail, Sink
 
@@ -161,41 +159,3 @@ def test_a_server_that_is_down_defers_the_message(mail_system: MailSystem) -> No
     mail_system.postfix.wait_until_sent()
     assert len(mail_system.sent_to("ann@example.net")) == 1
     assert site.files("jane") == []
-
-
-# Exim's sendmail, which takes -f from trusted users: the user as whom it runs is one
-
-
-def test_mail_leaves_by_exims_sendmail(site: Site) -> None:
-    exim = Exim(site, "1", "", "")
-    root = for_others(unpacked("exim"), site.root / "unpacked")
-    sendmail = site.root / "sendmail"
-    sendmail.write_text(
-        f'#!/bin/sh\nLD_LIBRARY_PATH={libraries(root)} exec {root}/usr/sbin/exim4 -C {exim.conf} -odq "$@"\n'
-    )
-    sendmail.chmod(0o755)
-    (site.root / "sieve").mkdir()
-    script = script_text("vacation copy", 'redirect :copy "joe@example.net"; vacation "I am away.";')
-    (site.root / "sieve/jane.sieve").write_text(script)
-    site.configure(sieve_script=f"{site.root}/sieve/%u.sieve", sendmail=str(sendmail), smtp_backend="sendmail")
-    message = f"From: {SENDER}\r\nTo: jane@example.com\r\nMessage-ID: <exim@example.org>\r\n\r\n.A body.\r\n"
-    session = (
-        f"LHLO x\r\nMAIL FROM:<{SENDER}>\r\nRCPT TO:<jane@example.com>\r\nDATA\r\n"
-        + message.replace("\r\n.", "\r\n..")
-        + ".\r\nQUIT\r\n"
-    )
-    private = [program("unshare"), "--mount", "sh", "-euc", Exim.PRIVATE_FILES, "sh", str(exim.folder)]
-    done = subprocess.run(
-        [*private, *site.command()], input=session.encode(), capture_output=True, timeout=PATIENCE, env={**os.environ}
-    )
-    assert b"250 2.1.5 Ok" in done.stdout.splitlines()[-2], done.stderr
-    queued = {}
-    for header in exim.queued():
-        lines = header.read_text(errors="replace").splitlines()
-        body = header.with_name(header.name.replace("-H", "-D")).read_text()
-        queued[lines[2]] = (lines[lines.index("XX") + 2], body)
-    assert queued.keys() == {f"<{SENDER}>", "<>"}, done.stderr.decode()
-    assert queued[f"<{SENDER}>"][0] == "joe@example.net"
-    assert queued[f"<{SENDER}>"][1].endswith("\n.A body.\n")
-    assert queued["<>"][0] == SENDER
-    assert "I am away." in queued["<>"][1]
