@@ -5863,8 +5863,9 @@ def is_ascii(message: Message) -> bool:
 
 
 def on_the_wire(message: Message) -> Iterator[bytes]:
-    """The octets of a message as DATA sends them, up to the dot: a lone CR is a line end, too. Raises OSError.
+    """The octets of a message as DATA sends them, up to the dot, with a space for a lone CR. Raises OSError.
 
+    Were a lone CR made a line end, it could divide a field of the header into two.
     Source: RFC 5321 sections 2.3.8 and 4.5.2.
     """
     held, before = b"", LF
@@ -5874,7 +5875,7 @@ def on_the_wire(message: Message) -> Iterator[bytes]:
         if b"\r" in data:
             if data.endswith(b"\r") and piece:
                 data, held = data[:-1], b"\r"
-            data = data.replace(CRLF, LF).replace(b"\r", LF)
+            data = data.replace(CRLF, LF).replace(b"\r", b" ")
         if data:
             yield (before + data).replace(b"\n.", b"\n..")[len(before) :].replace(LF, CRLF)
             before = LF if data.endswith(LF) else b""
@@ -6074,13 +6075,19 @@ SILENCING_FIELDS = {
 }
 
 
+def complete_address(recipient: Recipient, config: Config) -> Address:
+    """The address of a recipient as given, with a domain in any case."""
+    given = recipient.address
+    return given if given.domain else Address(given.local, config.defaultdomain or config.servername)
+
+
 def own_addresses(recipient: Recipient, config: Config) -> dict[str, Address]:
     """The addresses of a recipient, by comparable(): as given, without the detail, and the userid."""
-    domain = recipient.address.domain or config.defaultdomain or config.servername
-    own = [recipient.address, Address(recipient.address.local, domain), Address(recipient.user, domain)]
+    given = complete_address(recipient, config)
+    own = [recipient.address, given, Address(recipient.user, given.domain)]
     if recipient.domain:
         own.append(Address(recipient.user, recipient.domain))
-    return {comparable(address): address for address in reversed(own)}
+    return {comparable(address): address if address.domain else given for address in reversed(own)}
 
 
 def comparable(address: Address) -> str:
@@ -8855,7 +8862,11 @@ def reject(call: Call) -> Step:
     def run_reject(run: Run) -> None:
         reason, around = expanded(text, run).replace("\r\n", "\n").strip(), run.around
         is_tellable = reason.isascii()
-        config, sender, recipient = around.config, around.reverse_path, around.recipient.address
+        config, sender, recipient = (
+            around.config,
+            around.reverse_path,
+            complete_address(around.recipient, around.config),
+        )
         may_be_sent = may_report and not is_from_machine(run.subject.message.header, sender)
         if may_be_sent and sender and not (config.sieve_use_lmtp_reject and is_tellable):
             sender = sender if sender.domain else Address(sender.local, config.servername)
@@ -8916,7 +8927,7 @@ def vacation(call: Call) -> Step:
             withheld = f"the sender <{sender}> is the user"
         if not withheld and not addressed:
             withheld = "the message is not addressed to the user"
-        from_value = author_of(author, run, own, addressed or run.around.recipient.address)
+        from_value = author_of(author, run, own, addressed or complete_address(run.around.recipient, config))
         seconds = period(config)
         what = (
             expanded(handle, run)
@@ -8998,7 +9009,7 @@ def notify(call: Call) -> Step:
     filing = filing_of(call)
 
     def run_notify(run: Run) -> None:
-        config, owner = run.around.config, run.around.recipient.address
+        config, owner = run.around.config, complete_address(run.around.recipient, run.around.config)
         uri = expanded(method, run)
         run.spend(LOOKUP_STEPS + len(uri))
         try:

@@ -264,7 +264,29 @@ def test_no_bare_cr_is_sent(sieve: Sieve, body: str) -> None:
     verify(outcome, {}, JOE)
     octets = outcome.sent[0].mail.octets
     assert not re.search(rb"\r(?!\n)|(?<!\r)\n", octets)
-    assert octets.replace(b"\r\n", b"").endswith(body.replace("\r", "").replace("\n", "").encode())
+    end = body.replace("\r\n", "\n").replace("\r\n", "\n").replace("\r", " ").rstrip("\n")
+    assert octets.rstrip(b"\r\n").endswith(end.encode())
+
+
+def test_a_bare_cr_makes_no_line_of_the_header(sieve: Sieve) -> None:
+    """A field that servers before have not seen must not appear."""
+    outcome = sieve.run(REDIRECT, mail("X-A: x\rAuthentication-Results: pass", "X-B: y\r\rz"), SENDER)
+    verify(outcome, {}, JOE)
+    assert "authentication-results" not in outcome.sent[0].names
+    assert outcome.sent[0].header("X-A") == "x Authentication-Results: pass"
+
+
+@pytest.mark.parametrize(("domain", "expected"), [("example.com", "example.com"), ("", "mx.example.com")])
+def test_a_recipient_without_a_domain_gets_one(site: Site, sink: Sink, domain: str, expected: str) -> None:
+    options = {"defaultdomain": domain} if domain else {}
+    Sieve(site, sink, **options).write("active", script_text("enotify", f'notify "mailto:{ANN}";'))
+    client = connected(site)
+    [reply] = client.deliver(on_the_wire(mail()), "jane", sender=SENDER)
+    assert reply.startswith("250")
+    client.leave()
+    [sent] = map(Sent, sink.mails)
+    assert parseaddr(sent.header("From") or "")[1] == f"jane@{expected}"
+    assert f'owner-email="jane@{expected}"' in (sent.header("Auto-Submitted") or "")
 
 
 @pytest.mark.parametrize("size", [300_000, 5_000_000])
