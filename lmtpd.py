@@ -777,6 +777,7 @@ def read_lines(file: str) -> Iterator[tuple[str, str, str]]:
 
 LOG_ERR, LOG_WARNING, LOG_INFO, LOG_DEBUG = 3, 4, 6, 7  # syslog(3)
 SYSLOG_SOCKET = "/dev/log"
+JOURNAL_SOCKET = "/run/systemd/journal/socket"
 FIELD_LIMIT = 1000  # characters of a value; syslog(3) may lose lines of more than 8 KiB
 BARE = frozenset(map(chr, range(33, 127))) - frozenset('"=\\')  # characters that need no quotes in a value
 
@@ -786,6 +787,7 @@ class Log:
 
     def __init__(self) -> None:
         self.debugging = False
+        self._journal: Journal | None = None
         self._emit: Callable[[int, str], object] = to_stderr
         self._context: dict[str, object] = {}
         self._logged: set[str] = set()
@@ -794,6 +796,7 @@ class Log:
         """Chooses where lines go, see sd-daemon(3) and syslog(3). It may be called again."""
         self.debugging = debugging
         if stderr_is_journal():
+            self._journal = Journal.connect(facility) if stderr_is_socket() else None
             self._emit = to_journal
         elif os.path.exists(SYSLOG_SOCKET):
             import syslog
@@ -805,7 +808,7 @@ class Log:
 
     def send_to(self, emit: Callable[[int, str], object]) -> None:
         """Sends lines to a function, which takes the priority of syslog(3) and the line."""
-        self._emit = emit
+        self._journal, self._emit = None, emit
 
     def context(self, **fields: object) -> LogContext:
         """A "with" block in which every line has these fields."""
@@ -848,17 +851,17 @@ class Log:
 
     def startup_error(self, event: str, **fields: object) -> None:
         """Logs why the program does not start, and writes it to standard error for the person at a terminal."""
-        self._line(LOG_ERR, event, fields)
+        line = self._line(LOG_ERR, event, fields)
         if self._emit not in (to_stderr, to_journal):
-            to_stderr(LOG_ERR, self._format(event, fields))
+            to_stderr(LOG_ERR, line)
 
-    def _line(self, level: int, event: str, fields: dict[str, object]) -> None:
-        self._emit(level, self._format(event, fields))
-
-    def _format(self, event: str, fields: dict[str, object]) -> str:
+    def _line(self, level: int, event: str, fields: dict[str, object]) -> str:
+        """Logs a line, and returns it."""
         fields = {**self._context, **fields}
-        texts = ((key, value if isinstance(value, str) else text_of(value)) for key, value in fields.items())
-        return " ".join([event, *[f"{key}={quoted(text)}" for key, text in texts]])
+        line = " ".join([event, *[f"{name}={quoted(text_of(value))}" for name, value in fields.items()]])
+        if not (self._journal and self._journal.send(level, line, event, fields)):
+            self._emit(level, line)
+        return line
 
 
 class LogContext:
@@ -873,6 +876,61 @@ class LogContext:
     def __exit__(self, *_: object) -> None:
         for name in self._fields:
             del self._context[name]
+
+
+class Journal:
+    """A connection to the journal, by which each field of a line can be searched for.
+
+    Source: systemd's "Native Journal Protocol", systemd.journal-fields(7). It needs no import: that of systemd-python's
+    systemd.journal takes longer than the interpreter takes to start.
+    """
+
+    def __init__(self, sock: socket.socket, facility: str) -> None:
+        self._socket = sock
+        self._common = b"SYSLOG_IDENTIFIER=lmtpd\nSYSLOG_FACILITY=%d\n" % (FACILITIES[facility] >> 3)
+
+    @classmethod
+    def connect(cls, facility: str) -> Journal | None:
+        """A connection; None if there is none to be had."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            sock.connect(JOURNAL_SOCKET)
+        except OSError:
+            return None
+        return cls(sock, facility)
+
+    def send(self, level: int, line: str, event: str, fields: dict[str, object]) -> bool:
+        """Sends a line with its fields, each as LMTPD_NAME; whether it was taken."""
+        parts = [self._common, journal_field("PRIORITY", str(level)), journal_field("MESSAGE", line)]
+        parts.append(journal_field("LMTPD_EVENT", event))
+        for name, value in fields.items():
+            values = value if isinstance(value, Addresses) else [text_of(value)]
+            parts += [journal_field(f"LMTPD_{name.upper()}", without_brackets(each)) for each in values]
+        try:
+            self._socket.send(b"".join(parts))
+        except OSError:
+            return False
+        return True
+
+
+def journal_field(name: str, value: str) -> bytes:
+    """A field in the form of the journal's protocol; one of several lines has its length before it."""
+    octets = value[:FIELD_LIMIT].encode("utf-8", "backslashreplace") if name != "MESSAGE" else value.encode()
+    if "\n" not in value:
+        return b"%b=%b\n" % (name.encode(), octets)
+    return b"%b\n%b%b\n" % (name.encode(), len(octets).to_bytes(8, "little"), octets)
+
+
+def without_brackets(value: str) -> str:
+    """An address or Message-ID without its angle brackets, as one types it in a search; <> stays."""
+    return value[1:-1] if len(value) > 2 and value[0] == "<" and value[-1] == ">" else value
+
+
+class Addresses(list[str]):
+    """The addresses in a log field, of which each is a value of its own in the journal."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"<{address}>" for address in self)
 
 
 def text_of(value: object) -> str:
@@ -928,6 +986,11 @@ def stderr_is_journal() -> bool:
     except OSError:
         return False
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def stderr_is_socket() -> bool:
+    """Whether standard error is a socket, as the stream to a running journal is."""
+    return stat.S_ISSOCK(os.fstat(2).st_mode)
 
 
 def stdout_is_journal() -> bool:
@@ -1203,6 +1266,9 @@ class Socket(socket.socket):
         self.close()
 
 
+END_OF_FILE = "end of file"
+
+
 class Disconnected(Exception):
     """The session ends without another reply. The text says why, for the log."""
 
@@ -1261,7 +1327,7 @@ class Wire:
         except OSError as error:
             raise Disconnected(error.strerror) from None
         if not data:
-            raise Disconnected("end of file")
+            raise Disconnected(END_OF_FILE)
         return data
 
     def write(self, data: bytearray) -> None:
@@ -1352,7 +1418,7 @@ class Tls:
     def read(self, timeout: float) -> bytes:
         """See Wire.read()."""
         if self._ended:
-            raise Disconnected("end of file")
+            raise Disconnected(END_OF_FILE)
         self._incoming.write(self._wire.read(timeout))
         return self.decrypted()
 
@@ -1378,7 +1444,7 @@ class Tls:
             if not parts:
                 raise self._failure(error) from None
         if not parts:
-            raise Disconnected("end of file")
+            raise Disconnected(END_OF_FILE)
         self._ended = True
         return b"".join(parts)
 
@@ -1553,7 +1619,7 @@ def load_tls_context(config: Config) -> SSLContext | None:
         except (OSError, ValueError) as error:  # ssl.SSLError among them
             problem = with_path(config.tls_server_cert, error)
     if config.allowstarttls or config.tls_required:
-        log.error("STARTTLS not offered", cause=problem)
+        log.error("starttls-not-offered", cause=problem)
     return None
 
 
@@ -2026,7 +2092,7 @@ def domain_spellings(domain: str) -> list[str]:
         import idna
     except ImportError:
         cause = "the Python package idna is missing: install python3-idna, or pip install idna"
-        log.warning_once("domain has one spelling only", domain=domain, cause=cause)
+        log.warning_once("domain-has-one-spelling", domain=domain, cause=cause)
         return [composed(domain)]
     try:
         encoded = idna.encode(domain, uts46=True).decode("ascii")
@@ -2106,7 +2172,7 @@ class Identity:
         try:
             set_effective_ids(*self._before)
         except BaseException as error:
-            log.error("identity not restored", cause=error)
+            log.error("identity-not-restored", cause=error)
             os._exit(os.EX_OSERR)
 
 
@@ -2233,7 +2299,7 @@ class Draft:
                 with self.identity, self._path_in_errors:
                     os.unlink(self._name, dir_fd=self._directory)
         except OSError as error:
-            log.warning("draft left behind", file=self._name, cause=error)
+            log.warning("draft-left-behind", file=self._name, cause=error)
         for fd in (self._fd, self._directory):
             close_synced(fd)
 
@@ -2775,7 +2841,7 @@ class Spool:
                 another = next(self._drafts, None)
                 if not another:
                     raise
-                log.warning("spooling elsewhere", cause=error)
+                log.warning("spooling-elsewhere", cause=error)
                 draft = another
         if draft is not self.draft:
             self.draft.discard()
@@ -2843,7 +2909,7 @@ class Incoming:
         self.discard()
 
     def _fail(self, error: OSError) -> None:
-        log.error("spooling failed", cause=error)
+        log.error("spooling-failed", cause=error)
         self.failure = error
         self.discard()
 
@@ -4272,7 +4338,7 @@ class QuotaFile:
         try:
             return parse_limits(content.partition(LF)[0].decode("ascii"))
         except ValueError as error:
-            log.warning("quota lost", mailbox=self._directory.path, cause=error)
+            log.warning("quota-lost", mailbox=self._directory.path, cause=error)
             return self._default
 
     def _lock(self, limits: tuple[int, int]) -> int:
@@ -4399,7 +4465,7 @@ class KeywordFile:
             known[keyword.lower()] = unused.pop(0), keyword
         if left_out:
             folder = self._directory.path_of(self._folder)
-            log.warning("no letter for keyword", keyword=" ".join(left_out), mailbox=folder)
+            log.warning("no-letter-for-keyword", keyword=" ".join(left_out), mailbox=folder)
         lines = [f"{number} {name}\n" for number, name in sorted(known.values())]
         # Dovecot sees a change of the file by its time in whole seconds.
         self._directory.replace_file(self._folder, KEYWORD_FILE, "".join(lines).encode(), newer_than=changed)
@@ -4548,7 +4614,7 @@ class DovecotLock:
         try:
             if self._is_stale(aside):
                 process = self._holder(aside)[0]
-                log.warning("stale lock removed", mailbox=self._directory.path_of(self._folder), process=process)
+                log.warning("stale-lock-removed", mailbox=self._directory.path_of(self._folder), process=process)
             else:
                 os.link(aside, self._name, src_dir_fd=self._place, dst_dir_fd=self._place, follow_symlinks=False)
         except FileExistsError:
@@ -4628,7 +4694,7 @@ class Placed:
             with self._mailbox.identity, PathInErrors(self.path):
                 os.unlink(self.name, dir_fd=self._directory)
         except OSError as error:
-            log.error("copy left behind", mailbox=self._mailbox.path, file=self.name, cause=error)
+            log.error("copy-left-behind", mailbox=self._mailbox.path, file=self.name, cause=error)
             return
         self._mailbox.charge(-self._octets, -self._messages)
 
@@ -4699,7 +4765,7 @@ class Folders:
             try:
                 self._subscriptions.add(folder)
             except OSError as error:
-                log.warning("not subscribed", mailbox=self._directory.path_of(folder), cause=error)
+                log.warning("not-subscribed", mailbox=self._directory.path_of(folder), cause=error)
                 self._can_subscribe = False  # mail need not wait for the same again
 
     def subscribe(self, names: Sequence[str]) -> None:
@@ -4825,7 +4891,7 @@ class Maildir:
                 if usage and usage.doubtful and not usage.has_room_for(octets, messages):
                     usage = self._quota.recount(usage.limits)
         except OSError as error:
-            log.warning("quota unknown", mailbox=self.path, cause=error)
+            log.warning("quota-unknown", mailbox=self.path, cause=error)
             return
         if usage and not usage.has_room_for(octets, messages):
             raise MailboxFull(self.path, in_words(usage.used), in_words(usage.limits))
@@ -4838,7 +4904,7 @@ class Maildir:
             with self.identity:
                 self._quota.add(octets, messages)
         except OSError as error:
-            log.warning("quota unknown", mailbox=self.path, cause=error)
+            log.warning("quota-unknown", mailbox=self.path, cause=error)
 
     def place(
         self,
@@ -5009,7 +5075,7 @@ class PasswdUsers:
             entry = pwd.getpwnam(userid)
         except KeyError:
             if error := account_error(userid):
-                log.error("user database unavailable", user=userid, cause=os.strerror(error))
+                log.error("user-database-unavailable", user=userid, cause=os.strerror(error))
                 raise StoreUnavailable from None
             raise UserUnknown from None
         if entry.pw_uid < max(self._min_uid, 1) or entry.pw_uid == NOBODY:
@@ -5061,7 +5127,7 @@ class DovecotUsers:
         try:
             return self._account_of(userid)
         except (Unavailable, ValueError) as error:
-            log.error("user database unavailable", user=userid, cause=error)
+            log.error("user-database-unavailable", user=userid, cause=error)
             raise StoreUnavailable from None
 
     def _account_of(self, userid: str) -> Account:
@@ -5203,7 +5269,7 @@ def script_in_dovecot_fields(fields: dict[str, str], home: str) -> str | None:
         return None
     path = location.removeprefix("file:")
     if ":" in path.partition("/")[0]:
-        log.warning_once("script location unknown", field=f"sieve={fields['sieve']}", cause="it must be a file")
+        log.warning_once("script-location-unknown", field=f"sieve={fields['sieve']}", cause="it must be a file")
         return ""
     active = [setting.removeprefix("active=") for setting in settings if setting.startswith("active=")]
     path = active[0] if active else path if path.endswith(".sieve") else "~/.dovecot.sieve"
@@ -5413,7 +5479,7 @@ class MaildirStore:
 
     def _inaccessible(self, mailbox: str, cause: object) -> StoreUnavailable:
         """The error for a mailbox that cannot be used, after it has been logged."""
-        log.error("mailbox not accessible", mailbox=mailbox, cause=cause)
+        log.error("mailbox-not-accessible", mailbox=mailbox, cause=cause)
         return StoreUnavailable()
 
     def _is_autocreated(self, userid: str) -> bool:
@@ -5598,7 +5664,7 @@ class Records:
             return []
 
     def _give_up(self, error: Exception) -> None:
-        log.error("duplicate database unavailable", database=self._path, cause=error)
+        log.error("duplicate-database-unavailable", database=self._path, cause=error)
         self._backoff.start()
 
     def _open(self) -> Database:
@@ -5646,7 +5712,7 @@ class RecordLock:
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             lockf(self._fd, LOCK_EX, 1, crc32(self._key.encode("utf-8", "surrogateescape")))
         except OSError as error:  # something may be done twice, but must not be left undone
-            log.warning("record not locked", cause=error)
+            log.warning("record-not-locked", cause=error)
 
     def __exit__(self, *_: object) -> None:
         if self._fd >= 0:
@@ -5815,7 +5881,7 @@ class SmtpDialogue:
         try:
             server.putcmd("QUIT")  # the answer is not waited for: what has been sent is to be recorded
         except OSError as error:  # the server has taken the message
-            log.debug("farewell failed", server=self._name, cause=error)
+            log.debug("farewell-failed", server=self._name, cause=error)
 
     def _options(self, message: Message, addresses: Iterable[Address]) -> str:
         """The parameters of MAIL, each with a space before it. Raises NotSent if the server lacks what is needed."""
@@ -8829,7 +8895,7 @@ def author_of(
     if comparable(address) in own:
         return mailbox_text(name, address)
     if author:
-        log.warning("author not used", author=address, user=run.around.recipient.userid)
+        log.warning("author-not-used", author=address, user=run.around.recipient.userid)
     return mailbox_text("", substitute)
 
 
@@ -9850,7 +9916,7 @@ class Filters:
         except OSError:
             raise
         except Exception as error:  # a fault of the program must not keep mail out
-            log.traceback("script failed")
+            log.traceback("script-failed")
             run = Run(Subject(message), occasion)
             filtered.errors.append(("", "", f"internal error: {error!r}"))
         finally:
@@ -9866,10 +9932,10 @@ class Filters:
     def tell(self, filtered: Filtered, occasion: Occasion) -> None:
         """Logs what the scripts want, and their errors; those of the user's own also into a file beside the script."""
         for script, place, text in filtered.errors:
-            log.error("script error", script=script, line=place, cause=text)
+            log.error("script-error", script=script, line=place, cause=text)
             if place and occasion.mailbox.script:
                 self._tell_user(script, f"{place}: {text}", occasion.mailbox)
-        log.info(
+        log.debug(
             "filtered",
             recipient=f"<{occasion.recipient.address}>",
             script=" ".join(filtered.scripts),
@@ -9905,7 +9971,7 @@ class Filters:
             if script := self._files.load(each, self._own):
                 yield script
             else:
-                log.warning_once("script missing", option=option, script=each)
+                log.warning_once("script-missing", option=option, script=each)
 
     def _user_script(self, mailbox: Maildir) -> Script | None:
         """The user's script; None if there is none. Raises ScriptUnreadable and ScriptErrors."""
@@ -9928,12 +9994,12 @@ class Filters:
                 if os.path.dirname(path) == os.path.dirname(target_of_script(mailbox.script)):
                     add_to_script_log(path, text)
         except OSError as error:
-            log.debug("script log not written", script=script, cause=error)
+            log.debug("script-log-not-written", script=script, cause=error)
 
 
 def report_test(script: Script, line: int, text: str) -> None:
     """Logs the result of a test."""
-    log.debug("script test", script=f"{script.name}:{line}", result=text)
+    log.debug("script-test", script=f"{script.name}:{line}", result=text)
 
 
 def add_to_script_log(script: str, text: str) -> None:
@@ -10024,7 +10090,7 @@ class Placement:
 
     def fail(self, reply: Reply) -> None:
         """Sets the result: not delivered."""
-        self.event, self.failure = "not delivered", reply
+        self.event, self.failure = "not-delivered", reply
 
 
 class Delivery:
@@ -10033,11 +10099,12 @@ class Delivery:
     failure: the client's reply if something has failed; else None. outgoing: what is sent once all is stored.
     rejection: the client's reply if the recipient rejects the message. records: what to record when all is done, and
     for how many seconds. message, folder: what a keep stores, and where. is_sent: whether the message has been sent on.
+    scripts: the paths of those that ran.
     """
 
     __slots__ = (
         *("destination", "failure", "folder", "is_sent", "message", "outgoing", "placements", "records", "rejection"),
-        "reverse_path",
+        *("reverse_path", "scripts"),
     )
 
     def __init__(self, destination: Destination, reverse_path: Address | None, message: Message) -> None:
@@ -10049,6 +10116,7 @@ class Delivery:
         self.rejection: Reply | None = None
         self.folder = INBOX
         self.is_sent = False
+        self.scripts: Sequence[str] = ()
 
     @property
     def is_stored(self) -> bool:
@@ -10128,7 +10196,7 @@ class Router:
             local, _, domain = userid.partition("@")
             if found := self._first_user(recipients_of(Address(local, domain), self._config), envelope):
                 return Destination(last, found[1], "", ignores_quota)
-            log.warning("postmaster or catch-all user does not exist", user=userid)
+            log.warning("fallback-user-unknown", user=userid)
         raise UserUnknown
 
     def _shared(self, recipient: Recipient, envelope: Envelope) -> Maildir | None:
@@ -10137,7 +10205,7 @@ class Router:
             return None
         shared = remembered(shared, envelope)
         if not shared.exists():
-            log.error("mailbox not accessible", mailbox=shared.path, cause="the directory does not exist")
+            log.error("mailbox-not-accessible", mailbox=shared.path, cause="the directory does not exist")
             raise StoreUnavailable
         return shared if self._resolve(shared, recipient.detail) else None
 
@@ -10209,7 +10277,7 @@ class DeliveryAgent:
             except OSError as error:
                 if not devices and mailbox is mailboxes[-1]:
                     raise
-                log.warning("spooling elsewhere", mailbox=mailbox.path, cause=error)
+                log.warning("spooling-elsewhere", mailbox=mailbox.path, cause=error)
                 continue
             device = draft.device()
             if device in devices:
@@ -10263,6 +10331,7 @@ class DeliveryAgent:
             return [Placement(message, mailbox, folder)]
         self._filters.tell(filtered, occasion)
         delivery.records, delivery.outgoing = filtered.records, filtered.outgoing
+        delivery.scripts = filtered.scripts
         if filtered.rejection:
             delivery.rejection = Reply(550, "5.7.1", filtered.rejection)
         self._pending.update((mailbox.path, record) for record in filtered.records)
@@ -10416,11 +10485,11 @@ class Outbox:
         for mail in delivery.outgoing:
             if mail.action == "redirect" and (cause := self._circle(mail, mailbox.path)):
                 mail.withheld = cause
-                log.warning("redirect not followed", cause=cause, **self._fields(mail, delivery))
+                log.warning("redirect-not-followed", cause=cause, **self._fields(mail, delivery))
                 if not delivery.placements and not delivery.rejection:
                     delivery.placements.append(Placement(delivery.message, mailbox, delivery.folder))
             elif mail.withheld:
-                log.info("no answer", cause=mail.withheld, **self._fields(mail, delivery))
+                log.info("no-answer", cause=mail.withheld, **self._fields(mail, delivery))
 
     def _circle(self, mail: Outgoing, mailbox: str) -> str:
         """Why a message must not be sent on; "" if it may."""
@@ -10468,9 +10537,9 @@ class Outbox:
             with self._records.lock(mailbox, next(iter(records), "")):
                 if self._has_sent(mailbox, records):
                     if mail.action == "vacation":
-                        log.info("no answer", cause=ANSWERED_LATELY, **self._fields(mail, delivery))
+                        log.info("no-answer", cause=ANSWERED_LATELY, **self._fields(mail, delivery))
                     else:
-                        log.info("mail sent before", **self._fields(mail, delivery))
+                        log.info("mail-sent-before", **self._fields(mail, delivery))
                     return None
                 if mail.action == "vacation" and not self._records.is_usable():
                     raise NotSent("without the duplicate database, the sender could get the answer again and again")
@@ -10481,13 +10550,13 @@ class Outbox:
                 self._records.add(mailbox, records)
         except Exception as error:
             if not isinstance(error, (NotSent, OSError)):
-                log.traceback("sending failed")
+                log.traceback("sending-failed")
             failure = error if isinstance(error, NotSent) else NotSent(text_of(error))
             result = "permanent" if failure.permanent else "temporary"
-            log.error("mail not sent", result=result, cause=failure, **self._fields(mail, delivery))
+            log.error("mail-not-sent", result=result, cause=failure, **self._fields(mail, delivery))
             return failure
         ms = round((time.monotonic() - started) * 1000)
-        log.info("mail sent", ms=ms, **self._fields(mail, delivery))
+        log.info("mail-sent", ms=ms, **self._fields(mail, delivery))
         if mail.filing:
             self._file(message, mail.filing, delivery.destination)
         return None
@@ -10519,9 +10588,9 @@ class Outbox:
             finally:
                 placed.close()
         except Exception as error:
-            log.error("copy not filed", mailbox=key, cause=error)
+            log.error("copy-not-filed", mailbox=key, cause=error)
         else:
-            log.info("copy filed", mailbox=key, file=placed.name)
+            log.info("copy-filed", mailbox=key, file=placed.name)
         finally:
             message.discard()
 
@@ -10530,7 +10599,7 @@ class Outbox:
         return {
             "action": mail.action,
             "recipient": f"<{delivery.destination.recipient.address}>",
-            "to": f"<{mail.to}>",
+            "to": Addresses(map(str, mail.recipients)),
             "msgid": self._message.message_id,
         }
 
@@ -10542,14 +10611,14 @@ def reply_to(error: Exception, config: Config, mailbox: str = "") -> Reply:
     if isinstance(error, UserUnknown):
         return USER_UNKNOWN
     if isinstance(error, MailboxFull):
-        log.warning("over quota", mailbox=error.mailbox, used=error.used, limit=error.limit)
+        log.warning("over-quota", mailbox=error.mailbox, used=error.used, limit=error.limit)
         return MAILBOX_FULL_PERMANENT if config.lmtp_over_quota_perm_failure else MAILBOX_FULL
     if isinstance(error, StoreUnavailable):
         return MAILBOX_UNUSABLE if error.permanent else STORAGE_FAILED
     if isinstance(error, OSError):
-        log.error("delivery failed", mailbox=mailbox, cause=error)
+        log.error("delivery-failed", mailbox=mailbox, cause=error)
         return storage_reply(error)
-    log.traceback("delivery failed", mailbox=mailbox)
+    log.traceback("delivery-failed", mailbox=mailbox)
     return STORAGE_FAILED
 
 
@@ -10572,7 +10641,8 @@ def log_delivery(delivery: Delivery, reply: Reply, message: Message, envelope: E
     is_rejected = delivery.rejection or is_reported
     if not parts or (is_rejected and not delivery.failure):
         done = "rejected" if is_rejected else "redirected" if delivery.is_sent else "discarded"
-        parts.append(("not delivered" if delivery.failure else done, path, ""))
+        parts.append(("not-delivered" if delivery.failure else done, path, ""))
+    script = {"script": " ".join(delivery.scripts)} if delivery.scripts else {}
     for event, mailbox, file in parts:
         log.info(
             event,
@@ -10582,6 +10652,7 @@ def log_delivery(delivery: Delivery, reply: Reply, message: Message, envelope: E
             recipient=f"<{delivery.destination.recipient.address}>",
             mailbox=mailbox,
             file=file,
+            **script,
             reply=reply,
             ms=round((time.monotonic() - started) * 1000),
         )
@@ -10930,7 +11001,7 @@ class Authenticator:
         try:
             return self._mechanisms(tls)
         except Unavailable as error:
-            log.error("authentication unavailable", cause=error)
+            log.error("authentication-unavailable", cause=error)
             return []
 
     def check(self, name: str, tls: Tls | None) -> None:
@@ -10957,7 +11028,7 @@ class Authenticator:
             raise Unavailable(str(error)) from None
         except AuthenticationFailed as error:
             self.failures += 1
-            log.warning("authentication failed", mechanism=name, user=error.user, peer=self._peer.name, cause=error)
+            log.warning("authentication-failed", mechanism=name, user=error.user, peer=self._peer.name, cause=error)
             time.sleep(self.failures)
             raise
         log.info("authenticated", user=self.user, mechanism=name, peer=self._peer.name)
@@ -10969,7 +11040,7 @@ class Authenticator:
             self._dovecot = None
 
     def _give_up(self, name: str, error: Exception) -> None:
-        log.error("authentication unavailable", mechanism=name, cause=error)
+        log.error("authentication-unavailable", mechanism=name, cause=error)
         self.close()  # the next attempt may find the service back
 
     def _mechanisms(self, tls: Tls | None) -> list[str]:
@@ -10986,7 +11057,7 @@ class Authenticator:
             return names + [name for name in self._dovecot.mechanisms if name not in ("EXTERNAL", "ANONYMOUS")]
         if self._config.sasl_pwcheck_method == "auxprop":
             cause = "sasl_pwcheck_method: auxprop is for Cyrus alone; set lmtp_sasl_pwcheck_method"
-            log.error("authentication unavailable", cause=cause)
+            log.error("authentication-unavailable", cause=cause)
             return names
         if self._config.sasl_pwcheck_method == "file":
             if not self._config.sasl_password_file:
@@ -11134,7 +11205,7 @@ class Transaction(Envelope):
         if is_last:
             incoming.write(self._chunks.rest())
 
-    def fields(self, recipient: str) -> dict[str, object]:
+    def fields(self, recipient: str | Addresses) -> dict[str, object]:
         """What the log says of it, with a recipient or several; size is the announced size in octets."""
         return {"sender": f"<{self.reverse_path or ''}>", "recipient": recipient, "size": self.announced_size}
 
@@ -11198,7 +11269,7 @@ class Dialogue:
         except Disconnected:
             raise
         except Exception:
-            log.traceback("internal error")
+            log.traceback("internal-error")
             self.reply(INTERNAL_ERROR)
         if self._parting is BYE:
             self._connection.end()
@@ -11297,9 +11368,9 @@ class MailDialogue(Dialogue):
         transaction = self._transaction
         if not transaction or not transaction.destinations or self._parting is BYE:
             return
-        recipients = ", ".join(f"<{each.recipient.address}>" for each in transaction.destinations)
+        recipients = Addresses(str(each.recipient.address) for each in transaction.destinations)
         received = transaction.incoming.wire_size if transaction.incoming else 0
-        log.warning("transaction cut off", **transaction.fields(recipients), received=received, reason=reason)
+        log.warning("transaction-cut-off", **transaction.fields(recipients), received=received, reason=reason)
 
     def do_mail(self, argument: str) -> None:
         """RFC 5321 section 4.1.1.2"""
@@ -11419,14 +11490,17 @@ class Session(MailDialogue):
         """Serves until the client leaves, or has to. Never raises."""
         product = {"on": f" {PRODUCT}", "min": " LMTP", "off": ""}[self._config.serverinfo]
         with log.context(session=self.id):
-            log.info("connected", peer=self._peer.name)
+            log.debug("connected", peer=self._peer.name)
             greeting = Reply(220, "", f"{self._config.servername}{product} ready")
             if self._config.tls_required and not self._is_protected() and not self._connection.tls_context:
                 greeting = TLS_IMPOSSIBLE
             reason = self.run(greeting)
             self.log_cut_off(reason)
             self._reset()
-            log.info("disconnected", reason=reason)
+            if self._parting is BYE or reason == END_OF_FILE:
+                log.debug("disconnected", peer=self._peer.name, reason=reason)
+            else:
+                log.info("disconnected", peer=self._peer.name, reason=reason)
 
     def loggable(self, line: bytes) -> str:
         """See MailDialogue.loggable(). After a refused AUTH, a line that is no command may be a password."""
@@ -11798,7 +11872,7 @@ class ConnectionHandler:
             try:
                 peer = read_proxy_header(connection, peer)
             except (Disconnected, LmtpError) as error:
-                log.warning("connection refused", peer=peer.name, cause=error)
+                log.warning("connection-refused", peer=peer.name, cause=error)
                 return
         trusted = arguments.trusts_internet or not peer.internet
         limits = [config.lmtp_session_timeout, 0 if trusted else config.lmtp_auth_timeout]
@@ -11954,7 +12028,7 @@ def accept(listener: Socket) -> Socket | None:
     except (BlockingIOError, ConnectionError):
         return None
     except OSError as error:
-        log.error("accept failed", cause=error)
+        log.error("accept-failed", cause=error)
         time.sleep(1)  # no descriptors or no memory: no reason to leave, or to spin
         return None
 
@@ -12037,7 +12111,7 @@ class Pool:
         if self._stop.leaving:
             return True
         if self._outdated:
-            log.info("program, configuration or certificates changed, leaving")
+            log.info("files-changed")
             return True
         idle = time.monotonic() - self._busy_at
         return not self._workers() and 0 < self._timeout <= idle
@@ -12095,7 +12169,7 @@ class Pool:
                 self._become_worker(group, preforked)
             group.workers[process] = 0
         except OSError as error:
-            log.error("worker not started", cause=error)
+            log.error("worker-not-started", cause=error)
             self._not_before = time.monotonic() + 1
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -12112,7 +12186,7 @@ class Pool:
             Worker(self._handler, group.listeners, reporter, self._timeout, preforked).run()
             status = os.EX_OK
         except Exception:
-            log.traceback("internal error")
+            log.traceback("internal-error")
         finally:
             os._exit(status)
 
@@ -12140,7 +12214,7 @@ class Pool:
             else:
                 group.idle_one_left = True
             if status:
-                log.error("worker died", worker=process, status=os.waitstatus_to_exitcode(status))
+                log.error("worker-died", worker=process, status=os.waitstatus_to_exitcode(status))
                 if not message:  # it died before its first connection, and the next one will, too
                     self._not_before = time.monotonic() + 1
 
@@ -12187,7 +12261,7 @@ class Reporter:
         try:
             os.write(self.fd, b"".join(numbers))
         except OSError as error:
-            log.warning("parent process died", cause=error)
+            log.warning("parent-process-died", cause=error)
             self._stop.leaving = True
 
     @classmethod
@@ -12505,16 +12579,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stop.install_handlers()
         run(ConnectionHandler(config, options, service, tls_context, tls_files, stop))
     except UsageError as error:
-        log.startup_error("usage error", cause=error)
+        log.startup_error("usage-error", cause=error)
         return refuse_to_start(os.EX_USAGE, str(error))
     except ConfigError as error:
-        log.startup_error("configuration error", cause=error)
+        log.startup_error("configuration-error", cause=error)
         return refuse_to_start(os.EX_CONFIG, "Configuration error, see the log")
     except OSError as error:
-        log.traceback("system error", cause=error)
+        log.traceback("system-error", cause=error)
         return refuse_to_start(os.EX_OSERR, "System error, see the log")
     except Exception:
-        log.traceback("internal error")
+        log.traceback("internal-error")
         return refuse_to_start(os.EX_SOFTWARE, "Internal error, see the log")
     return os.EX_OK
 
@@ -12548,7 +12622,7 @@ def log_settings(config: Config) -> None:
     A process that serves one connection logs it only if a file has changed since it was logged last.
     """
     for text in config.warnings:
-        log.warning("odd setting", cause=text)
+        log.warning("odd-setting", cause=text)
     if not config.ignored:
         return
     named = Stamp(f"{config.configdirectory}/options.named")
@@ -12558,11 +12632,11 @@ def log_settings(config: Config) -> None:
         if not is_news and not log.debugging:
             break
         if not is_cyrus_option(name):
-            log.warning("unknown option", where=where, name=name, similar=similar_option(name))
+            log.warning("unknown-option", where=where, name=name, similar=similar_option(name))
         elif changes_mail(name):
-            log.info("option without effect", where=where, name=name)
+            log.info("option-without-effect", where=where, name=name)
         else:
-            log.debug("option ignored", where=where, name=name)
+            log.debug("option-ignored", where=where, name=name)
     if is_news:
         named.set()
 

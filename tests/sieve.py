@@ -27,7 +27,7 @@ USER = "jane"
 LETTER = "From: someone@example.org\nTo: jane@example.com\nSubject: hello\n\nA body.\n"
 DELIVERED = Reply(250, "2.1.5", "Ok")
 # The events of lmtpd's log that speak of scripts.
-SCRIPT_ERROR, DISCARDED = "script error", "discarded"
+SCRIPT_ERROR, DISCARDED = "script-error", "discarded"
 FLAGS = {"D": r"\Draft", "F": r"\Flagged", "R": r"\Answered", "S": r"\Seen", "T": r"\Deleted"}
 FIELD = re.compile(r' (\w+)=("(?:[^"\\]|\\.)*"|[^ "]*)')
 

@@ -391,7 +391,7 @@ class TestPostfix:
     def test_a_wrong_password(self, tls_site: Site, listener: LoggedListener, authority: Authority) -> None:
         postfix = self.postfix(listener, authority, "sha256", password="wrong")
         self.check_deferral(postfix, ".*SASL authentication failed")
-        assert "authentication failed" in tls_site.log_text()
+        assert "authentication-failed" in tls_site.log_text()
         assert tls_site.messages("jane") == []
 
 
@@ -587,7 +587,7 @@ class TestReadme:
         try:
             assert "(454, b'4.7.0 " in deliver_in(tcp_machine, "mta")
             journal = tcp_machine.journal("--identifier=root-lmtpd")
-            assert re.search(r"authentication unavailable .*/lmtpd\.passwords: Permission denied", journal)
+            assert re.search(r"authentication-unavailable .*/lmtpd\.passwords: Permission denied", journal)
             assert test_systemd.messages(tcp_machine) == []
         finally:
             tcp_machine.run("systemctl", "stop", "root.socket")

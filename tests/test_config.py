@@ -466,7 +466,7 @@ def test_a_bad_file_is_fatal_and_only_the_log_says_where(site: Site, text: str) 
     result = site.pipe(b"LHLO x\r\n")
     assert result.returncode == CONFIGURATION
     assert re.fullmatch(rb"421 4\.3\.0 [^/\r\n]+\r\n", result.stdout)
-    assert site.log_text().startswith("<3>configuration error cause=")
+    assert site.log_text().startswith("<3>configuration-error cause=")
     assert "/" in site.log_text()
 
 
@@ -749,7 +749,7 @@ def logged_settings(site: Site) -> list[str]:
 def test_a_name_that_nobody_knows_is_warned_of_with_the_nearest(site: Site, name: str, similar: str) -> None:
     site.configure(**{name: "1"})
     place = f"imapd.conf:{len(site.options)}"
-    line = f"<4>unknown option where={place} name={name} similar={similar}"
+    line = f"<4>unknown-option where={place} name={name} similar={similar}"
     assert logged_settings(site) == [line]
     assert logged_settings(site) == []  # each connection may have a process of its own
     os.utime(site.conf, (time.time() + 10**6, time.time() + 10**6))
@@ -791,8 +791,8 @@ def test_an_option_of_cyrus_is_no_reason_to_warn(site: Site, name: str) -> None:
 def test_an_option_that_changes_what_happens_to_mail_is_named_once(site: Site) -> None:
     site.configure(sieve_utf8fileinto="yes", lmtp_username_tolower="no", idlesocket="/run/idle")
     named = [
-        "<6>option without effect where=imapd.conf:6 name=sieve_utf8fileinto",
-        "<6>option without effect where=imapd.conf:7 name=lmtp_username_tolower",
+        "<6>option-without-effect where=imapd.conf:6 name=sieve_utf8fileinto",
+        "<6>option-without-effect where=imapd.conf:7 name=lmtp_username_tolower",
     ]
     assert logged_settings(site) == named
     assert logged_settings(site) == []

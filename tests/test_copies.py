@@ -144,7 +144,7 @@ def test_a_lock_that_stays_delays_mail_once_and_not_for_each_folder(site: Site) 
     client = subscribed(site)
     replies = client.deliver(letter(), *(f"jane+folder{number}" for number in range(5)))
     assert {reply[:9] for reply in replies} == {"250 2.1.5"}
-    assert site.log_text().count("not subscribed") == 1
+    assert site.log_text().count("not-subscribed") == 1
     assert f"{site.spool}/jane/subscriptions.lock: locked for too long" in site.log_text()
 
 

@@ -508,5 +508,5 @@ def test_one_line_is_logged_for_each_delivery(client: Client, site: Site) -> Non
         "file": f'"{file.name}"',
         "reply": '"250 2.1.5"',
     }
-    (failed,) = logged(site, "not delivered")
+    (failed,) = logged(site, "not-delivered")
     assert (failed["recipient"], failed["reply"]) == ("<joe>", '"451 4.3.0"')

@@ -635,4 +635,4 @@ def test_mail_for_shared_folders_waits_while_their_place_is_missing(shared: Site
 
 def test_a_deputy_who_is_nobody_is_logged(site: Site) -> None:
     assert send(connected(site, lmtp_catchall_mailbox="nobody"), "unknown@example.com").startswith("550 5.1.1")
-    assert "postmaster or catch-all user does not exist session=" in site.log_text()
+    assert "fallback-user-unknown session=" in site.log_text()

@@ -297,7 +297,7 @@ class Scene:
         for line in self.log:
             assert line.isascii()
             assert line.isprintable()
-            assert not line.startswith(("internal error", "traceback", "delivery failed", "spooling failed")), self.log
+            assert not line.startswith(("internal-error", "traceback", "delivery-failed", "spooling-failed")), self.log
 
     def _check_store(self, made: set[str], stored: list[bytes]) -> None:
         assert self.before <= self.tree()

@@ -496,7 +496,7 @@ def test_a_closed_standard_descriptor_is_an_error_of_the_system(site: Site, clos
     assert result.returncode == os.EX_OSERR
     assert result.stdout.startswith(told)
     assert result.stdout.count(b"\r\n") == bool(told)
-    assert 'system error cause="standard input or output is closed"' in site.log_text()
+    assert 'system-error cause="standard input or output is closed"' in site.log_text()
 
 
 @pytest.mark.parametrize(("soft_noauth", "reply"), [("yes", "430 4.7.0"), ("no", "530 5.7.0")])

@@ -229,14 +229,14 @@ def test_a_folder_of_scripts_runs_in_the_order_of_their_names(site: Site) -> Non
     sieve = Sieve(site, sieve_before=str(folder))
     outcome = sieve.run(None)
     assert sorted(outcome.folders) == ["10-a", "20-b", "30-c", "INBOX"]
-    [filtered] = [event for event in outcome.events if event.name == "filtered"]
-    assert filtered.fields["script"] == " ".join(f"{folder}/{name}.sieve" for name in sorted(copies))
+    scripts = " ".join(f"{folder}/{name}.sieve" for name in sorted(copies))
+    assert [event["script"] for event in outcome.fields("delivered")] == [scripts] * 4
 
 
 def test_a_missing_script_of_the_site_is_named_once(site: Site) -> None:
     sieve = Sieve(site, sieve_before=f"{site.root}/nowhere.sieve")
     events = [event for _ in range(3) for event in sieve.run(filing("Mine")).events]
-    assert [event.fields for event in events if event.name == "script missing"] == [
+    assert [event.fields for event in events if event.name == "script-missing"] == [
         {"option": "sieve_before", "script": f"{site.root}/nowhere.sieve"}
     ]
     assert set(sieve.run(filing("Mine")).folders) == {"Mine"}
@@ -259,7 +259,7 @@ def test_the_log_names_the_script_of_the_site_that_cannot_be_read(site: Site) ->
     (site.root / "before.sieve/one.sieve").mkdir()
     outcome = sieve.run("discard;")
     assert list(outcome.folders) == ["INBOX"]
-    [error] = [event.fields for event in outcome.events if event.name == "script error"]
+    [error] = [event.fields for event in outcome.events if event.name == "script-error"]
     assert error["script"] == f"{site.root}/before.sieve/one.sieve"
 
 
@@ -303,7 +303,7 @@ def test_mail_is_kept_when_the_script_cannot_be_read(homes: Homes, kind: str) ->
         script.symlink_to(secret)
     assert homes.deliver(name) == ["250 2.1.5"]
     assert contents(home / "Maildir") == {"INBOX": 1}
-    assert "<3>script error session=" in homes.site.log_text()
+    assert "<3>script-error session=" in homes.site.log_text()
     assert f"{script}: " in homes.site.log_text()
 
 
@@ -410,7 +410,7 @@ def test_errors_are_told_nowhere_else(homes: Homes, kind: str) -> None:
         put(told, "of root\n", 0)
     assert homes.deliver(name) == ["250 2.1.5"]
     assert contents(home / "Maildir") == {"INBOX": 1}
-    assert "<3>script error" in homes.site.log_text()
+    assert "<3>script-error" in homes.site.log_text()
     assert victim.read_text() == "precious\n"
     assert not (home / "made").exists()
     if kind == "closed folder":

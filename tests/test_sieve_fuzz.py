@@ -18,7 +18,7 @@ from test_sieve_language import CAPABILITIES, MARK, RIGHT, WRONG, marked
 from test_sieve_rfc import EXAMPLES, HTML, IMPORTANT, NESTED, SPAM, TESTS, VALUES, VIRUS
 
 LIMIT = 2.0  # seconds of CPU time for a message
-TROUBLE = {"internal error", "traceback", "delivery failed"}
+TROUBLE = {"internal-error", "traceback", "delivery-failed"}
 TOKEN = re.compile(
     rb'text:[^\n]*\n(?:.*?\n)?\.\r?\n|"(?:[^"\\]|\\.)*"|/\*.*?\*/|#[^\n]*\n|:?[A-Za-z_][A-Za-z0-9_]*|[0-9]+[KMG]?|\s+|.',
     re.DOTALL,

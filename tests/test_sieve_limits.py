@@ -31,7 +31,7 @@ def verify_ended(outcome: Outcome) -> None:
     """Fails unless the message is where the script wants it, or in the INBOX because of an error."""
     assert outcome.reply == "250 2.1.5"
     assert outcome.folders or outcome.is_discarded
-    assert not any(event.name in ("traceback", "internal error", "delivery failed") for event in outcome.events)
+    assert not any(event.name in ("traceback", "internal-error", "delivery-failed") for event in outcome.events)
     if outcome.errors:
         assert outcome.placed == {"INBOX": ""}
 

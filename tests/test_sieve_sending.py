@@ -89,7 +89,7 @@ def verify_error_at_run_time(outcome: Outcome) -> None:
 
 def tries(outcome: Outcome) -> list[tuple[str, str, str]]:
     """What the log says of each failure to send: action, recipient and result."""
-    return [(each["action"], each["to"], each["result"]) for each in outcome.fields("mail not sent")]
+    return [(each["action"], each["to"], each["result"]) for each in outcome.fields("mail-not-sent")]
 
 
 def forget_failures(sieve: Sieve) -> None:
@@ -211,22 +211,19 @@ def test_two_users_redirect_to_the_same_address(site: Site, sink: Sink, recipien
 
 def test_what_the_log_says_of_a_redirect(sieve: Sieve) -> None:
     outcome = sieve.run(REDIRECT, mail(number=next(NUMBERS)), SENDER)
-    [event] = outcome.fields("mail sent")
+    [event] = outcome.fields("mail-sent")
     [redirected] = outcome.fields("redirected")
     assert event.pop("ms").replace(".", "").isdigit()
     msgid = outcome.sent[0].header("Message-ID")
     assert event == {"action": "redirect", "recipient": "<jane@example.com>", "to": f"<{JOE}>", "msgid": msgid}
     assert (redirected["recipient"], redirected["msgid"]) == ("<jane@example.com>", msgid)
     assert outcome.fields("discarded") == []
-    [filtered] = outcome.fields("filtered")
-    assert filtered["actions"] == f"redirect {JOE}"
+    assert redirected["script"] == f"{sieve.folder}/active.sieve"
 
 
 def test_what_is_stored_too_is_no_redirected_message(sieve: Sieve) -> None:
     outcome = sieve.run(f"{REDIRECT} keep;", mail(), SENDER)
     assert [event.name for event in outcome.events if event.name in {"delivered", "redirected"}] == ["delivered"]
-    [filtered] = outcome.fields("filtered")
-    assert sorted(filtered["actions"].split(", ")) == ["fileinto INBOX", f"redirect {JOE}"]
 
 
 # redirect: what is sent
@@ -432,7 +429,7 @@ def test_a_message_that_comes_back_with_another_header_is_kept(sieve: Sieve, clo
     verify(sieve.run(REDIRECT, mail(number=number), SENDER), {}, JOE)
     outcome = sieve.run(REDIRECT, mail("X-Hop: 1", number=number), SENDER)
     verify(outcome, INBOX)
-    [event] = outcome.fields("redirect not followed")
+    [event] = outcome.fields("redirect-not-followed")
     assert event["recipient"] == "<jane@example.com>"
     assert event["to"] == f"<{JOE}>"
     assert event["msgid"] == f"<{number}@example.org>"
@@ -458,7 +455,7 @@ def test_a_loop_is_kept_once(sieve: Sieve) -> None:
     outcome = sieve.run(script, mail("X-Hop: 1", number=number), SENDER)
     assert "Work" in outcome.placed
     assert outcome.sent == []
-    assert len(outcome.fields("redirect not followed")) == 1
+    assert len(outcome.fields("redirect-not-followed")) == 1
 
 
 def test_messages_without_an_id_are_told_apart_by_all_of_them(sieve: Sieve) -> None:
@@ -507,7 +504,7 @@ def test_a_message_of_many_hops_is_not_sent_on(sieve: Sieve, hops: int, is_sent:
         verify(outcome, {}, JOE)
     else:
         verify(outcome, INBOX)
-        [event] = outcome.fields("redirect not followed")
+        [event] = outcome.fields("redirect-not-followed")
         assert event["to"] == f"<{JOE}>"
         assert "Received" in event["cause"]
 
@@ -543,7 +540,7 @@ def test_a_redirect_that_fails_for_now_is_tried_again(
     verify(outcome, {}, reply="451 4.4.0")
     assert tries(outcome) == [("redirect", f"<{JOE}>", "temporary")]
     if reply:
-        assert "Not now" in outcome.fields("mail not sent")[0]["cause"]
+        assert "Not now" in outcome.fields("mail-not-sent")[0]["cause"]
     sink.replies.clear()
     forget_failures(sieve)
     verify(sieve.run(REDIRECT, message, SENDER), {}, JOE)
@@ -555,7 +552,7 @@ def test_a_redirect_that_fails_for_good_is_a_keep(sieve: Sieve, sink: Sink, poin
     sink.replies[point] = "550 5.7.1 Never"
     outcome = sieve.run(REDIRECT, mail(), SENDER)
     verify(outcome, INBOX)
-    [event] = outcome.fields("mail not sent")
+    [event] = outcome.fields("mail-not-sent")
     assert (event["action"], event["to"], event["result"]) == ("redirect", f"<{JOE}>", "permanent")
     assert event["recipient"] == "<jane@example.com>"
     assert "550 5.7.1 Never" in event["cause"]
@@ -760,7 +757,7 @@ def test_a_password_that_is_refused_is_a_failure_for_now(site: Site, authority: 
         outcome = sieve.run(REDIRECT, mail(), SENDER)
         verify(outcome, {}, reply="451 4.4.0")
         assert tries(outcome) == [("redirect", f"<{JOE}>", "temporary")]
-        assert "535" in outcome.fields("mail not sent")[0]["cause"]
+        assert "535" in outcome.fields("mail-not-sent")[0]["cause"]
         assert not any(SECRET in value for event in outcome.events for value in event.fields.values())
 
 
@@ -821,7 +818,7 @@ def test_sendmail_gets_the_mail(site: Site, sendmail: SendmailScript, sender: st
     [ran] = sendmail.runs
     assert ran.arguments == ("-i", "-oep", "-f", given, "--", address)
     assert ran.octets == message.encode()
-    assert [event["to"] for event in outcome.fields("mail sent")] == [f"<{address}>"]
+    assert [event["to"] for event in outcome.fields("mail-sent")] == [f"<{address}>"]
 
 
 def test_sendmail_gets_a_large_message(site: Site, sendmail: SendmailScript) -> None:
@@ -859,7 +856,7 @@ def test_the_exit_status_of_sendmail(site: Site, sendmail: SendmailScript, statu
     else:
         verify(outcome, INBOX)
     assert tries(outcome) == [("redirect", f"<{JOE}>", result)]
-    assert "the reason" in outcome.fields("mail not sent")[0]["cause"]
+    assert "the reason" in outcome.fields("mail-not-sent")[0]["cause"]
     sendmail.exit_with(0)
     if result == "temporary":
         verify(sieve.run(REDIRECT, message, SENDER), {})
@@ -890,7 +887,7 @@ def test_a_sendmail_that_does_not_work_is_a_failure_for_now(site: Site, fault: s
     verify(outcome, {}, reply="451 4.4.0")
     assert tries(outcome) == [("redirect", f"<{JOE}>", "temporary")]
     if fault != "signal" and fault != "does not read":
-        assert str(program) in outcome.fields("mail not sent")[0]["cause"]
+        assert str(program) in outcome.fields("mail-not-sent")[0]["cause"]
 
 
 def test_what_sendmail_prints_is_not_the_clients(site: Site) -> None:
@@ -935,9 +932,7 @@ def test_a_rejected_message_is_refused(sieve: Sieve, action: str, reason: str, l
     assert [line.rstrip() for line in outcome.reply_lines] == [line.rstrip() for line in lines]
     [event] = outcome.fields("rejected")
     assert (event["recipient"], event["reply"]) == ("<jane@example.com>", "550 5.7.1")
-    assert outcome.fields("discarded") == outcome.fields("not delivered") == []
-    [filtered] = outcome.fields("filtered")
-    assert filtered["actions"] == "reject"
+    assert outcome.fields("discarded") == outcome.fields("not-delivered") == []
 
 
 @pytest.mark.parametrize("action", ["reject", "ereject"])
@@ -1042,7 +1037,7 @@ def test_a_rejection_by_report(site: Site, sink: Sink, use_lmtp_reject: str, com
     }
     assert original.get_content_type() in {"message/rfc822", "text/rfc822-headers"}
     assert b"X-Original: yes" in original.as_bytes()
-    [event] = outcome.fields("mail sent")
+    [event] = outcome.fields("mail-sent")
     assert (event["action"], event["to"]) == ("reject", f"<{SENDER}>")
     assert len(outcome.fields("rejected")) == 1
 
@@ -1431,7 +1426,7 @@ def test_a_notification_that_cannot_be_sent_is_logged(sieve: Sieve, sink: Sink, 
     sink.refuse[ANN] = reply
     outcome = sieve.run(script_text("enotify", commands), mail(), SENDER)
     verify(outcome, {} if "discard" in commands else INBOX)
-    [event] = outcome.fields("mail not sent")
+    [event] = outcome.fields("mail-not-sent")
     assert (event["action"], event["to"]) == ("notify", f"<{ANN}>")
     assert reply in event["cause"]
 

@@ -260,7 +260,7 @@ def check_redirect_by_sendmail(machine: Machine, unit: str) -> None:
         assert reply.startswith("451 4.4.0")
         log = machine.journal(f"--unit={unit}", "--priority=err")
     hint = "(with NoNewPrivileges= no sendmail can work: set smtp_backend: host, and smtp_host)"
-    [line] = [line for line in log.splitlines() if line.startswith("mail not sent")]
+    [line] = [line for line in log.splitlines() if line.startswith("mail-not-sent")]
     assert hint in line
     assert " action=redirect " in line
     assert messages(machine) == []

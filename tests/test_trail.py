@@ -53,8 +53,8 @@ def test_a_client_that_leaves_in_a_transaction_leaves_a_trace(site: Site, ending
     client.sock.shutdown(socket.SHUT_WR)
     wait_for(lambda: "disconnected" in site.log_text(), "the end", site.log)
     transaction = 'sender=<sender@example.com> recipient="<jane@x>, <jane+a@x>" size=5000'
-    expected = f'<4>transaction cut off {transaction} received={received} reason="end of file"'
-    assert lines(site, "transaction cut off") == [expected]
+    expected = f'<4>transaction-cut-off {transaction} received={received} reason="end of file"'
+    assert lines(site, "transaction-cut-off") == [expected]
 
 
 def test_a_timeout_in_a_message_leaves_a_trace(site: Site) -> None:
@@ -62,7 +62,7 @@ def test_a_timeout_in_a_message_leaves_a_trace(site: Site) -> None:
     begin(client, b"DATA\r\nSubject: x\r\n")
     assert client.reply()[0].startswith("354")
     assert client.reply()[0].startswith("421 4.4.2")
-    [line] = wait_for(lambda: lines(site, "transaction cut off"), "the line", site.log)
+    [line] = wait_for(lambda: lines(site, "transaction-cut-off"), "the line", site.log)
     assert line.endswith('received=10 reason="421 4.4.2 Timeout, closing the connection"')
 
 
@@ -72,7 +72,7 @@ def test_a_process_that_has_to_end_leaves_a_trace(site: Site) -> None:
     begin(client, b"DATA\r\nSubject: x\r\n")
     assert client.reply()[0].startswith("354")
     site.child.terminate()
-    [line] = wait_for(lambda: lines(site, "transaction cut off"), "the line", site.log)
+    [line] = wait_for(lambda: lines(site, "transaction-cut-off"), "the line", site.log)
     assert line.endswith("received=10 reason=terminated")
 
 
@@ -83,7 +83,7 @@ def test_a_client_that_ends_the_transaction_itself_is_nothing_to_report(site: Si
     assert client.command(end)[:1] == "2"
     client.close()
     wait_for(lambda: "disconnected" in site.log_text(), "the end", site.log)
-    assert lines(site, "transaction cut off") == []
+    assert lines(site, "transaction-cut-off") == []
 
 
 def test_a_client_that_does_not_wait_for_the_reply_was_not_cut_off(site: Site) -> None:
@@ -91,7 +91,7 @@ def test_a_client_that_does_not_wait_for_the_reply_was_not_cut_off(site: Site) -
     begin(client, b"DATA\r\n" + MESSAGE + b".\r\n")
     client.close()
     wait_for(lambda: "disconnected" in site.log_text(), "the end", site.log)
-    assert lines(site, "transaction cut off") == []
+    assert lines(site, "transaction-cut-off") == []
     assert len(lines(site, "delivered")) == 2
 
 

@@ -362,7 +362,7 @@ def test_a_user_database_that_hangs_costs_one_connection_time_and_not_all(sql_ho
         assert [sql_homes.deliver("jane") for _ in range(4)] == [["451 4.3.0"]] * 4
     finally:
         os.killpg(group, signal.SIGCONT)
-    causes = re.findall(r'user database unavailable .* cause="[^"]*: ([^"]*)"', sql_homes.site.log_text())
+    causes = re.findall(r'user-database-unavailable .* cause="[^"]*: ([^"]*)"', sql_homes.site.log_text())
     assert causes == ["does not answer", *["not asked again yet after a timeout"] * 3]
     os.utime(sql_homes.site.configdirectory / "userdb.backoff", (0, 0))
     sql_homes.site.figures = {}
@@ -515,7 +515,7 @@ def test_a_process_that_cannot_return_to_its_own_identity_ends(homes: Homes, cal
     replies = [line[:9] for line in done.stdout.decode().splitlines() if line[3] == " "]
     if number % 2:
         assert done.returncode == os.EX_OSERR
-        assert "<3>identity not restored session=" in homes.site.log_text()
+        assert "<3>identity-not-restored session=" in homes.site.log_text()
         assert "221 2.0.0" not in replies
     else:
         assert done.returncode == 0
