@@ -41,10 +41,15 @@ def items(source: str) -> dict[str, str]:
     return dict(item.split("\n", 1) for item in found)
 
 
+def blocks(source: str) -> list[str]:
+    """The literal blocks of the source, as they are printed."""
+    found = re.findall(r"^\.Bd -literal.*?\n(.*?)^\.Ed$", source, re.MULTILINE | re.DOTALL)
+    return [block.replace("\\&", "").replace("\\e", "\\") for block in found]
+
+
 def literals(page: Path, title: str = "EXAMPLES") -> list[str]:
     """The literal blocks of the section, as they are printed."""
-    blocks = re.findall(r"^\.Bd -literal.*?\n(.*?)^\.Ed$", section(page, title), re.MULTILINE | re.DOTALL)
-    return [block.replace("\\&", "").replace("\\e", "\\") for block in blocks]
+    return blocks(section(page, title))
 
 
 def printed(page: Path, title: str) -> list[str]:
@@ -179,9 +184,18 @@ def test_mandoc_has_nothing_to_say(page: Path) -> None:
 # imapd.conf(5)
 
 
+NAMES_OF_TYPES = {"text": "string", "octets": "bytes", "kibioctets": "kibibytes"}
+FAMILIES = {  # options whose names have a part that the administrator chooses
+    "partition- Ns Ar name": "path , No required",
+    "sieve_spamtest_text_value Ns Ar N": "string , No default empty",
+    "sieve_virustest_text_value Ns Ar N": "string , No default empty",
+    "xlist- Ns Ar use": "string , No default empty",
+}
+
+
 def type_of(option: lmtpd.Option) -> str:
     name = option.parse.__qualname__.partition(".")[0].removeprefix("as_")
-    return "string" if name == "text" else name
+    return NAMES_OF_TYPES.get(name, name)
 
 
 def head_of(name: str, option: lmtpd.Option) -> str:
@@ -196,14 +210,52 @@ def head_of(name: str, option: lmtpd.Option) -> str:
     return f"Ic {name} : Ar {type_of(option)} , No {default or 'default empty'}"
 
 
-def option_items() -> dict[str, str]:
-    """The text of each option; lists inside it are a part of it."""
-    _, *found = re.split(r"^\.It (?=Ic )", section(IMAPD_CONF_5, "OPTIONS"), flags=re.MULTILINE)
-    return dict(item.split("\n", 1) for item in found)
+def heads() -> dict[str, str]:
+    """The options that the page has to have: the heads of their items, and their names."""
+    wanted = {head_of(*row): row[0] for row in lmtpd.Config.table().items()}
+    return wanted | {f"Ic {name} : Ar {rest}": name for name, rest in FAMILIES.items()}
 
 
-def test_options_are_those_of_the_table() -> None:
-    assert list(option_items()) == [head_of(*row) for row in sorted(lmtpd.Config.table().items())]
+def groups() -> dict[str, str]:
+    """The source of each group of options, by its title."""
+    found = re.search(r"^\.Sh OPTIONS\n(.*?)(?=^\.Sh )", IMAPD_CONF_5.read_text(), re.MULTILINE | re.DOTALL)
+    assert found
+    before, *parts = re.split(r"^\.Ss ", found[1], flags=re.MULTILINE)
+    assert ".It" not in before
+    return dict(part.split("\n", 1) for part in parts)
+
+
+def option_items(source: str) -> list[tuple[str, str]]:
+    """The head and the text of each option in the source of a group; lists inside the text are a part of it."""
+    _, *found = re.split(r"^\.It (?=Ic )", source, flags=re.MULTILINE)
+    return [(head, text) for head, _, text in (item.partition("\n") for item in found)]
+
+
+def option_text(name: str) -> str:
+    """What the page says of the option of the table."""
+    texts = dict(item for source in groups().values() for item in option_items(source))
+    return texts[head_of(name, lmtpd.Config.table()[name])]
+
+
+def test_every_option_of_the_table_is_in_one_group() -> None:
+    found = [head for source in groups().values() for head, _ in option_items(source)]
+    assert sorted(found) == sorted(heads())
+
+
+@pytest.mark.parametrize("title", groups())
+def test_options_of_a_group_are_in_alphabetical_order(title: str) -> None:
+    names = [heads()[head] for head, _ in option_items(groups()[title])]
+    assert names == sorted(names)
+
+
+def test_overview_has_every_group() -> None:
+    assert re.findall(r"^\.It Sx (.*?) Ta ", section(IMAPD_CONF_5, "DESCRIPTION"), re.MULTILINE) == list(groups())
+
+
+def test_index_has_the_group_of_every_option() -> None:
+    wanted = [(heads()[head], title) for title, source in groups().items() for head, _ in option_items(source)]
+    found = re.findall(r"^\.It Ic (.*?) Ta Sx (.*)$", section(IMAPD_CONF_5, "INDEX"), re.MULTILINE)
+    assert found == sorted(wanted)
 
 
 def test_every_type_is_explained() -> None:
@@ -212,10 +264,9 @@ def test_every_type_is_explained() -> None:
 
 
 def test_every_choice_is_named() -> None:
-    texts = option_items()
     for name, option in lmtpd.Config.table().items():
         if type_of(option) == "choice":
-            text = texts[head_of(name, option)]
+            text = option_text(name)
             named = {word for line in re.findall(r"^\.(?:It )?Cm (.*)", text, re.MULTILINE) for word in line.split()}
             assert named - {","} >= set(inspect.getclosurevars(option.parse).nonlocals["allowed"])
 
@@ -223,8 +274,7 @@ def test_every_choice_is_named() -> None:
 def test_letters_of_maildir_path_are_those_that_are_replaced() -> None:
     option = lmtpd.Config.table()["maildir_path"]
     letters = inspect.getclosurevars(option.parse).nonlocals["variables"]
-    text = option_items()[head_of("maildir_path", option)]
-    assert set(re.findall(r"^\.It Cm %(.)$", text, re.MULTILINE)) == {*letters, "%"}
+    assert set(re.findall(r"^\.It Cm %(.)$", option_text("maildir_path"), re.MULTILINE)) == {*letters, "%"}
 
 
 def test_options_without_effect_are_not_in_the_table() -> None:
@@ -235,15 +285,49 @@ def test_options_without_effect_are_not_in_the_table() -> None:
         assert not any(option == name or (name.endswith("_") and option.startswith(name)) for name in names)
 
 
+def written(example: str, folder: Path) -> str:
+    """A file with the example, and beside it the one that examples include."""
+    (folder / "lmtpd.secret").write_text("smtp_auth_password: secret\n")
+    file = folder / "imapd.conf"
+    file.write_text(example.replace("@include: /etc/", f"@include: {folder}/"))
+    return str(file)
+
+
+@pytest.mark.parametrize("title", groups())
+def test_a_group_begins_with_its_purpose_and_examples_that_load(tmp_path: Path, title: str) -> None:
+    source = groups()[title]
+    beginning = source.partition("\n.Bl ")[0]
+    assert re.match(r"[A-Z]|\.Xr", beginning)
+    examples = blocks(beginning)
+    assert examples == blocks(source) != []
+    options = {heads()[head] for head, _ in option_items(source)}
+    families = tuple(name.partition(" ")[0] for name in options & set(FAMILIES))
+    for example in examples:
+        names = lmtpd.read_settings(written(example, tmp_path))[0]
+        assert any({name, name.removeprefix("lmtp_")} & options or name.startswith(families) for name in names)
+        required = {"configdirectory": "/var/lib/lmtpd", "partition-default": "/srv/mail"}
+        missing = "".join(f"{name}: {value}\n" for name, value in required.items() if name not in names)
+        config = lmtpd.Config.load(written(example + missing, tmp_path))
+        assert (config.ignored, config.warnings) == ([], [])
+
+
+def test_two_lines_are_enough(tmp_path: Path) -> None:
+    [example] = literals(IMAPD_CONF_5, "DESCRIPTION")
+    assert example.count("\n") == 2
+    assert lmtpd.Config.load(written(example, tmp_path)).ignored == []
+
+
 def test_examples_of_configuration_load(tmp_path: Path) -> None:
     minimal, larger = literals(IMAPD_CONF_5)
-    file = tmp_path / "imapd.conf"
-    file.write_text(minimal)
-    config = lmtpd.Config.load(str(file))
+    config = lmtpd.Config.load(written(minimal, tmp_path))
     assert (config.partition, config.cyrus_user, config.ignored) == ("/srv/mail", "vmail", [])
-    file.write_text(larger)
-    config = lmtpd.Config.load(str(file), "lmtpinside")
+    config = lmtpd.Config.load(written(larger, tmp_path), "lmtpinside")
     assert (config.servername, config.maxmessagesize, config.ignored) == ("mail.inside.example.com", 50 << 20, [])
+
+
+def test_an_example_shows_the_syntax(tmp_path: Path) -> None:
+    [example] = literals(IMAPD_CONF_5, "SYNTAX")
+    assert lmtpd.read_settings(written(example, tmp_path))[0] == {"maxmessagesize": ("50M", f"{tmp_path}/imapd.conf:2")}
 
 
 # lmtpd(8)
