@@ -83,38 +83,40 @@ def printed(page: Path, title: str) -> list[str]:
         (LMTPD_8, "a value of more than (.*) characters is cut", "FIELD_LIMIT", 1),
         (LMTPD_8, "it is not tried again for (.*) seconds", "BACKOFF", 1),
         (LMTPD_8, "1 to (.*) letters, digits, dots, hyphens and underscores", "TRACE_ID_LIMIT", 1),
-        (SIEVE_7, "or one of more than (.*) octets on the disk", "NAME_LIMIT", 1),
-        (SIEVE_7, "remembered once it is stored, for (.*) days", "WEEK", lmtpd.DAY),
-        (SIEVE_7, "It has (.*) KiB at most, and begins anew", "SCRIPT_LOG_LIMIT", 1024),
-        (SIEVE_7, "Blocks and tests are nested at most (.*) deep", "BLOCKS_LIMIT", 1),
-        (SIEVE_7, "A message has at most (.*) actions", "ACTION_LIMIT", 1),
-        (SIEVE_7, "Scripts include each other at most (.*) deep", "INCLUDE_LIMIT", 1),
-        (SIEVE_7, "A script has at most (.*) variables", "VARIABLES_LIMIT", 1),
-        (SIEVE_7, "Their names have at most (.*) characters", "NAME_LENGTH_LIMIT", 1),
-        (SIEVE_7, "A value of more than (.*) characters is cut", "VARIABLE_LIMIT", 1),
-        (SIEVE_7, r"\} : (.*) of them", "WILDCARD_LIMIT", 1),
-        (SIEVE_7, "A copy has at most (.*) flags", "FLAG_LIMIT", 1),
-        (SIEVE_7, "a keyword of more than (.*) octets is left out", "KEYWORD_LENGTH_LIMIT", 1),
-        (SIEVE_7, "makes a header at most (.*) octets longer", "HEADER_GROWTH", 1),
-        (SIEVE_7, "look at the first (.*) octets of each part", "TEXT_LIMIT", 1),
-        (SIEVE_7, "are nested at most (.*) deep, and there are", "NESTING_LIMIT", 1),
-        (SIEVE_7, "and there are at most (.*); the rest is one part", "PARTS_LIMIT", 1),
-        (SIEVE_7, "do at most (.*) steps of work", "STEP_LIMIT", 1),
-        (SIEVE_7, "or with (.*) characters of a long one", "STEP_OCTETS", 1),
-        (SIEVE_7, "a command counts (.*) steps", "COMMAND_STEPS", 1),
-        (SIEVE_7, "search for a field (.*), a part", "FIELD_STEPS", 1),
-        (SIEVE_7, "a part (.*), a folder", "PART_STEPS", 1),
-        (SIEVE_7, "looked for (.*), an included script", "LOOKUP_STEPS", 1),
-        (SIEVE_7, "an included script (.*) and", "INCLUDE_STEPS", 1),
-        (SIEVE_7, "and (.*) for each of its characters", "INCLUDED_STEPS", 1),
-        (SIEVE_7, "(.*) octets of all parts", "TEXTS_LIMIT", 1),
-        (SIEVE_7, "of more than (.*) characters that", "EXPANSION_LIMIT", 1),
-        (SIEVE_7, "included one have at most (.*) characters", "HELD_LIMIT", 1),
-        (SIEVE_7, "makes at most (.*) records", "RECORDS_LIMIT", 1),
-        (SIEVE_7, "at most (.*) regular expressions", "REGEXES_LIMIT", 1),
-        (SIEVE_7, "and (.*) characters of an error", "ERROR_LIMIT", 1),
-        (SIEVE_7, "regular expression with a variable (.*) and more", "REGEX_STEPS", 1),
-        (SIEVE_7, "At most (.*) errors of a script are told", "ERRORS_LIMIT", 1),
+        (SIEVE_7, "or one of more than (.*) bytes on the disk", "NAME_LIMIT", 1),
+        (SIEVE_7, "it is remembered for (.*) days", "WEEK", lmtpd.DAY),
+        (SIEVE_7, "It has (.*) KiB at most", "SCRIPT_LOG_LIMIT", 1024),
+        (SIEVE_7, "depth of blocks and tests Ta (.*)", "BLOCKS_LIMIT", 1),
+        (SIEVE_7, "actions of all scripts Ta (.*)", "ACTION_LIMIT", 1),
+        (SIEVE_7, "depth of included scripts Ta (.*)", "INCLUDE_LIMIT", 1),
+        (SIEVE_7, "It variables of a script Ta (.*)", "VARIABLES_LIMIT", 1),
+        (SIEVE_7, "global variables Ta (.*)", "VARIABLES_LIMIT", 1),
+        (SIEVE_7, "name of a variable Ta (.*)", "NAME_LENGTH_LIMIT", 1),
+        (SIEVE_7, "value of a variable Ta (.*)", "VARIABLE_LIMIT", 1),
+        (SIEVE_7, r"match variables, \$\{0\} to \$\{\d+\} Ta (.*)", "WILDCARD_LIMIT", 1),
+        (SIEVE_7, "flags of a copy Ta (.*)", "FLAG_LIMIT", 1),
+        (SIEVE_7, "length of a keyword Ta (.*)", "KEYWORD_LENGTH_LIMIT", 1),
+        (SIEVE_7, "growth by Ic addheader Ta (.*)", "HEADER_GROWTH", 1),
+        (SIEVE_7, "part, for Ic body , extracttext Ta (.*)", "TEXT_LIMIT", 1),
+        (SIEVE_7, "depth of parts of a message Ta (.*)", "NESTING_LIMIT", 1),
+        (SIEVE_7, "It parts of a message Ta (.*)", "PARTS_LIMIT", 1),
+        (SIEVE_7, "work of all scripts Ta (.*)", "STEP_LIMIT", 1),
+        (SIEVE_7, "comparison with (.*) characters of a long text", "STEP_OCTETS", 1),
+        (SIEVE_7, "It command Ta (.*)", "COMMAND_STEPS", 1),
+        (SIEVE_7, "search for a field Ta (.*)", "FIELD_STEPS", 1),
+        (SIEVE_7, "It part Ta (.*)", "PART_STEPS", 1),
+        (SIEVE_7, "folder that is looked up Ta (.*)", "LOOKUP_STEPS", 1),
+        (SIEVE_7, "It included script Ta (.*)", "INCLUDE_STEPS", 1),
+        (SIEVE_7, "character of an included script Ta (.*)", "INCLUDED_STEPS", 1),
+        (SIEVE_7, "all parts, for Ic body Ta (.*)", "TEXTS_LIMIT", 1),
+        (SIEVE_7, "whole body, for Ic body :raw Ta (.*)", "TEXTS_LIMIT", 1),
+        (SIEVE_7, "string with variables Ta (.*)", "EXPANSION_LIMIT", 1),
+        (SIEVE_7, "variables of waiting scripts Ta (.*)", "HELD_LIMIT", 1),
+        (SIEVE_7, "records of the test Ic duplicate Ta (.*)", "RECORDS_LIMIT", 1),
+        (SIEVE_7, "regular expressions of a script Ta (.*)", "REGEXES_LIMIT", 1),
+        (SIEVE_7, "text of an error Ta (.*)", "ERROR_LIMIT", 1),
+        (SIEVE_7, "regular expression with a variable Ta (.*)", "REGEX_STEPS", 1),
+        (SIEVE_7, "errors of a script that are told Ta (.*)", "ERRORS_LIMIT", 1),
         (LMTPD_8, "rights of a user. It has (.*) seconds", "SEND_PATIENCE", 1),
         (LMTPD_8, "The server has (.*) seconds for each reply", "SEND_PATIENCE", 1),
         (LMTPD_8, "no process sends anything for (.*) seconds", "BACKOFF", 1),
@@ -123,13 +125,13 @@ def printed(page: Path, title: str) -> list[str]:
         (LMTPD_8, "a message is redirected to at most (.*) addresses", "REDIRECT_LIMIT", 1),
         (SIEVE_7, "arrives with more than (.*) fields Received", "RECEIVED_LIMIT", 1),
         (SIEVE_7, "or .Ic :seconds says, by default (.*) days", "DEFAULT_DAYS", 1),
-        (SIEVE_7, "A message is redirected to at most (.*) addresses", "REDIRECT_LIMIT", 1),
+        (SIEVE_7, "addresses of Ic redirect Ta (.*)", "REDIRECT_LIMIT", 1),
         (SIEVE_7, "from one to (.*)\\.", "MAILTO_RECIPIENTS_LIMIT", 1),
-        (SIEVE_7, "A notification has at most (.*) recipients", "MAILTO_RECIPIENTS_LIMIT", 1),
-        (SIEVE_7, "has at most (.*) lines; one of", "REPLY_LINES", 1),
-        (SIEVE_7, "more than (.*) characters is broken", "REPLY_LINE", 1),
-        (SIEVE_7, "repeats is cut after (.*) characters", "SUBJECT_LIMIT", 1),
-        (SIEVE_7, "References after (.*) message ids", "REFERENCES_LIMIT", 1),
+        (SIEVE_7, "recipients of a notification Ta (.*)", "MAILTO_RECIPIENTS_LIMIT", 1),
+        (SIEVE_7, "text of Ic reject No in a reply Ta (.*)", "REPLY_LINES", 1),
+        (SIEVE_7, "line of that text Ta (.*)", "REPLY_LINE", 1),
+        (SIEVE_7, "subject that an answer repeats Ta (.*)", "SUBJECT_LIMIT", 1),
+        (SIEVE_7, "message ids in References Ta (.*)", "REFERENCES_LIMIT", 1),
         (IMAPD_CONF_5, "or is locked for more than (.*) seconds, every message is stored", "DATABASE_PATIENCE", 1),
     ],
 )
@@ -395,7 +397,7 @@ def test_statuses_of_sendmail_are_those_that_are_permanent() -> None:
 
 
 def test_the_text_that_a_reply_has_in_place_of_the_users_is_the_programs() -> None:
-    assert f"\n.Ql {lmtpd.PLAIN_REASON}\n" in section(SIEVE_7, "REJECTION")
+    assert f"\n.Ql {lmtpd.PLAIN_REASON}\n" in section(SIEVE_7, "REJECT")
 
 
 def test_exit_statuses_are_those_of_the_program() -> None:
@@ -447,9 +449,24 @@ def test_capabilities_are_those_of_the_program() -> None:
 
 
 def test_match_variables_are_those_of_the_program() -> None:
-    last = re.search(r"^\.Li \$\{0\}\nto\n\.Li \$\{(\d+)\}", section(SIEVE_7, "LIMITS"), re.MULTILINE)
+    last = re.search(r"^\.It match variables, \$\{0\} to \$\{(\d+)\} Ta", section(SIEVE_7, "LIMITS"), re.MULTILINE)
     assert last
     assert int(last[1]) == lmtpd.WILDCARD_LIMIT - 1
+
+
+def test_overview_of_filters_has_every_section() -> None:
+    text = SIEVE_7.read_text()
+    named = re.findall(r"^\.It Sx (.*?) Ta ", section(SIEVE_7, "DESCRIPTION"), re.MULTILINE)
+    titles = re.findall(r"^\.Sh (.*)$", text, re.MULTILINE)
+    assert named == titles[titles.index("DESCRIPTION") + 1 : titles.index("FILES")]
+
+
+@pytest.mark.parametrize("title", ["VACATION", "NOTIFY"])
+def test_examples_of_scripts_have_no_errors(filtered_site: Site, title: str) -> None:
+    [script] = literals(SIEVE_7, title)
+    (filtered_site.root / "example.sieve").write_text(script)
+    result = question(filtered_site, "--check-sieve", "example.sieve")
+    assert (result.stdout, result.returncode) == ("", 0)
 
 
 @pytest.fixture
@@ -457,7 +474,7 @@ def filtered_site(site: Site) -> Site:
     """A site whose user jane has the script of the page."""
     folder = site.root / "sieve" / "jane"
     folder.mkdir(parents=True)
-    [script] = literals(SIEVE_7, "A FIRST FILTER")
+    [script] = literals(SIEVE_7, "QUICK START")
     (folder / "filters.sieve").write_text(script)
     site.configure(sieve_script=f"{site.root}/sieve/%u/filters.sieve")
     return site
