@@ -2,7 +2,9 @@
 
 Usage:
   lmtpd [-C config-file] [-U uses] [-T timeout] [-D] [-H] [-a]
+  lmtpd [-C config-file] --check
   lmtpd [-C config-file] --check-sieve <script>...
+  lmtpd [-C config-file] --config [all]
   lmtpd [-C config-file] --explain <address> [-f sender]
   lmtpd --help
   lmtpd --version
@@ -14,8 +16,10 @@ Options:
   -D              Run the debugger of the debug_command option.
   -H              Expect a HAProxy PROXY header before the greeting.
   -a              Trust internet connections instead of requiring LMTP AUTH.
+  --check         Check the configuration and the files that it names.
   --check-sieve   Check Sieve scripts, and name each error.
-  --explain       Say what would happen to the message on standard input.
+  --config        Show the options that differ from the default, or all.
+  --explain       Say what would happen to mail for an address, and why.
   -f sender       The sender of that message; <> if it is not given.
   --help          Show this text.
   --version       Show the version.
@@ -103,7 +107,8 @@ NO_ARGUMENTS: dict[str, Any] = {
     "-f": None,
     "<address>": None,
     "<script>": [],
-    **dict.fromkeys(("-D", "-H", "-a", "--check-sieve", "--explain", "--help", "--version"), False),
+    **dict.fromkeys(("-D", "-H", "-a", "--check", "--check-sieve", "--config", "--explain", "all"), False),
+    **dict.fromkeys(("--help", "--version"), False),
 }
 
 
@@ -183,7 +188,12 @@ SIMILARITY_MINIMUM = 0.8  # how similar the name of an option is to a misspelt o
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used. The text says where, and what to do."""
+    """The configuration cannot be used. texts: each error, where it is, and what to do."""
+
+    def __init__(self, *texts: str) -> None:
+        more = f" (and {len(texts) - 1} more: see lmtpd --check)" if len(texts) > 1 else ""
+        super().__init__(texts[0] + more)
+        self.texts = texts
 
 
 # The types of options. Each takes the text of a value and returns the value, or
@@ -598,7 +608,9 @@ class Config:
     partition: str  # the directory of all Maildirs
     test_texts: dict[str, dict[int, str]]  # of the tests spamtest and virustest: the results and the texts for them
     special_uses: dict[str, str]  # special uses (RFC 6154) and their folders, from the options xlist-USE
+    settings: dict[str, str]  # the options that are set, as the files have them
     ignored: list[tuple[str, str]]  # options that have no effect, each "file:line" and the name
+    read_only = False  # whether this process only answers a question, and so must not write anything
     warnings: list[str]  # what is odd about the settings, for the log
 
     @classmethod
@@ -613,16 +625,15 @@ class Config:
         Raises ConfigError. Source: imapd.conf(5).
         """
         service = service.lower()
-        settings, files = read_settings(file)
+        errors: list[str] = []
+        settings, files = read_settings(file, errors)
+        if errors and not settings:
+            raise ConfigError(*errors)
         config = cls()
-        config.files = tuple(files)
-        for name, row in cls.table().items():
-            override = settings.pop(f"{service}_{name}", None)
-            setting = settings.pop(name, None)
-            value, where = override or setting or (row.default, file)
-            if value is None:
-                raise ConfigError(f"{file}: {name} must be set; add a line '{name}: ...'")
-            setattr(config, name, parsed(row.parse, name, (value, where)))
+        config.files, config.settings = tuple(files), {name: value for name, (value, _) in settings.items()}
+        set_options(config, settings, service, errors)
+        if errors:
+            raise ConfigError(*errors)
         config.servername = config.servername or socket.gethostname()
         config.defaultdomain = config.defaultdomain.lower()
         config.partition = default_partition(config, settings, service, file)
@@ -631,6 +642,21 @@ class Config:
         config.ignored = [(where, name) for name, (_, where) in settings.items() if "partition-" not in name]
         config.warnings = odd_settings(config)
         return config
+
+
+def set_options(config: Config, settings: dict[str, tuple[str, str]], service: str, errors: list[str]) -> None:
+    """Takes the options of the table from the settings. Adds a text to errors for each that cannot be used."""
+    for name, row in Config.table().items():
+        override = settings.pop(f"{service}_{name}", None)
+        setting = settings.pop(name, None)
+        value, where = override or setting or (row.default, "")
+        if value is None:
+            errors.append(f"{config.files[0]}: {name} must be set; add a line '{name}: ...'")
+            continue
+        try:
+            setattr(config, name, parsed(row.parse, name, (value, where)))
+        except ConfigError as error:
+            errors += error.texts
 
 
 def special_uses(settings: dict[str, tuple[str, str]], service: str) -> dict[str, str]:
@@ -706,10 +732,10 @@ def parsed(parse: Callable[[str], T], name: str, setting: tuple[str, str]) -> T:
         raise ConfigError(f"{where}: {name}: {value!r} {error}") from None
 
 
-def read_settings(file: str) -> tuple[dict[str, tuple[str, str]], list[str]]:
+def read_settings(file: str, errors: list[str]) -> tuple[dict[str, tuple[str, str]], list[str]]:
     """The settings of a file and the files that it includes, as {name: (value, "file:line")}, and a list of the files.
 
-    Raises ConfigError.
+    Adds a text to errors for each line and file that cannot be used.
     """
     settings: dict[str, tuple[str, str]] = {}
     seen: list[str] = []
@@ -719,12 +745,12 @@ def read_settings(file: str) -> tuple[dict[str, tuple[str, str]], list[str]]:
         if real in seen:
             raise ValueError("is included twice")
         seen.append(real)
-        for where, key, value in read_lines(name):
+        for where, key, value in read_lines(name, errors):
             if key == "@include":
                 included = os.path.join(os.path.dirname(name), value)
                 attempt(included, f"{where}: {included}")
             elif key in settings:
-                raise ConfigError(f"{where}: {key} is set already at {settings[key][1]}; remove one of the two")
+                errors.append(f"{where}: {key} is set already at {settings[key][1]}; remove one of the two")
             else:
                 settings[key] = value, where
 
@@ -732,16 +758,19 @@ def read_settings(file: str) -> tuple[dict[str, tuple[str, str]], list[str]]:
         try:
             read(name)
         except OSError as error:
-            raise ConfigError(f"{where}: {error.strerror}") from None
+            errors.append(f"{where}: {error.strerror}")
         except ValueError as error:
-            raise ConfigError(f"{where}: {error}") from None
+            errors.append(f"{where}: {error}")
 
     attempt(file, file)
     return settings, seen
 
 
-def read_lines(file: str) -> Iterator[tuple[str, str, str]]:
-    """Each setting in a file, as ("file:line", key, value). Raises ConfigError and OSError."""
+def read_lines(file: str, errors: list[str]) -> Iterator[tuple[str, str, str]]:
+    """Each setting in a file, as ("file:line", key, value). Adds a text to errors for any other line.
+
+    Raises OSError.
+    """
     with open(file, "rb") as stream:
         lines = enumerate(stream.read().split(LF), 1)
     for number, physical_line in lines:
@@ -752,20 +781,30 @@ def read_lines(file: str) -> Iterator[tuple[str, str, str]]:
         if not line or line.startswith(b"#"):
             continue
         where = f"{file}:{number}"
-        if b"\0" in line:
-            raise ConfigError(f"{where}: there is a NUL octet")
         try:
-            text = line.decode("utf-8").strip()
-        except UnicodeDecodeError:
-            raise ConfigError(f"{where}: is not UTF-8 text") from None
-        key, colon, value = text.partition(":")
-        is_key = key.isascii() and key.translate(OPTION_PUNCTUATION).isalnum()
-        key, value = key.lower(), value.strip()
-        if not colon or not (is_key or key == "@include"):
-            raise ConfigError(f"{where}: {text!r} is not of the form 'option: value'")
-        if not value:
-            raise ConfigError(f"{where}: {key} has no value; remove the line to get the default")
-        yield where, key, value
+            key, value = parse_setting(line)
+        except ValueError as error:
+            errors.append(f"{where}: {error}")
+        else:
+            yield where, key, value
+
+
+def parse_setting(line: bytes) -> tuple[str, str]:
+    """The name and the value in a line. Raises ValueError."""
+    if b"\0" in line:
+        raise ValueError("there is a NUL byte")
+    try:
+        text = line.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8 text") from None
+    key, colon, value = text.partition(":")
+    is_key = key.isascii() and key.translate(OPTION_PUNCTUATION).isalnum()
+    key, value = key.lower(), value.strip()
+    if not colon or not (is_key or key == "@include"):
+        raise ValueError(f"{text!r} is not of the form 'option: value'")
+    if not value:
+        raise ValueError(f"{key} has no value; remove the line to get the default")
+    return key, value
 
 
 # ======================================================================
@@ -943,7 +982,14 @@ def text_of(value: object) -> str:
     names = [os.fsdecode(name) for name in (value.filename, value.filename2) if name]
     path = f"{' to '.join(names)}: " if names else ""
     user = getattr(value, "uid", None)
-    return f"{path}{value.strerror}" + ("" if user is None else f" (as uid {user})")
+    return f"{path}{value.strerror}" + ("" if user is None else f" (as uid {user})") + hint_at_paths(value)
+
+
+def hint_at_paths(error: OSError) -> str:
+    """What to do about a file system that only systemd makes read-only for this process; "" for another error."""
+    if error.errno != errno.EROFS or "INVOCATION_ID" not in os.environ:
+        return ""
+    return ": add the path to ReadWritePaths= of the unit, see elsewhere.conf in the folder of units"
 
 
 def with_path(path: str, error: Exception) -> str:
@@ -1854,7 +1900,7 @@ class Stamp:
 class Backoff:
     """After a failure, do not try again for BACKOFF seconds, so that no client waits for a service that is down.
 
-    file: tells the other processes of it, for many serve one connection each.
+    file: tells the other processes of it, for many serve one connection each; "" for none.
     """
 
     def __init__(self, file: str) -> None:
@@ -4302,6 +4348,8 @@ class QuotaFile:
 
         None while another process counts them.
         """
+        if self._config.read_only:
+            return self._count(limits, self._counted_directories())
         usage = None
         for _ in range(RECOUNTS):
             fd = self._lock(limits)
@@ -4375,11 +4423,7 @@ class QuotaFile:
         while one that is too low would stay. So subtractions are not copied.
         """
         start = os.fstat(old).st_size
-        octets = messages = 0
-        for directory in directories:
-            for size in self._sizes_in(directory):
-                octets, messages = octets + size, messages + 1
-        usage = QuotaUsage(limits, (octets, messages), doubtful=False)
+        usage = self._count(limits, directories)
         self._directory.replace_file(INBOX, QUOTA_FILE, usage.render())
         lines = os.pread(old, READ_SIZE, start).splitlines(keepends=True)
         if additions := b"".join(line for line in lines if b"-" not in line):
@@ -4389,6 +4433,13 @@ class QuotaFile:
                 self._invalidate()
                 raise
         return usage
+
+    def _count(self, limits: tuple[int, int], directories: Iterable[str]) -> QuotaUsage:
+        octets = messages = 0
+        for directory in directories:
+            for size in self._sizes_in(directory):
+                octets, messages = octets + size, messages + 1
+        return QuotaUsage(limits, (octets, messages), doubtful=False)
 
     def _counted_directories(self) -> dict[str, int]:
         """Each new/ and cur/ whose messages count, with the time of its last change in nanoseconds."""
@@ -4816,7 +4867,7 @@ class Maildir:
         self.owner = identity.uid, identity.gid
         self._config, self._missing = config, missing
         self._directory = Directory(path, identity)
-        self._quota = QuotaFile(self._directory, limits, config)
+        self.quota = QuotaFile(self._directory, limits, config)
         self._folders = Folders(self._directory, identity, config)
 
     def key(self, folder: str) -> str:
@@ -4835,7 +4886,7 @@ class Maildir:
             for name in self._config.autocreate_inbox_folders:
                 if (folder := self.new_folder(name)) != INBOX:
                     self._folders.make(folder)
-            self._quota.create()
+            self.quota.create()
             self._directory.make("new")  # new/ last: MaildirStore looks for it
         self._missing = False
 
@@ -4883,13 +4934,13 @@ class Maildir:
 
         A quota that cannot be read is ignored.
         """
-        if self._missing or not self._quota.includes(folder, ""):
+        if self._missing or not self.quota.includes(folder, ""):
             return
         try:
             with self.identity:
-                usage = self._quota.usage()
+                usage = self.quota.usage()
                 if usage and usage.doubtful and not usage.has_room_for(octets, messages):
-                    usage = self._quota.recount(usage.limits)
+                    usage = self.quota.recount(usage.limits)
         except OSError as error:
             log.warning("quota-unknown", mailbox=self.path, cause=error)
             return
@@ -4902,7 +4953,7 @@ class Maildir:
             return
         try:
             with self.identity:
-                self._quota.add(octets, messages)
+                self.quota.add(octets, messages)
         except OSError as error:
             log.warning("quota-unknown", mailbox=self.path, cause=error)
 
@@ -4938,7 +4989,7 @@ class Maildir:
             except OSError:
                 os.close(directory)
                 raise
-            size, number = (message.size, 1) if self._quota.includes(folder, info) else (0, 0)
+            size, number = (message.size, 1) if self.quota.includes(folder, info) else (0, 0)
             self.charge(size, number)
         return Placed(self, directory, path, size, number)
 
@@ -5381,7 +5432,7 @@ class MaildirStore:
         if config.userdb == "passwd":
             self._users = PasswdUsers(config.passwd_min_uid)
         elif config.userdb == "dovecot":
-            backoff = Backoff(f"{config.configdirectory}/userdb.backoff")
+            backoff = Backoff("" if config.read_only else f"{config.configdirectory}/userdb.backoff")
             self._users = DovecotUsers(config.userdb_socket_path, backoff)
 
     def find(self, recipient: Recipient, is_last: bool = True) -> Maildir:
@@ -11770,6 +11821,7 @@ def parse_chunk_size(argument: str) -> tuple[int, bool]:
 # Must not know LMTP.
 # ======================================================================
 
+QUESTIONS = ("--check", "--check-sieve", "--config", "--explain")
 COUNT_LIMIT = 1_000_000  # for -U and -T; a worker waits up to 2 * -T, and epoll_wait(2) up to 2**31 ms
 RELOAD_PATIENCE = 5  # seconds after SIGHUP until workers get SIGTERM; no new connection is served meanwhile
 MASTER_STATUS_FD, MASTER_LISTEN_FD = 3, 4  # Cyrus master(8)
@@ -11786,8 +11838,8 @@ class Arguments:
     """The command line.
 
     config_file: -C. uses: -U, the connections that a process serves. timeout: -T, the seconds that it waits for another
-    connection; 0 for ever. debugs: -D. expects_proxy: -H. trusts_internet: -a. scripts: to check. address, sender: to
-    explain; None and "" without such a question.
+    connection; 0 for ever. debugs: -D. expects_proxy: -H. trusts_internet: -a. question: "--check" and the like; "" to
+    serve. scripts: to check. address, sender: to explain. wants_all: whether to show all options.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -11796,9 +11848,11 @@ class Arguments:
         self.uses = parse_count(options["-U"], "-U")
         self.timeout: float = parse_count(options["-T"], "-T")
         self.debugs, self.expects_proxy, self.trusts_internet = options["-D"], options["-H"], options["-a"]
+        self.question = next((name for name in QUESTIONS if options[name]), "")
         self.scripts: list[str] = options["<script>"]
-        self.address: str | None = options["<address>"]
+        self.address: str = options["<address>"] or ""
         self.sender: str = options["-f"] or ""
+        self.wants_all: bool = options["all"]
 
 
 def parse_count(value: str, name: str) -> int:
@@ -12428,9 +12482,11 @@ def socket_from_inetd() -> Socket:
 # ======================================================================
 # Questions
 #
-# Owns what the program says about itself without serving.
+# Owns what the program says about itself without serving. It writes no file.
 # Must not know the wire.
 # ======================================================================
+
+SECRETS = ("smtp_auth_password",)
 
 
 def drop_privileges(user: str, keep: bool) -> None:
@@ -12459,6 +12515,210 @@ def drop_privileges(user: str, keep: bool) -> None:
         os.setuid(account.pw_uid)
 
 
+def act_as_service(config: Config) -> None:
+    """Becomes the account that delivers mail, if root asks: cyrus_user, else the owner of configdirectory.
+
+    Where systemd starts lmtpd as its own account, cyrus_user is not set. Raises ConfigError.
+    """
+    try:
+        import pwd
+
+        owner = pwd.getpwuid(os.stat(config.configdirectory).st_uid)
+        user = config.cyrus_user or (owner.pw_name if owner.pw_uid else "")
+    except (KeyError, OSError):
+        user = config.cyrus_user
+    if user:
+        drop_privileges(user, keep=config.userdb != "maildir")
+
+
+def account_name() -> str:
+    """The account that this process acts as."""
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return f"uid {os.geteuid()}"
+
+
+class Checkup:
+    """What is wrong with a configuration and the files that it names, as lines for a person.
+
+    errors: what keeps mail from being delivered as the configuration wants it. notes: what else should be known.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.errors: list[str] = []
+        self.notes: list[str] = list(config.warnings)
+
+    def check_tls(self) -> None:
+        """Whether STARTTLS can be offered. Before root's rights are given up, if lmtpd reads the key as root."""
+        config = self._config
+        if config.allowstarttls and not config.tls_server_cert:
+            self.errors.append("allowstarttls: tls_server_cert must be set")
+        elif config.allowstarttls:
+            try:
+                make_tls_context(config)
+            except (OSError, ValueError) as error:  # ssl.SSLError among them
+                self.errors.append(f"STARTTLS is not possible: {with_path(config.tls_server_cert, error)}")
+        elif config.tls_required:
+            self.errors.append("tls_required: allowstarttls must be yes")
+
+    def check(self) -> None:
+        """All else, as the account that delivers mail."""
+        self._check_options()
+        self._check_directories()
+        self._check_services()
+        self._check_scripts()
+        self._check_sending()
+        self._check_packages()
+
+    def _check_options(self) -> None:
+        for where, name in self._config.ignored:
+            if is_cyrus_option(name):
+                self.notes.append(f"{where}: {name}: lmtpd has no such option; Cyrus has it")
+            else:
+                similar = similar_option(name)
+                hint = f"; perhaps {similar} is meant" if similar else ""
+                self.notes.append(f"{where}: {name}: unknown option{hint}")
+
+    def _check_directories(self) -> None:
+        config = self._config
+        partitions = {name: path for name, path in config.settings.items() if "partition-" in name}
+        wanted = {"configdirectory": config.configdirectory, **partitions, "shared_maildir": config.shared_maildir}
+        if config.duplicate_db_path:
+            wanted["duplicate_db_path"] = os.path.dirname(config.duplicate_db_path)
+        for name, path in wanted.items():
+            if path:
+                self._check_access(name, path, os.R_OK | os.W_OK | os.X_OK)
+
+    def _check_access(self, name: str, path: str, mode: int) -> None:
+        """Whether the path, which that option has, can be used so."""
+        if os.access(path, mode, effective_ids=True):
+            return
+        try:
+            os.stat(path)
+            number = errno.EROFS if os.statvfs(path).f_flag & os.ST_RDONLY and mode & os.W_OK else errno.EACCES
+            error = OSError(number, os.strerror(number), path)
+        except OSError as missing:
+            error = missing
+        self.errors.append(f"{name}: {text_of(error)}")
+
+    def _check_services(self) -> None:
+        """The user database, and what checks passwords."""
+        config = self._config
+        sockets = {"userdb_socket_path": config.userdb_socket_path} if config.userdb == "dovecot" else {}
+        if config.admins and config.sasl_pwcheck_method == "saslauthd":
+            sockets["sasl_saslauthd_path"] = config.sasl_saslauthd_path
+        if config.admins and config.sasl_pwcheck_method == "dovecot":
+            sockets["sasl_auth_socket_path"] = config.sasl_auth_socket_path
+        for name, path in sockets.items():
+            try:
+                connect_to_service(path).close()
+            except Unavailable as error:
+                daemon = "saslauthd" if name == "sasl_saslauthd_path" else "Dovecot"
+                self.errors.append(f"{name}: {error} (is {daemon} running, and may {account_name()} connect?)")
+        if config.admins and config.sasl_pwcheck_method == "file":
+            self._check_access("sasl_password_file", config.sasl_password_file or "/", os.R_OK)
+
+    def _check_scripts(self) -> None:
+        config = self._config
+        for name in ("sieve_before", "sieve_default", "sieve_after"):
+            path = getattr(config, name)
+            if not path:
+                continue
+            try:
+                names = sorted(os.listdir(path)) if os.path.isdir(path) else [""]
+            except OSError as error:
+                self.errors.append(f"{name}: {text_of(error)}")
+                continue
+            for file in names:
+                if not file or file.endswith(SCRIPT_SUFFIX):
+                    faults = faults_of_script(os.path.join(path, file) if file else path, config)
+                    self.errors += [f"{name}: {fault}" for fault in faults]
+        if config.sieve_global_dir:
+            self._check_access("sieve_global_dir", config.sieve_global_dir, os.R_OK | os.X_OK)
+
+    def _check_sending(self) -> None:
+        """Whether scripts can send mail. If not, mail is delivered all the same."""
+        config = self._config
+        if config.smtp_backend == "sendmail":
+            if not os.access(config.sendmail, os.X_OK, effective_ids=True):
+                self.notes.append(f"sendmail: {config.sendmail} cannot be run, so Sieve scripts cannot send mail")
+            return
+        from socket import create_connection
+
+        host, port, _ = config.smtp_host
+        try:
+            create_connection((host, port), SERVICE_TIMEOUT).close()
+        except OSError as error:
+            cause = error.strerror or error
+            self.notes.append(f"smtp_host: {host}:{port}: {cause}, so Sieve scripts cannot send mail now")
+
+    def _check_packages(self) -> None:
+        from importlib.util import find_spec
+
+        if self._config.sasl_pwcheck_method == "file" and self._config.admins and not find_spec("scramp"):
+            self.errors.append("sasl_pwcheck_method: file needs the Python package scramp")
+        if not find_spec("systemd"):
+            self.notes.append("The Python package systemd-python is missing: systemd cannot pass sockets to lmtpd")
+
+
+def check_configuration(options: Arguments, service: str) -> int:
+    """Checks the configuration and the files that it names, and prints what is wrong; the exit status."""
+    try:
+        config = Config.load(options.config_file, service)
+        config.read_only = True
+        checkup = Checkup(config)
+        if config.cyrus_user:
+            checkup.check_tls()
+        act_as_service(config)
+        Router(config)
+        if not config.cyrus_user:
+            checkup.check_tls()
+        checkup.check()
+        errors, notes = checkup.errors, checkup.notes
+    except ConfigError as error:
+        errors, notes = list(error.texts), []
+    for text in errors:
+        print(f"error: {text}")
+    for text in notes:
+        print(f"note: {text}")
+    if not errors:
+        print(f"{options.config_file} is in order for the account {account_name()}")
+    return os.EX_CONFIG if errors else os.EX_OK
+
+
+def show_config(config: Config, service: str, wants_all: bool) -> None:
+    """Prints the options that differ from their defaults, or all, in the syntax of imapd.conf(5)."""
+    for name, row in Config.table().items():
+        value = config.settings.get(f"{service}_{name}") or config.settings.get(name) or row.default or ""
+        if name in SECRETS and value:
+            print(f"# {name} is set, and not shown")
+        elif row.default is None or row.parse(value) != row.parse(row.default):
+            print(f"{name}: {value}")
+        elif wants_all:
+            print(f"{name}: {value}" if value else f"# {name} is empty")
+    ignored = {name for _, name in config.ignored}
+    for name, value in config.settings.items():
+        known = name in Config.table() or name.removeprefix(f"{service}_") in Config.table()
+        if not known and name not in ignored:
+            print(f"{name}: {value}")
+
+
+def faults_of_script(path: str, config: Config) -> list[str]:
+    """The errors in a Sieve script, each as "file:line:column: text"."""
+    try:
+        with open(path, "rb") as stream:
+            Compiler(language_for(config.sieve_extensions), config.sieve_maxscriptsize).compile(stream.read(), path)
+    except ScriptErrors as errors:
+        return [f"{path}:{line}:{column}: {text}" for line, column, text in errors.errors]
+    except OSError as error:
+        return [text_of(error)]
+    return []
+
+
 def check_scripts(paths: Sequence[str], config_file: str) -> int:
     """Checks Sieve scripts, and prints each error as "file:line:column: text"; the exit status.
 
@@ -12485,34 +12745,67 @@ def check_scripts(paths: Sequence[str], config_file: str) -> int:
     return status
 
 
-def explain(recipient: str, sender: str, config: Config) -> int:
-    """Prints what would happen to the message on standard input, and does none of it; the exit status.
+def explain(options: Arguments, config: Config) -> int:
+    """Prints what happens to mail for an address, and does none of it; the exit status.
 
-    Raises UsageError and ConfigError.
+    If there is a message on standard input, that is what the Sieve scripts do with it, too. Raises UsageError and
+    ConfigError.
     """
-    address, reverse_path = address_given(recipient), address_given(sender)
+    address, reverse_path = address_given(options.address), address_given(options.sender)
     if not address:
         raise UsageError("--explain needs the address of a recipient")
-    router, records = Router(config), Records(config)
+    router, envelope = Router(config), Envelope(reverse_path)
     try:
-        destination = router.find(address, Envelope(reverse_path), 0, ignores_quota=False)
+        destination = router.find(address, envelope, 0, ignores_quota=True)
         folder = router.folder_of(destination)
     except (LmtpError, StoreError) as error:
-        print(f"reply    {reply_to(error, config).render().decode().strip()}")
+        print(f"reply    {line_of(reply_to(error, config))}")
         return os.EX_OK
-    mailbox, known = destination.mailbox, destination.recipient
-    message = Message.of(with_lf(sys.stdin.buffer.read(), CRLF))
-    print(f"user     {known.userid}")
+    mailbox = destination.mailbox
+    print(f"user     {destination.recipient.userid}")
+    print(f"userdb   {config.userdb}" + (f" {config.userdb_socket_path}" if config.userdb == "dovecot" else ""))
     print(f"mailbox  {mailbox.path}")
     print(f"folder   {folder_name(folder)}")
+    print(f"quota    {quota_of(mailbox)}")
     print(f"script   {mailbox.script or 'none'}")
-    occasion = Occasion(mailbox, known, reverse_path, folder if config.sieve_subaddress_folder else INBOX, config)
+    try:
+        router.find(address, envelope, 0, ignores_quota=False)
+        print(f"reply    {line_of(RECIPIENT_OK)}")
+    except LmtpError as error:
+        print(f"reply    {line_of(error.reply)}")
+    octets = b"" if os.isatty(0) else sys.stdin.buffer.read()
+    if octets:
+        explain_message(Message.of(with_lf(octets, CRLF)), destination, folder, reverse_path, config)
+    return os.EX_OK
+
+
+def line_of(reply: Reply) -> str:
+    """A reply as one line for a person."""
+    return reply.render().decode().strip()
+
+
+def quota_of(mailbox: Maildir) -> str:
+    """What the mailbox has of what it may have."""
+    try:
+        with mailbox.identity:
+            usage = mailbox.quota.usage()
+    except OSError as error:
+        return "none yet, for the mailbox does not exist" if error.errno == errno.ENOENT else text_of(error)
+    return f"{in_words(usage.used) or 'nothing'} of {in_words(usage.limits)}" if usage else "none"
+
+
+def explain_message(
+    message: Message, destination: Destination, folder: str, reverse_path: Address | None, config: Config
+) -> None:
+    """Prints each test of the Sieve scripts, their errors, and the actions."""
+    known, records = destination.recipient, Records(config)
+    kept_in = folder if config.sieve_subaddress_folder else INBOX
+    occasion = Occasion(destination.mailbox, known, reverse_path, kept_in, config)
     filters = Filters(config, records if records.exists() else None, print_test)
     filtered = filters.run(message, occasion) if not known.is_shared else None
     for script, place, text in filtered.errors if filtered else ():
         print(f"error    {script}:{place}: {text}" if place else f"error    {text}")
     print(f"actions  {filtered.actions() if filtered else f'fileinto {folder_name(folder)}'}")
-    return os.EX_OK
 
 
 def print_test(script: Script, line: int, text: str) -> None:
@@ -12533,12 +12826,22 @@ def answer(options: Arguments) -> int:
     """Answers the question in the command line; the exit status."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    log.send_to(to_stderr)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads the answer may stop reading
+    service = os.environ.get("CYRUS_SERVICE", "lmtp")
     try:
-        if options.scripts:
+        if options.question == "--check":
+            return check_configuration(options, service)
+        if options.question == "--check-sieve":
             return check_scripts(options.scripts, options.config_file)
-        config = Config.load(options.config_file)
-        drop_privileges(config.cyrus_user, keep=config.userdb != "maildir")
-        return explain(options.address or "", options.sender, config)
+        config = Config.load(options.config_file, service)
+        config.read_only = True
+        if options.question == "--config":
+            show_config(config, service.lower(), options.wants_all)
+            return os.EX_OK
+        act_as_service(config)
+        return explain(options, config)
     except (ConfigError, UsageError) as error:
         print(f"lmtpd: {error}", file=sys.stderr)
         return os.EX_CONFIG if isinstance(error, ConfigError) else os.EX_USAGE
@@ -12561,7 +12864,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.open()
     try:
         options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-        if options.scripts or options.address is not None:
+        if options.question:
             return answer(options)
         service = os.environ.get("CYRUS_SERVICE", "lmtp")
         config = Config.load(options.config_file, service)

@@ -45,7 +45,7 @@ class Conf:
 
     def values(self, text: str | bytes) -> dict[str, str]:
         """What the file sets, without defaults and types."""
-        settings, _ = lmtpd.read_settings(str(self.write(text)))
+        settings, _ = lmtpd.read_settings(str(self.write(text)), [])
         return {name: value for name, (value, _) in settings.items()}
 
     def error(self, text: str | bytes) -> str:
@@ -584,7 +584,7 @@ def test_settings_are_the_same_however_they_are_written(
     texts, expected = case
     for name, text in texts.items():
         (folder / name).write_text(text, "utf-8")
-    settings, read = lmtpd.read_settings(str(folder / "main"))
+    settings, read = lmtpd.read_settings(str(folder / "main"), [])
     assert sorted(read) == sorted(os.path.realpath(folder / name) for name in texts)
     assert settings == {key: (value, f"{folder}/{where}") for key, (value, where) in expected.items()}
 
@@ -798,7 +798,8 @@ def test_an_option_that_changes_what_happens_to_mail_is_named_once(site: Site) -
     assert logged_settings(site) == []
     site.configure(debug="yes")
     for _ in range(2):
-        assert [line.split()[1] for line in logged_settings(site)] == ["without", "without", "ignored"]
+        events = [line.split()[0] for line in logged_settings(site)]
+        assert events == ["<6>option-without-effect", "<6>option-without-effect", "<7>option-ignored"]
 
 
 def test_every_option_of_cyrus_is_known(site: Site) -> None:

@@ -305,7 +305,7 @@ def test_a_group_begins_with_its_purpose_and_examples_that_load(tmp_path: Path, 
     options = {heads()[head] for head, _ in option_items(source)}
     families = tuple(name.partition(" ")[0] for name in options & set(FAMILIES))
     for example in examples:
-        names = lmtpd.read_settings(written(example, tmp_path))[0]
+        names = lmtpd.read_settings(written(example, tmp_path), [])[0]
         assert any({name, name.removeprefix("lmtp_")} & options or name.startswith(families) for name in names)
         required = {"configdirectory": "/var/lib/lmtpd", "partition-default": "/srv/mail"}
         missing = "".join(f"{name}: {value}\n" for name, value in required.items() if name not in names)
@@ -329,7 +329,9 @@ def test_examples_of_configuration_load(tmp_path: Path) -> None:
 
 def test_an_example_shows_the_syntax(tmp_path: Path) -> None:
     [example] = literals(IMAPD_CONF_5, "SYNTAX")
-    assert lmtpd.read_settings(written(example, tmp_path))[0] == {"maxmessagesize": ("50M", f"{tmp_path}/imapd.conf:2")}
+    assert lmtpd.read_settings(written(example, tmp_path), [])[0] == {
+        "maxmessagesize": ("50M", f"{tmp_path}/imapd.conf:2")
+    }
 
 
 # lmtpd(8)

@@ -146,9 +146,12 @@ def test_what_would_happen_is_explained(site: Site) -> None:
     assert said.status == OK
     assert said.value == {
         "user": "jane",
+        "userdb": "maildir",
         "mailbox": f"{site.spool}/jane",
         "folder": "INBOX",
+        "quota": "none",
         "script": str(script),
+        "reply": "250 2.1.5 Ok",
         "test": said.values("test")[-1],
         "actions": "fileinto Lists \\Seen, fileinto INBOX",
     }
@@ -180,9 +183,12 @@ def test_without_a_script_the_folder_is_explained(site: Site) -> None:
     said = explained(site, "jane+Lists@example.com")
     assert said.value == {
         "user": "jane",
+        "userdb": "maildir",
         "mailbox": f"{site.spool}/jane",
         "folder": "Lists",
+        "quota": "none",
         "script": "none",
+        "reply": "250 2.1.5 Ok",
         "actions": "fileinto Lists",
     }
 

@@ -1,0 +1,277 @@
+"""The questions --check, --config and --explain: the answers are right for root and the account, and write nothing."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import socket
+from pathlib import Path
+
+import pytest
+from authority import Authority
+from harness import STORE_USER, Site
+from test_sieve_command import Said, explained, run, state_of
+
+OK, USAGE, CONFIG = os.EX_OK, os.EX_USAGE, os.EX_CONFIG
+AS_ACCOUNT = ("setpriv", f"--reuid={STORE_USER}", f"--regid={STORE_USER}", "--clear-groups")
+
+
+def asked(site: Site, *question: str, before: tuple[str, ...] = ()) -> Said:
+    """The answer; nothing on the disk has changed."""
+    state = state_of(site)
+    said = run(*before, *site.command(*question))
+    assert state_of(site) == state
+    return said
+
+
+@pytest.fixture
+def authority(site: Site) -> Authority:
+    return Authority(site)
+
+
+# --check
+
+
+@pytest.mark.parametrize("before", [(), AS_ACCOUNT], ids=["root", "account"])
+def test_a_configuration_in_order(site: Site, before: tuple[str, ...]) -> None:
+    said = asked(site, "--check", before=before)
+    assert (said.status, said.lines) == (OK, [f"{site.conf} is in order for the account {STORE_USER}"])
+
+
+def test_without_cyrus_user_root_checks_as_the_owner_of_configdirectory(site: Site) -> None:
+    site.configure(cyrus_user=None)
+    said = asked(site, "--check")
+    assert (said.status, said.lines) == (OK, [f"{site.conf} is in order for the account {STORE_USER}"])
+
+
+def test_every_error_of_the_file_is_named(site: Site) -> None:
+    wrong = "maxmessagesize: lots\nnonsense\numask: 999\npostmaster:\nadmins: a\nadmins: b\n"
+    count = len(site.conf.read_text().splitlines())
+    with site.conf.open("a") as file:
+        file.write(wrong)
+    said = asked(site, "--check")
+    assert said.status == CONFIG
+    assert set(said.lines) == {
+        f"error: {site.conf}:{count + 1}: maxmessagesize: 'lots' must be a size such as 1000, 64K or 20M",
+        f"error: {site.conf}:{count + 2}: 'nonsense' is not of the form 'option: value'",
+        f"error: {site.conf}:{count + 3}: umask: '999' must be an octal number",
+        f"error: {site.conf}:{count + 4}: postmaster has no value; remove the line to get the default",
+        f"error: {site.conf}:{count + 6}: admins is set already at {site.conf}:{count + 5}; remove one of the two",
+    }
+
+
+def test_a_client_is_not_told_the_errors_and_the_log_has_the_first(site: Site) -> None:
+    site.configure(umask="999", debug="perhaps")
+    assert site.pipe(b"").stdout == b"421 4.3.0 Configuration error, see the log\r\n"
+    assert "umask: '999'" in site.log_text() or "debug: 'perhaps'" in site.log_text()
+    assert "(and 1 more: see lmtpd --check)" in site.log_text()
+
+
+def test_a_missing_file_is_the_only_error(site: Site) -> None:
+    site.conf.unlink()
+    said = asked(site, "--check")
+    assert (said.status, said.lines) == (CONFIG, [f"error: {site.conf}: No such file or directory"])
+
+
+def test_unknown_and_unused_options_are_notes(site: Site) -> None:
+    site.configure(lmtp_maxchildd="3", allowapop="yes", no_such_thing="1")
+    said = asked(site, "--check")
+    assert said.status == OK
+    lines = site.conf.read_text().splitlines()
+    where = {line.partition(":")[0]: f"{site.conf}:{number}" for number, line in enumerate(lines, 1)}
+    assert set(said.lines[:-1]) == {
+        f"note: {where['lmtp_maxchildd']}: lmtp_maxchildd: unknown option; perhaps lmtp_maxchild is meant",
+        f"note: {where['allowapop']}: allowapop: lmtpd has no such option; Cyrus has it",
+        f"note: {where['no_such_thing']}: no_such_thing: unknown option",
+    }
+
+
+def test_odd_settings_are_notes(site: Site) -> None:
+    site.configure(lmtp_prefork="5", lmtp_maxchild="2")
+    said = asked(site, "--check")
+    assert (said.status, said.lines[0][:24]) == (OK, "note: lmtp_prefork is 5,")
+
+
+@pytest.mark.parametrize("option", ["configdirectory", "partition-default", "shared_maildir", "sieve_global_dir"])
+def test_a_directory_that_is_missing(site: Site, option: str) -> None:
+    site.configure(**{option: f"{site.root}/nowhere"})
+    said = asked(site, "--check", before=AS_ACCOUNT)
+    assert said.status == CONFIG
+    assert f"error: {option}: {site.root}/nowhere: No such file or directory" in said.lines
+
+
+def test_a_directory_that_the_account_cannot_write(site: Site) -> None:
+    os.chown(site.spool, 0, 0)
+    said = asked(site, "--check")
+    assert (said.status, said.lines) == (CONFIG, [f"error: partition-default: {site.spool}: Permission denied"])
+
+
+def test_the_user_database_does_not_answer(site: Site) -> None:
+    site.configure(userdb="dovecot", userdb_socket_path=f"{site.root}/auth-userdb")
+    said = asked(site, "--check")
+    assert said.status == CONFIG
+    cause = f"{site.root}/auth-userdb: No such file or directory"
+    assert said.lines == [f"error: userdb_socket_path: {cause} (is Dovecot running, and may {STORE_USER} connect?)"]
+
+
+def test_the_user_database_refuses_the_account(site: Site) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{site.root}/auth-userdb")
+        listener.listen()
+        os.chmod(f"{site.root}/auth-userdb", 0o600)
+        site.configure(userdb="dovecot", userdb_socket_path=f"{site.root}/auth-userdb")
+        said = asked(site, "--check")
+    assert said.status == CONFIG
+    assert "auth-userdb: Permission denied" in said.lines[0]
+
+
+def test_passwords(site: Site) -> None:
+    """They are checked only if somebody may authenticate."""
+    site.configure(sasl_pwcheck_method="file", sasl_password_file=f"{site.root}/passwords")
+    assert asked(site, "--check").status == OK
+    site.configure(admins="mta")
+    said = asked(site, "--check")
+    assert said.lines == [f"error: sasl_password_file: {site.root}/passwords: No such file or directory"]
+    site.configure(sasl_pwcheck_method="saslauthd", sasl_saslauthd_path=f"{site.root}/mux")
+    assert "is saslauthd running" in asked(site, "--check").lines[0]
+
+
+def test_a_certificate(site: Site, authority: Authority) -> None:
+    certificate, key = authority.sign("mx.example.com")
+    key.chmod(0o600)
+    site.configure(allowstarttls="yes", tls_server_cert=str(certificate), tls_server_key=str(key))
+    assert asked(site, "--check").status == OK  # root reads the key, as lmtpd does if root starts it
+    said = asked(site, "--check", before=AS_ACCOUNT)
+    assert said.status == CONFIG
+    assert f"{key}: Permission denied" in said.lines[0]
+    site.configure(tls_server_cert=f"{site.root}/none.pem")
+    assert f"{site.root}/none.pem: No such file or directory" in asked(site, "--check").lines[0]
+    site.configure(allowstarttls="no", tls_required="yes")
+    assert asked(site, "--check").lines == ["error: tls_required: allowstarttls must be yes"]
+
+
+def test_scripts_of_the_site(site: Site) -> None:
+    folder = site.root / "before"
+    folder.mkdir()
+    (folder / "10-right.sieve").write_text("keep;\n")
+    (folder / "20-wrong.sieve").write_text("keep;\nnonsense;\n")
+    (folder / "ignored.txt").write_text("nonsense")
+    site.configure(sieve_before=str(folder), sieve_after=f"{site.root}/none.sieve")
+    said = asked(site, "--check")
+    assert said.status == CONFIG
+    assert len(said.lines) == 2
+    assert said.lines[0].startswith(f"error: sieve_before: {folder}/20-wrong.sieve:2:1: ")
+    assert said.lines[1] == f"error: sieve_after: {site.root}/none.sieve: No such file or directory"
+
+
+def test_a_server_that_takes_no_mail_is_a_note(site: Site) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        site.configure(smtp_backend="host", smtp_host=f"127.0.0.1:{port}")
+        said = asked(site, "--check")
+    assert said.status == OK
+    assert said.lines[0].startswith(f"note: smtp_host: 127.0.0.1:{port}: Connection refused")
+    site.configure(smtp_backend="sendmail", sendmail=f"{site.root}/sendmail")
+    assert asked(site, "--check").lines[0].startswith(f"note: sendmail: {site.root}/sendmail cannot be run")
+
+
+# --config
+
+
+def test_what_differs_from_the_defaults_is_shown(site: Site) -> None:
+    site.configure(default_quota="20M", debug="off", umask="0077", smtp_auth_password="secret", allowapop="1")
+    site.configure(**{"xlist-junk": "Spam"})
+    said = asked(site, "--config", before=AS_ACCOUNT)
+    assert said.status == OK
+    assert said.lines == [
+        f"configdirectory: {site.configdirectory}",
+        f"cyrus_user: {STORE_USER}",
+        "default_quota: 20M",
+        "duplicatesuppression: no",
+        "servername: mx.example.com",
+        "# smtp_auth_password is set, and not shown",
+        f"partition-default: {site.spool}",
+        "xlist-junk: Spam",
+    ]
+
+
+def test_what_is_shown_can_be_read_again(site: Site) -> None:
+    site.configure(lmtp_maxmessagesize="3M", recipient_delimiter="+-")
+    short = asked(site, "--config").lines
+    assert "maxmessagesize: 3M" in short
+    everything = asked(site, "--config", "all").lines
+    assert len(everything) > 90
+    site.conf.write_text("\n".join(everything) + "\n")
+    again = asked(site, "--config")
+    assert (again.status, again.lines) == (OK, short)
+
+
+def test_a_reader_of_the_answer_may_stop(site: Site) -> None:
+    said = run("sh", "-c", '"$@" | head -1', "sh", *site.command("--config", "all"))
+    assert (said.lines, said.complaints) == (["# admins is empty"], "")
+
+
+def test_a_wrong_configuration_cannot_be_shown(site: Site) -> None:
+    site.configure(umask="999")
+    said = asked(site, "--config")
+    assert (said.status, said.lines) == (CONFIG, [])
+    assert "umask: '999'" in said.complaints
+
+
+# --explain
+
+
+@pytest.mark.parametrize("before", [(), AS_ACCOUNT], ids=["root", "account"])
+@pytest.mark.parametrize("user", [STORE_USER, None], ids=["cyrus_user", "no cyrus_user"])
+def test_a_user_without_a_message(site: Site, before: tuple[str, ...], user: str | None) -> None:
+    site.configure(cyrus_user=user, default_quota="20M")
+    said = asked(site, "--explain", "jane@example.com", before=before)
+    assert said.status == OK
+    assert said.value == {
+        "user": "jane",
+        "userdb": "maildir",
+        "mailbox": f"{site.spool}/jane",
+        "folder": "INBOX",
+        "quota": "nothing of 20971520 octets",
+        "script": "none",
+        "reply": "250 2.1.5 Ok",
+    }
+
+
+def test_the_count_of_a_full_mailbox(site: Site) -> None:
+    """It is made anew, and not written."""
+    site.configure(default_quota="1000")
+    message = site.spool / "jane/cur/1.x:2,S"
+    message.write_bytes(b"x" * 1500)
+    os.chown(message, pwd.getpwnam(STORE_USER).pw_uid, -1)
+    said = asked(site, "--explain", "jane")
+    assert said.value["quota"] == "1500 octets, 1 messages of 1000 octets"
+    assert said.value["reply"].startswith("452 4.2.2")
+    assert not (site.spool / "jane/maildirsize").exists()
+
+
+def test_the_user_database_is_named(site: Site) -> None:
+    site.configure(userdb="passwd", passwd_min_uid="0", maildir_path="%p/%u")
+    assert asked(site, "--explain", STORE_USER).value["userdb"] == "passwd"
+
+
+def test_a_user_database_that_is_down_is_told_and_no_process_waits_for_it(site: Site) -> None:
+    site.configure(userdb="dovecot", userdb_socket_path=f"{site.root}/auth-userdb")
+    said = asked(site, "--explain", "jane")
+    assert len(said.lines) == 1
+    assert said.value["reply"].startswith("451 4.3.0 ")
+    assert f"{site.root}/auth-userdb: No such file or directory" in said.complaints
+    assert not Path(site.configdirectory, "userdb.backoff").exists()
+
+
+def test_an_address_of_a_full_user_with_a_message(site: Site) -> None:
+    said = explained(site, "jane+nowhere")
+    assert (said.value["folder"], said.value["actions"]) == ("INBOX", "fileinto INBOX")
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--check", "x"), ("--config", "everything"), ("--explain",), ("--check", "--config"), ("--check", "-a")]
+)
+def test_a_wrong_command_line(site: Site, wrong: tuple[str, ...]) -> None:
+    assert run(*site.command(*wrong)).status == USAGE
