@@ -53,7 +53,7 @@ def installation(base: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(base: Path, installation: Path) -> Iterator[Machine]:
-    """A machine of the module's own with lmtpd.socket enabled and Postfix in front of it, as the README leaves it."""
+    """A machine of the module's own with lmtpd.socket enabled and Postfix in front of it."""
     machine = Machine(base, installation)
     yield machine
     machine.close()

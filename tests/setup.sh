@@ -118,8 +118,8 @@ LMTPD_TEST_ROOTS=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests
 export LMTPD_TEST_ROOTS
 own_release=$(. /etc/os-release && echo "$VERSION_CODENAME")
 
-# need_container: have those roots, made with the machine's own apt sources and settings, and in each the wheels that
-# pip needs there, where no network is. Made again when the list of packages changes, or after a month.
+# need_container: have those roots, made with the machine's own apt sources and settings, and in each the wheels
+# of an extra, for there is no network. Made again when the list of packages changes, or after a month.
 need_container() {
     if [[ $(id -u) -ne 0 ]]; then
         echo "Only root can make and boot a container: the tests that need one will fail" >&2
@@ -134,7 +134,7 @@ need_container() {
 
 # need_root RELEASE
 need_root() {
-    local packages=systemd,systemd-sysv,dbus,python3,python3-venv,python3-docopt,python3-systemd,python3-idna,python3-argon2,python3-cffi,postfix,libsasl2-modules,dovecot-imapd,openssl,procps,man-db
+    local packages=systemd,systemd-sysv,dbus,python3,python3-venv,python3-setuptools,python3-wheel,python3-docopt,python3-systemd,python3-idna,python3-argon2,python3-cffi,postfix,libsasl2-modules,dovecot-imapd,openssl,procps,man-db
     local root=$LMTPD_TEST_ROOTS/$1
     (
         # Another test run may have machines booted from it, or be making it, at this moment.
@@ -146,7 +146,7 @@ need_root() {
         rm -rf "$root"
         make_root "$1" "$root" "$packages"
         # Pure Python, so it does not matter whose pip fetches them.
-        "$venv/bin/pip" wheel --quiet --disable-pip-version-check --wheel-dir "$root/opt/wheels" setuptools wheel scramp
+        "$venv/bin/pip" wheel --quiet --disable-pip-version-check --wheel-dir "$root/opt/wheels" scramp
         echo "$packages" >"$root/.made-of"
     ) 9>"$root.lock"
 }

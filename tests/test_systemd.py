@@ -1,4 +1,4 @@
-"""lmtpd under a real systemd, with a real Postfix: installed by the very commands of the README."""
+"""lmtpd under a real systemd, with a real Postfix: installed by units/install."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from container import TOP, Machine, readme_blocks
+from container import TOP, Machine
 from harness import PATIENCE, Client, wait_for
 from harness import connect as connect_to
 
@@ -32,9 +32,9 @@ def machine(installed: Machine) -> Iterator[Machine]:
 
 @pytest.fixture
 def pool(installed: Machine) -> Iterator[Machine]:
-    """The same with lmtpd-pool.socket in place of lmtpd.socket, as the README says."""
+    """The same with lmtpd-pool.socket in place of lmtpd.socket."""
     empty_maildir(installed)
-    installed.shell("".join(readme_blocks("### A pool, for much mail")))
+    installed.shell("systemctl disable --now lmtpd.socket; systemctl enable --now lmtpd-pool.socket")
     yield installed
     installed.run("systemctl", "disable", "lmtpd-pool.socket")
     reset(installed, "lmtpd-pool.service", "lmtpd-pool.socket")

@@ -1063,7 +1063,7 @@ def test_the_unit_for_mail_in_the_homes(machine: Machine) -> None:
     """Its sandbox leaves what is needed to act as other users."""
     machine.shell(
         """
-systemd-sysusers /opt/lmtpd/share/lmtpd/units/lmtpd.sysusers
+systemd-sysusers /opt/lmtpd/units/lmtpd.sysusers
 chown -R lmtpd /var/lib/lmtpd
 echo 'configdirectory: /var/lib/lmtpd' >/etc/imapd.conf
 cd /root/lmtpd
