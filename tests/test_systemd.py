@@ -13,7 +13,8 @@ from container import TOP, Machine
 from harness import PATIENCE, Client, wait_for
 from harness import connect as connect_to
 
-UNITS = ["lmtpd.socket", "lmtpd@.service", "lmtpd-pool.socket", "lmtpd-pool.service"]
+SERVICES = ["lmtpd@.service", "lmtpd-pool.service"]
+UNITS = ["lmtpd.socket", "lmtpd-pool.socket", *SERVICES, "lmtpd-check.service", "start-lmtpd-check.service"]
 UNIT_FOLDER = "/etc/systemd/system/"
 MAILDIR = "var/spool/lmtpd/jane"
 MAILDIR_OF_JOE = "var/spool/lmtpd/joe"
@@ -128,12 +129,12 @@ def test_verify_is_silent(installed: Machine, unit: str) -> None:
     assert verified.stdout + verified.stderr == ""
 
 
-@pytest.mark.parametrize("unit", ["lmtpd@.service", "lmtpd-pool.service"])
+@pytest.mark.parametrize("unit", [*SERVICES, "lmtpd-check.service"])
 def test_exposure_is_at_most_1_5(installed: Machine, unit: str) -> None:
     installed.run("systemd-analyze", "security", "--offline=true", "--threshold=15", UNIT_FOLDER + unit)
 
 
-@pytest.mark.parametrize("unit", ["lmtpd@.service", "lmtpd-pool.service"])
+@pytest.mark.parametrize("unit", SERVICES)
 def test_each_weakness_of_the_sandbox_is_explained(installed: Machine, unit: str) -> None:
     report = installed.run("systemd-analyze", "security", "--offline=true", UNIT_FOLDER + unit).stdout
     comments = "".join(line for line in (TOP / "units" / unit).read_text().splitlines() if line.startswith("#"))
@@ -176,7 +177,7 @@ with open("/var/lib/lmtpd/reached", "w") as file:
 """
 
 
-@pytest.mark.parametrize("unit", ["lmtpd@.service", "lmtpd-pool.service"])
+@pytest.mark.parametrize("unit", SERVICES)
 def test_the_sandbox_has_a_way_to_a_server_on_this_host_and_no_other(installed: Machine, unit: str) -> None:
     """A program in the place of lmtpd tries, with Postfix as the server at all addresses."""
     (installed.root / "run/reach.py").write_text(REACH)
@@ -194,6 +195,59 @@ def test_the_sandbox_has_a_way_to_a_server_on_this_host_and_no_other(installed: 
         *("localhost 220", "127.0.0.1 220", "::1 220", f"{ELSEWHERE} timed out"),
         *("netlink EAFNOSUPPORT", "server EPERM"),
     ]
+
+
+@contextlib.contextmanager
+def broken(machine: Machine) -> Iterator[None]:
+    """Has a wrong configuration meanwhile, and a client that has been turned away by it."""
+    conf = machine.root / "etc/imapd.conf"
+    good = conf.read_text()
+    machine.run("systemctl", "reset-failed")
+    conf.write_text("no colon\n")
+    try:
+        client = connect(machine)
+        assert client.reply()[-1].startswith("421 4.3.0")
+        client.close()
+        yield
+    finally:
+        conf.write_text(good)
+
+
+def failed(machine: Machine) -> set[str]:
+    listed = machine.run("systemctl", "list-units", "--failed", "--plain", "--no-legend").stdout
+    return {line.split()[0] for line in listed.splitlines()}
+
+
+def check_mail_elsewhere(machine: Machine) -> None:
+    """With the drop-in for it, in the places that it names, mail is stored in another folder; without, it waits."""
+    drop_in = (TOP / "units/elsewhere.conf").read_text()
+    paths = [Path(path) for path in re.findall(r"^#\s+(/etc/systemd/system/\S+)$", drop_in, re.MULTILINE)]
+    [folder] = re.findall(r"^#\s+(install -d .*)$", drop_in, re.MULTILINE)
+    assert len(paths) == 2
+    conf = machine.root / "etc/imapd.conf"
+    old = conf.read_text()
+    conf.write_text(old.replace("/var/spool/lmtpd", "/srv/mail"))
+    maildir = machine.root / "srv/mail/jane"
+    machine.shell(f"""
+{folder}
+install -d -o lmtpd -g lmtpd -m 700 /srv/mail/jane /srv/mail/jane/tmp /srv/mail/jane/new /srv/mail/jane/cur
+""")
+    try:
+        for expected, count in (("451", 0), ("250", 1)):
+            client = connect(machine)
+            client.hello()
+            assert client.deliver(MESSAGE, "jane")[0][:3] == expected
+            client.close()
+            assert len(list((maildir / "new").iterdir())) == count
+            for path in paths:
+                install_drop_in(machine, path.parent.stem, path.name, drop_in)
+            machine.run("systemctl", "stop", "lmtpd-pool.service")
+        assert "/srv/mail" in machine.properties("lmtpd-check.service", "ReadWritePaths")["ReadWritePaths"]
+    finally:
+        conf.write_text(old)
+        for path in paths:
+            (machine.root / str(path).lstrip("/")).unlink(missing_ok=True)
+        machine.run("rm", "-r", "/srv/mail")
 
 
 # --- a service for each connection ---
@@ -361,22 +415,22 @@ def test_no_half_message_after_a_second_stop(machine: Machine) -> None:
     assert not messages(machine)
 
 
-def test_a_broken_configuration_defers_the_mail(machine: Machine) -> None:
-    conf = machine.root / "etc/imapd.conf"
-    good = conf.read_text()
-    conf.write_text("no colon\n")
-    try:
-        client = connect(machine)
-        assert client.reply()[-1].startswith("421 4.3.0")
-        client.close()
-        wait_for(lambda: not services(machine), "the end")
+def test_a_broken_configuration_is_a_failed_unit_until_it_is_mended(machine: Machine) -> None:
+    with broken(machine):
+        wait_for(lambda: failed(machine) == {"lmtpd-check.service"}, "the failed check, and no failed connection")
         assert "status=78/CONFIG" in machine.journal("--unit=lmtpd@*")
-    finally:
-        conf.write_text(good)
+    client = connect(machine)
+    client.hello()
+    client.close()
+
+
+def test_mail_in_another_folder(machine: Machine) -> None:
+    check_mail_elsewhere(machine)
 
 
 def test_tcp_with_the_drop_in(machine: Machine) -> None:
     machine.run("systemctl", "stop", "lmtpd.socket")
+    before = machine.journal("--unit=lmtpd.socket", "--priority=warning")
     machine.run("python3", "-c", ADD_ADDRESS)
     inner = f"ListenStream={ELSEWHERE}:24\n"
     install_drop_in(machine, "lmtpd.socket", "test-tcp.conf", (TOP / "units/tcp.conf").read_text() + inner)
@@ -388,6 +442,7 @@ def test_tcp_with_the_drop_in(machine: Machine) -> None:
     preauthorised = "[Service]\nExecStart=\nExecStart=/usr/local/bin/lmtpd -a\n"
     install_drop_in(machine, "lmtpd@.service", "test.conf", preauthorised)
     assert machine.run("python3", "-c", session.format("127.0.0.1")).stdout == "250\n"
+    assert machine.journal("--unit=lmtpd.socket", "--priority=warning") == before
 
 
 # --- a pool of workers ---
@@ -546,21 +601,31 @@ def test_pool_watchdog(pool: Machine) -> None:
     client.close()
 
 
-def test_pool_with_a_broken_configuration_recovers(pool: Machine) -> None:
-    """The mail waits, the socket stays, and all is well as soon as the mistake is mended."""
-    conf = pool.root / "etc/imapd.conf"
-    good = conf.read_text()
-    conf.write_text("no colon\n")
-    try:
-        # More starts than systemd puts up with by default (5 in 10 seconds).
-        for _ in range(8):
-            connect(pool).close()
+def test_pool_a_broken_configuration_is_a_failed_unit_until_it_is_mended(pool: Machine) -> None:
+    with broken(pool):
+        wait_for(lambda: failed(pool) == {"lmtpd-pool.service", "lmtpd-check.service"}, "the failed units")
+    client = connect(pool)
+    client.hello()
+    client.close()
+    assert failed(pool) == {"lmtpd-check.service"}
+
+
+def test_pool_with_a_broken_configuration_keeps_its_socket(pool: Machine) -> None:
+    """The mail waits, and is delivered as soon as the mistake is mended."""
+    with broken(pool):
+        # More starts than systemd puts up with by default: 5 of a service in 10 seconds, 20 by a socket in 2.
+        for _ in range(40):
+            client = connect(pool)
+            assert client.reply()[-1].startswith("421 4.3.0")
+            client.close()
         send(pool)
         wait_for(lambda: "status=deferred" in pool.journal("--identifier=postfix/lmtp"), "the mail to be deferred")
         assert pool.properties("lmtpd-pool.socket", "ActiveState") == {"ActiveState": "active"}
-    finally:
-        conf.write_text(good)
     wait_for(lambda: pool.run("postqueue", "-f") and messages(pool), "a good start")
+
+
+def test_pool_mail_in_another_folder(pool: Machine) -> None:
+    check_mail_elsewhere(pool)
 
 
 # --- the container itself ---
