@@ -15,7 +15,20 @@ from hypothesis import HealthCheck, settings
 # The tests wait more than they compute.
 WORKERS_FOR_A_PROCESSOR = 3
 # The files that take longest, the longest first.
-LONGEST = ("service", "users", "auth", "systemd", "clients", "master", "site", "dovecot24", "hostile", "quota", "tls")
+LONGEST = (
+    "install",
+    "service",
+    "users",
+    "auth",
+    "systemd",
+    "clients",
+    "master",
+    "site",
+    "dovecot24",
+    "hostile",
+    "quota",
+    "tls",
+)
 # The name, in the environment, of a folder that this process and the workers, which run the tests, have in common. It
 # is in memory: trusted attributes, which a machine's layers need, are not to be had everywhere.
 SHARED = "LMTPD_TEST_SHARED"
