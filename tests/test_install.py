@@ -402,6 +402,28 @@ def test_install_after_remove(fresh: Machine) -> None:
     assert len(mail(fresh)) == len(stored) + 1
 
 
+def test_missing_packages_are_installed(fresh: Machine) -> None:
+    """From the machine's package sources, here one with an empty package; another is out of reach."""
+    fresh.shell("""
+dpkg --purge --force-depends python3-idna
+mkdir -p /srv/packages /root/empty/DEBIAN
+cd /root/empty
+printf '%s\n' 'Package: python3-idna' 'Version: 99' 'Architecture: all' 'Maintainer: x' 'Description: x' >DEBIAN/control
+dpkg-deb --build . /srv/packages/idna.deb
+cd /srv/packages
+(cat /root/empty/DEBIAN/control
+echo Filename: ./idna.deb
+echo Size: "$(stat -c %s idna.deb)"
+echo SHA256: "$(sha256sum idna.deb | cut -d ' ' -f 1)") >Packages
+rm -f /etc/apt/sources.list.d/* /etc/apt/sources.list
+echo 'deb [trusted=yes] file:/srv/packages ./' >/etc/apt/sources.list
+echo 'deb [trusted=yes] file:/srv/elsewhere ./' >>/etc/apt/sources.list
+""")
+    said = fresh.run(INSTALL).stdout.splitlines()
+    assert said[0] == "Installed the packages python3-idna"
+    assert fresh.run("dpkg-query", "--show", "python3-idna").stdout == "python3-idna\t99\n"
+
+
 def test_an_installation_by_hand_is_replaced(fresh: Machine) -> None:
     """There was no script for earlier releases: their virtual environment is /opt/lmtpd itself."""
     run(fresh, f"{INSTALL} --remove")
