@@ -1083,3 +1083,13 @@ cd /root/lmtpd
     client.close()
     owners = shown(machine, "/home/jane/Maildir/new/*").splitlines()
     assert owners == ["jane:jane 600"] * (count + 2)
+
+
+def test_the_check_of_the_configuration_for_mail_in_the_homes(machine: Machine) -> None:
+    """With the same drop-in the check can do what lmtpd does, and finds no fault."""
+    place = "/etc/systemd/system/lmtpd-.service.d/accounts.conf"
+    machine.shell(f"install -D -m 644 /opt/lmtpd/units/accounts.conf {place}; systemctl daemon-reload")
+    machine.run("systemctl", "start", "lmtpd-check.service")
+    shown = machine.properties("lmtpd-check.service", "User", "ReadWritePaths")
+    assert shown["User"] == "root"
+    assert "/home" in shown["ReadWritePaths"]
