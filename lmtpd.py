@@ -11918,8 +11918,8 @@ class ConnectionHandler:
         config, arguments = self.config, self.arguments
         wire = Wire(0, 1, config.lmtp_command_timeout, config.lmtp_session_timeout, self.stop.wakeup.fd)
         connection = Connection(wire, config.lmtp_command_timeout, self._tls_context)
-        if peer.internet and config.tcp_keepalive:
-            keep_alive(0, config)
+        if peer.internet:
+            set_tcp_options(0, config)
         if arguments.expects_proxy:
             wire.set_limit(config.lmtp_auth_timeout)
             wire.on_wakeup = self._disconnect_if_stopped
@@ -11969,9 +11969,12 @@ def run_debugger(command: str, stop: Stop) -> None:
         log.info("debugger", command=command, status="interrupted")
 
 
-def keep_alive(fd: int, config: Config) -> None:
-    """Lets the system probe a silent connection, see tcp(7)."""
+def set_tcp_options(fd: int, config: Config) -> None:
+    """Has replies sent at once, and with tcp_keepalive a silent connection probed. Source: tcp(7)."""
     with Socket(fileno=os.dup(fd)) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if not config.tcp_keepalive:
+            return
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (
             (socket.TCP_KEEPCNT, config.tcp_keepalive_cnt),
