@@ -32,6 +32,7 @@ Options:
 # Logging          where a log line goes, and its form
 # Replies          replies, and their form on the wire
 # Stopping         what ends the process early: signals, timers, the shutdown file
+# Metrics          counts and times of a pool's replies, for monitoring
 # Connection       octets in and out, deadlines, TLS, who the peer is
 # Local services   requests to daemons on this host
 # Addresses        paths and parameters of commands; user, detail and domain of a recipient
@@ -510,6 +511,7 @@ class Config:
     lmtp_strict_rfc2821 = option(as_switch, "yes", "refuse non-ASCII addresses without SMTPUTF8")
     maildir_path = option(as_template("pundh"), "%p/%u", "the path of a user's Maildir")
     maxmessagesize = option(as_octets, "0", "the largest message accepted, in octets; 0: no limit")
+    metrics_path = option(optional(as_path), "", "the file to which a pool writes its metrics")
     munge8bit = option(as_switch, "no", "replace 8-bit octets in message headers by X")
     passwd_min_uid = option(as_number, "1000", "with userdb: passwd, accounts with a lower user id have no mailbox")
     postmaster = option(as_text, "postmaster", "the user who gets the mail of postmaster")
@@ -1281,6 +1283,97 @@ class Interruptible:
 
     def __exit__(self, *_: object) -> None:
         self._stop.stop_raising()
+
+
+# ======================================================================
+# Metrics
+#
+# Owns the counts and times of a pool's replies, and the file that shows them.
+# Must not know how they reach it.
+# ======================================================================
+
+METRICS_INTERVAL = 10.0  # seconds between two writings of the file
+REFUSAL = 0xFFFFFFFF  # in place of the milliseconds of a reply to a recipient, for a command that is refused
+SUBJECTS, DETAILS = 10_000, 100  # a reply as a number: 250 2.1.5 is 2500105
+
+
+def reply_number(reply: Reply) -> int:
+    """A reply as a number, by which a worker tells its parent. Texts are left out."""
+    _, subject, detail = map(int, (reply.enhanced or "0.0.0").split("."))
+    return reply.code * SUBJECTS + subject * DETAILS + detail
+
+
+class Metrics:
+    """Counts of replies, written as OpenMetrics text. file: where; "" for nowhere.
+
+    Source: the OpenMetrics specification 1.0.
+    """
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._deliveries: dict[int, tuple[int, int]] = {}  # by reply_number(): how many, and their milliseconds
+        self._refusals: dict[int, int] = {}
+        self._written = b""
+        self._written_at = -FOREVER
+
+    def count(self, number: int, ms: int) -> None:
+        """Counts a reply. number: see reply_number(). ms: milliseconds since the message was complete, or REFUSAL."""
+        if ms == REFUSAL:
+            self._refusals[number] = self._refusals.get(number, 0) + 1
+            return
+        count, total = self._deliveries.get(number, (0, 0))
+        self._deliveries[number] = count + 1, total + ms
+
+    def write(self, ready: int, busy: int, connections: int, at_once: bool = False) -> float:
+        """Writes the file if something has changed, but not too often; the seconds after which to call again.
+
+        ready, busy: workers. connections: those that have been served.
+        """
+        if not self._file:
+            return FOREVER
+        wait = self._written_at + METRICS_INTERVAL - time.monotonic()
+        if wait > 0 and not at_once:
+            return wait
+        text = self._text(ready, busy, connections)
+        if text == self._written:
+            return FOREVER
+        self._written, self._written_at = text, time.monotonic()
+        try:
+            replace_text_file(self._file, text)
+        except OSError as error:
+            log.warning_once("metrics-not-written", cause=error)
+        return METRICS_INTERVAL
+
+    def _text(self, ready: int, busy: int, connections: int) -> bytes:
+        lines = ["# TYPE lmtpd_delivery_seconds summary"]
+        for number, (count, ms) in sorted(self._deliveries.items()):
+            lines.append(f"lmtpd_delivery_seconds_count{{{labels(number)}}} {count}")
+            lines.append(f"lmtpd_delivery_seconds_sum{{{labels(number)}}} {ms / 1000}")
+        lines.append("# TYPE lmtpd_refusals counter")
+        for number, count in sorted(self._refusals.items()):
+            lines.append(f"lmtpd_refusals_total{{{labels(number)}}} {count}")
+        lines += ["# TYPE lmtpd_connections counter", f"lmtpd_connections_total {connections}"]
+        lines += ["# TYPE lmtpd_workers gauge", f'lmtpd_workers{{state="ready"}} {ready}']
+        lines += [f'lmtpd_workers{{state="busy"}} {busy}', "# EOF", ""]
+        return "\n".join(lines).encode()
+
+
+def labels(number: int) -> str:
+    """The labels of a reply. number: see reply_number()."""
+    code, status = divmod(number, SUBJECTS)
+    subject, detail = divmod(status, DETAILS)
+    return f'code="{code}",status="{code // 100}.{subject}.{detail}"'
+
+
+def replace_text_file(path: str, text: bytes) -> None:
+    """Writes a file that everybody may read, in one step for its readers. Raises OSError."""
+    fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        os.fchmod(fd, 0o644)  # whatever the umask
+        os.write(fd, text)
+    finally:
+        os.close(fd)
+    os.rename(f"{path}.new", path)
 
 
 # ======================================================================
@@ -10288,12 +10381,16 @@ class Router:
 
 
 class DeliveryAgent:
-    """Delivers messages to the mailboxes of their recipients. router: finds these."""
+    """Delivers messages to the mailboxes of their recipients.
+
+    router: finds these. count: told each reply to a recipient and to a refused command, see Metrics.count().
+    """
 
     def __init__(self, config: Config) -> None:
         """Raises ConfigError."""
         self._config = config
         self.router = Router(config)
+        self.count: Callable[[int, int], None] | None = None
         self._identity = Identity.of_process()
         self._records = Records(config)
         self._submission = Submission(config)
@@ -10359,6 +10456,8 @@ class DeliveryAgent:
         for delivery in deliveries:
             replies.append(reply := delivery.failure or delivery.rejection or delivered)
             log_delivery(delivery, reply, message, envelope, started)
+            if self.count:
+                self.count(reply_number(reply), round((time.monotonic() - started) * 1000))
         return replies
 
     def plan(self, message: Message, delivery: Delivery) -> list[Placement]:
@@ -11561,6 +11660,8 @@ class Session(MailDialogue):
     def log_refusal(self, line: bytes, reply: Reply) -> None:
         """See Dialogue.log_refusal()."""
         super().log_refusal(line, reply)
+        if self._agent.count:
+            self._agent.count(reply_number(reply), REFUSAL)
         self._auth_refused |= line.lstrip()[:4].upper() == b"AUTH"
 
     def interpret(self, line: bytes) -> None:
@@ -11913,6 +12014,10 @@ class ConnectionHandler:
         """Gets ready for many connections, before workers fork."""
         self._agent.prepare()
 
+    def count_replies(self, count: Callable[[int, int], None]) -> None:
+        """Has each reply counted, see DeliveryAgent."""
+        self._agent.count = count
+
     def serve(self, peer: Peer) -> None:
         """Serves the connection that standard input and output are: a socket, pipe, file or terminal."""
         config, arguments = self.config, self.arguments
@@ -12137,6 +12242,7 @@ class Pool:
         self._handler, self._groups = handler, WorkerGroup.divide(listeners, handler)
         self._stop, self._timeout = handler.stop, handler.arguments.timeout
         self._notifier = Notifier()
+        self._metrics = Metrics(handler.config.metrics_path)
         self._served = 0
         self._busy_at = time.monotonic()
         self._not_before = 0.0  # back-off: no fork until then
@@ -12240,6 +12346,8 @@ class Pool:
             os.close(self._reports)
             os.set_blocking(self._reported, True)
             reporter = Reporter(self._reported, self._stop)
+            if self._handler.config.metrics_path:
+                self._handler.count_replies(reporter.report)
             Worker(self._handler, group.listeners, reporter, self._timeout, preforked).run()
             status = os.EX_OK
         except Exception:
@@ -12248,7 +12356,14 @@ class Pool:
             os._exit(status)
 
     def _read_reports(self) -> None:
-        for message, process in Reporter.parse(os.read(self._reports, READ_SIZE)):
+        try:
+            reports = os.read(self._reports, READ_SIZE)
+        except BlockingIOError:
+            return
+        for message, process in Reporter.parse(reports):
+            if message > CONNECTED:
+                self._metrics.count(message, process)
+                continue
             self._served += message == CONNECTED
             self._busy_at = self._busy_at if message == UNAVAILABLE else time.monotonic()
             for group in self._groups:
@@ -12276,10 +12391,11 @@ class Pool:
                     self._not_before = time.monotonic() + 1
 
     def _tell_status(self) -> float:
-        """Tells systemd the number of workers; the seconds after which to tell it again."""
+        """Tells systemd the number of workers, and writes the metrics; the seconds after which to do it again."""
         ready = sum(group.ready() for group in self._groups)
         busy = len(self._workers()) - ready
-        return self._notifier.status(f"{ready} workers ready, {busy} busy, {self._served} connections served")
+        patience = self._notifier.status(f"{ready} workers ready, {busy} busy, {self._served} connections served")
+        return min(patience, self._metrics.write(ready, busy, self._served))
 
     def _finish(self) -> None:
         """Lets the workers finish their connections; with less patience after another signal."""
@@ -12299,11 +12415,14 @@ class Pool:
             stop.wakeup.drain()
             self._notifier.alive()
             self._reap()
+        self._read_reports()
+        self._metrics.write(0, 0, self._served, at_once=True)
 
 
 class Reporter:
     """Tells the parent the state of this worker, in master(8)'s form: two native ints, message and process id.
 
+    Our own parent is also told replies, in the same form: reply_number() a reply, and the milliseconds that it took.
     fd: the pipe to the parent. When the parent has died, the worker leaves.
     """
 
@@ -12312,9 +12431,10 @@ class Reporter:
     def __init__(self, fd: int, stop: Stop) -> None:
         self.fd, self._stop = fd, stop
 
-    def report(self, message: int) -> None:
-        """Tells AVAILABLE, UNAVAILABLE or CONNECTED."""
-        numbers = (number.to_bytes(self.INT_SIZE, sys.byteorder) for number in (message, os.getpid()))
+    def report(self, message: int, more: int = -1) -> None:
+        """Tells AVAILABLE, UNAVAILABLE or CONNECTED; or a reply, with its milliseconds."""
+        pair = message, os.getpid() if more < 0 else more
+        numbers = (number.to_bytes(self.INT_SIZE, sys.byteorder) for number in pair)
         try:
             os.write(self.fd, b"".join(numbers))
         except OSError as error:
@@ -12323,7 +12443,7 @@ class Reporter:
 
     @classmethod
     def parse(cls, reports: bytes) -> Iterator[tuple[int, int]]:
-        """The reports in a parent's input: each message, with the process id of its worker."""
+        """The reports in a parent's input: each message, with the process id of its worker or a reply's time."""
         ends = range(cls.INT_SIZE, len(reports) + 1, cls.INT_SIZE)
         numbers = (int.from_bytes(reports[end - cls.INT_SIZE : end], sys.byteorder) for end in ends)
         return zip(numbers, numbers)

@@ -47,6 +47,7 @@ need_venv() {
 # its own with those of its libraries that are not installed.
 cyrus=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests-cyrus
 exim=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests-exim
+node_exporter=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests-node-exporter
 
 # need_cyrus: the real Cyrus lmtpd and lmtptest. Its package conflicts with Dovecot's.
 need_cyrus() {
@@ -59,6 +60,12 @@ need_cyrus() {
 need_exim() {
     runs "$exim" usr/sbin/exim4 || unpack "$exim" exim4-daemon-light
     runs "$exim" usr/sbin/exim4 || { echo "Exim does not run" >&2; exit 1; }
+}
+
+# need_node_exporter: Prometheus' node_exporter. Its package starts a server that listens to everybody.
+need_node_exporter() {
+    runs "$node_exporter" usr/bin/prometheus-node-exporter || unpack "$node_exporter" prometheus-node-exporter
+    runs "$node_exporter" usr/bin/prometheus-node-exporter || { echo "node_exporter does not run" >&2; exit 1; }
 }
 
 # runs FOLDER PROGRAM...: whether these are unpacked there with every library they need.
