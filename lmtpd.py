@@ -991,7 +991,7 @@ def hint_at_paths(error: OSError) -> str:
     """What to do about a file system that only systemd makes read-only for this process; "" for another error."""
     if error.errno != errno.EROFS or "INVOCATION_ID" not in os.environ:
         return ""
-    return ": add the path to ReadWritePaths= of the unit, see elsewhere.conf in the folder of units"
+    return ": add its directory to ReadWritePaths= of the unit, see /opt/lmtpd/units/elsewhere.conf"
 
 
 def with_path(path: str, error: Exception) -> str:

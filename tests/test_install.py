@@ -340,6 +340,10 @@ def test_extras_stay(fresh: Machine) -> None:
         place = fresh.run("/opt/lmtpd/current/bin/python", "-c", f"import {extra}; print({extra}.__file__)").stdout
         assert extra != "scramp" or place.startswith("/opt/lmtpd/")
     assert (fresh.root / "opt/lmtpd/extras").read_text() == "auth\n"
+    # One that cannot be had is not asked for again. (No network is in there.)
+    status, said = refused(fresh, f"{INSTALL} --with regex")
+    assert status == 70
+    assert "google-re2" in said
 
 
 def test_an_upgrade_that_fails_changes_nothing(fresh: Machine) -> None:

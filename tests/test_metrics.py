@@ -34,7 +34,7 @@ def samples(file: Path) -> Samples:
         return {}
     return {
         (sample.name, " ".join(sample.labels.values())): sample.value
-        for family in text_string_to_metric_families(file.read_text())
+        for family in text_string_to_metric_families(file.read_text())  # type: ignore[no-untyped-call]
         for sample in family.samples
     }
 
