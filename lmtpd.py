@@ -94,7 +94,7 @@ else:
     import _signal as signal
     import _socket as socket
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 PRODUCT = f"lmtpd {__version__}"
 CRLF, LF = b"\r\n", b"\n"
