@@ -205,6 +205,7 @@ class TestSwaks:
 
     def test_the_server_has_to_be_verified(self, tls_site: Site, listener: LoggedListener, stranger: Authority) -> None:
         tls = ["--tls", *self.verify(stranger)]
+        tls_site.configure(debug="yes")
         done = self.run(listener, *tls, *self.auth("PLAIN", "relay"))
         assert done.returncode == 29
         wait_for(lambda: "disconnected session" in tls_site.log_text(), "the end of the session")
@@ -495,7 +496,6 @@ ROOT_SERVICE = """\
 ExecStart=/usr/local/bin/lmtpd -C /etc/root.conf
 StandardInput=socket
 StandardError=journal
-SyslogIdentifier=root-lmtpd
 """
 
 
@@ -586,7 +586,7 @@ class TestReadme:
         tcp_machine.shell("systemctl daemon-reload; systemctl stop lmtpd.socket; systemctl start root.socket")
         try:
             assert "(454, b'4.7.0 " in deliver_in(tcp_machine, "mta")
-            journal = tcp_machine.journal("--identifier=root-lmtpd")
+            journal = tcp_machine.journal("--unit=root@*")
             assert re.search(r"authentication-unavailable .*/lmtpd\.passwords: Permission denied", journal)
             assert test_systemd.messages(tcp_machine) == []
         finally:

@@ -20,6 +20,13 @@ TRANSACTION = b"LHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<jane>\r\n"
 MESSAGE = b"Subject: a subject\r\n\r\nA body.\r\n"
 
 
+@pytest.fixture
+def site(site: Site) -> Site:
+    """A site with the option debug: "connected" and "disconnected" are in its log."""
+    site.configure(debug="yes")
+    return site
+
+
 @pytest.fixture(autouse=True)
 def nothing_stays_in_tmp(site: Site) -> Iterator[None]:
     yield

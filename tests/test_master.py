@@ -173,6 +173,13 @@ def started(site: Site, *arguments: str, command: str = "", prefork: int = PREFO
 
 
 @pytest.fixture
+def site(site: Site) -> Site:
+    """A site with the option debug: "connected" and "disconnected" are in its log."""
+    site.configure(debug="yes")
+    return site
+
+
+@pytest.fixture
 def master(site: Site) -> Iterator[Master]:
     with started(site) as master:
         yield master

@@ -110,6 +110,13 @@ def wait_for_workers(parent: int, number: int) -> None:
 
 
 @pytest.fixture
+def site(site: Site) -> Site:
+    """A site with the option debug: "connected" and "disconnected" are in its log."""
+    site.configure(debug="yes")
+    return site
+
+
+@pytest.fixture
 def fast_site() -> Iterator[Site]:
     """A site whose store is in memory, for load."""
     site = Site()
@@ -117,7 +124,7 @@ def fast_site() -> Iterator[Site]:
     spool.chmod(0o755)
     site.give(spool)
     site.spool = spool
-    site.configure(**{"partition-default": str(spool)})
+    site.configure(debug="yes", **{"partition-default": str(spool)})
     site.add_user("jane")
     yield site
     site.close()

@@ -129,6 +129,7 @@ def test_a_command_together_with_the_end_of_the_handshake(tls_site: Site, contex
 def test_the_end_that_comes_together_with_the_last_words_is_not_waited_for(
     tls_site: Site, context: ssl.SSLContext
 ) -> None:
+    tls_site.configure(debug="yes")
     client = over_tcp(tls_site)
     client.hello()
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -199,7 +200,7 @@ def test_a_new_certificate_is_used_by_the_next_connection(tls_site: Site, author
         assert str(certificate) == tls_site.options["tls_server_cert"]
         key.chmod(0o600)
         assert shown() != before
-        assert "certificates changed, leaving" in tls_site.log_text()
+        assert "files-changed" in tls_site.log_text()
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
@@ -483,7 +484,7 @@ def test_a_certificate_that_cannot_be_read_is_the_trouble_of_tcp_alone(tls_site:
         with suppress(OSError):  # the pool leaves for the change, and this starter starts no other
             Client(connect(("127.0.0.1", port))).reply()
         assert starter.process.wait(PATIENCE) == 0
-    assert "configuration or certificates changed" in tls_site.log_text()
+    assert "files-changed" in tls_site.log_text()
 
 
 @pytest.mark.parametrize("change", [lambda file: os.chown(file, 0, 8), lambda file: file.chmod(0o644)])
