@@ -19,6 +19,7 @@ import lmtpd
 TOP = Path(__file__).parent.parent
 LMTPD_8 = TOP / "man" / "lmtpd.8"
 IMAPD_CONF_5 = TOP / "man" / "imapd.conf.5"
+EVENTS_7 = TOP / "man" / "lmtpd-events.7"
 SIEVE_7 = TOP / "man" / "lmtpd-sieve.7"
 PROGRAM = ast.parse((TOP / "lmtpd.py").read_text())
 PRIORITIES = {"warning_once": "warning", "error": "err", "warning": "warning", "info": "info", "debug": "debug"}
@@ -81,7 +82,8 @@ def printed(page: Path, title: str) -> list[str]:
         (LMTPD_8, "older than (.*) minutes, is counted anew", "QUOTA_STALE", 60),
         (LMTPD_8, "a name of more than (.*) octets", "NAME_LIMIT", 1),
         (LMTPD_8, "a value of more than (.*) characters is cut", "FIELD_LIMIT", 1),
-        (LMTPD_8, "it is not tried again for (.*) seconds", "BACKOFF", 1),
+        (EVENTS_7, "it is not tried again for (.*) seconds", "BACKOFF", 1),
+        (EVENTS_7, "connects to the user database for (.*) seconds", "BACKOFF", 1),
         (LMTPD_8, "1 to (.*) letters, digits, dots, hyphens and underscores", "TRACE_ID_LIMIT", 1),
         (SIEVE_7, "or one of more than (.*) bytes on the disk", "NAME_LIMIT", 1),
         (SIEVE_7, "it is remembered for (.*) days", "WEEK", lmtpd.DAY),
@@ -176,7 +178,7 @@ def other_events() -> list[object]:
 # All pages
 
 
-@pytest.mark.parametrize("page", [LMTPD_8, IMAPD_CONF_5, SIEVE_7], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [LMTPD_8, IMAPD_CONF_5, EVENTS_7, SIEVE_7], ids=lambda page: page.name)
 def test_mandoc_has_nothing_to_say(page: Path) -> None:
     result = subprocess.run(["mandoc", "-Tlint", "-Wwarning", str(page)], capture_output=True, text=True)
     assert result.stdout + result.stderr == ""
@@ -379,17 +381,85 @@ def test_replies_are_those_that_are_given() -> None:
     assert list(items(section(LMTPD_8, "Replies", "Ss"))) == sorted(given)
 
 
-def test_events_and_fields_are_those_that_are_logged() -> None:
-    text = section(LMTPD_8, "LOGGING")
-    logged = {"Sy traceback Pq err"}  # by Log.traceback() itself
-    logged |= {f"Sy {event} Pq info" for event in (*copy_events(), *other_events())}
+# lmtpd-events(7)
+
+
+def events_of(call: ast.Call) -> list[str]:
+    """The heads, in the page, of the events that a call of the log may log."""
+    function = call.func
+    if not isinstance(function, ast.Attribute) or ast.unparse(function.value) != "log" or not call.args:
+        return []
+    events = constants(call.args[0])
+    if ast.unparse(call.args[0]) == "event":  # in log_delivery()
+        events = [*copy_events(), *other_events()]
+    return [f"Sy {event} Pq {PRIORITIES[function.attr]}" for event in events]
+
+
+def fields_returned_by(name: str) -> set[str]:
+    """The keys of the dictionary that the method returns."""
+    [method] = [node for node in ast.walk(PROGRAM) if isinstance(node, ast.FunctionDef) and node.name == name]
+    [returned] = [node.value for node in ast.walk(method) if isinstance(node, ast.Return)]
+    assert isinstance(returned, ast.Dict)
+    return {ast.literal_eval(key) for key in returned.keys if key}
+
+
+def fields_logged() -> dict[str, set[str]]:
+    """The fields of each event, by its head in the page."""
+    several = {
+        "self._fields(mail, delivery)": fields_returned_by("_fields"),
+        "transaction.fields(recipients)": fields_returned_by("fields"),
+        "fields": fields_returned_by("fields"),  # in log_refusal()
+        "script": {"script"},  # in log_delivery()
+    }
+    logged = {"Sy traceback Pq err": {"line"}}  # by Log.traceback() itself
     for call in calls():
-        if isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == "log" and call.args:
-            for event in constants(call.args[0]):
-                logged.add(f"Sy {event} Pq {PRIORITIES[call.func.attr]}")
-            for field in filter(lambda keyword: keyword.arg, call.keywords):
-                assert re.search(rf"^\.Ar {field.arg}\b", text, re.MULTILINE), field.arg
-    assert set(items(text)) == logged
+        for event in events_of(call):
+            fields = logged.setdefault(event, set())
+            for keyword in call.keywords:
+                fields |= {keyword.arg} if keyword.arg else several[ast.unparse(keyword.value)]
+    return logged
+
+
+def event_groups() -> list[dict[str, str]]:
+    """The page's events with the sources of their texts, by subsection."""
+    found = re.search(r"^\.Sh EVENTS\n(.*?)(?=^\.Sh )", EVENTS_7.read_text(), re.MULTILINE | re.DOTALL)
+    assert found
+    return [items(group) for group in re.split(r"^\.Ss ", found[1], flags=re.MULTILINE)[1:]]
+
+
+def event_items() -> dict[str, str]:
+    return {head: text for group in event_groups() for head, text in group.items()}
+
+
+def fields_documented() -> dict[str, set[str]]:
+    """The fields of each event in the page, with those that it has in common with another one."""
+    texts = event_items()
+    own = {head: set(re.findall(r"^\.Ar (\w+)", text, re.MULTILINE)) for head, text in texts.items()}
+    documented = {}
+    for head, text in texts.items():
+        documented[head] = set(own[head])
+        for other, left_out in re.findall(
+            r"^It has the fields of\n\.Sy (\S+) [.,](?:\nwithout\n\.Sy (\S+))?", text, re.MULTILINE
+        ):
+            documented[head] |= own[f"Sy {other} Pq info"] - {left_out}
+    return documented
+
+
+def test_events_and_fields_are_those_that_are_logged() -> None:
+    assert fields_documented() == fields_logged()
+
+
+def test_no_event_is_in_two_groups_and_each_group_is_sorted() -> None:
+    groups = event_groups()
+    assert sum(map(len, groups)) == len(event_items())
+    for group in groups:
+        assert list(group) == sorted(group)
+
+
+@pytest.mark.parametrize("head", event_items())
+def test_an_event_has_an_action_if_it_is_a_warning_or_an_error(head: str) -> None:
+    actions = re.findall(r"^\.Pp\n\.Em Action :\n\w", event_items()[head], re.MULTILINE)
+    assert len(actions) == head.endswith((" err", " warning"))
 
 
 def test_statuses_of_sendmail_are_those_that_are_permanent() -> None:
