@@ -1,0 +1,152 @@
+"""What lmtpd logs is found in a real journal by its fields."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from container import Machine
+from harness import wait_for
+from test_systemd import MESSAGE, connect, empty_maildir, messages, reset, services
+
+EVENTS_7 = Path(__file__).parent.parent / "man" / "lmtpd-events.7"
+FACILITY_MAIL = "2"
+PRIORITY_WARNING, PRIORITY_INFO = "4", "6"
+DATED = b"Message-ID: <%b@example.org>\r\nDate: Sun, 22 Nov 2026 12:00:00 +0000\r\n" + MESSAGE
+
+
+@pytest.fixture
+def machine(installed: Machine) -> Iterator[Machine]:
+    """A machine with lmtpd.socket listening, whose journal has nothing of lmtpd."""
+    empty_maildir(installed)
+    installed.shell("journalctl --sync; journalctl --rotate; journalctl --vacuum-time=1us 2>&1")
+    installed.run("systemctl", "start", "lmtpd.socket")
+    assert installed.journal("--identifier=lmtpd") == ""
+    yield installed
+    reset(installed, "lmtpd@.service", "lmtpd.socket")
+
+
+def deliver(machine: Machine, *recipients: str, name: str = "one") -> str:
+    """Delivers a message to them, waits for the end of the process, and returns the session's id."""
+    client = connect(machine)
+    client.hello()
+    client.deliver(DATED % name.encode(), *recipients)
+    found = re.search(r"SESSIONID=<(\S+)>", client.command("RSET"))
+    assert found
+    client.leave()
+    wait_for(lambda: not services(machine), "the end of the session")
+    return str(found[1])
+
+
+def entries(machine: Machine, *matches: str) -> list[dict[str, object]]:
+    """The journal's entries of lmtpd that match, with their fields."""
+    text = machine.journal("--output=json", "--all", "SYSLOG_IDENTIFIER=lmtpd", *matches)
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def example(beginning: str) -> str:
+    """The commands of the page in the block that begins so."""
+    found: list[str] = re.findall(r"^\.Bd -literal.*?\n(.*?)^\.Ed$", EVENTS_7.read_text(), re.MULTILINE | re.DOTALL)
+    [command] = [block.replace("\\e", "\\") for block in found if block.startswith(beginning)]
+    return command
+
+
+def test_a_delivery_is_found_by_each_of_its_fields(machine: Machine) -> None:
+    session = deliver(machine, "jane@example.com")
+    [file] = messages(machine)
+    [entry] = entries(machine)
+    assert entry["LMTPD_FILE"] == file.name
+    for match in (
+        "LMTPD_RECIPIENT=jane@example.com",
+        "LMTPD_SENDER=sender@example.com",
+        "LMTPD_MSGID=one@example.org",
+        f"LMTPD_SESSION={session}",
+        "LMTPD_EVENT=delivered",
+        "LMTPD_MAILBOX=/var/spool/lmtpd/jane",
+    ):
+        assert [found["LMTPD_FILE"] for found in entries(machine, match)] == [file.name], match
+    assert entries(machine, "LMTPD_RECIPIENT=joe@example.com") == []
+
+
+def test_a_delivery_is_one_line_with_the_facility_and_the_priority_of_syslog(machine: Machine) -> None:
+    deliver(machine, "jane@example.com")
+    [entry] = entries(machine)
+    assert (entry["SYSLOG_FACILITY"], entry["PRIORITY"]) == (FACILITY_MAIL, PRIORITY_INFO)
+    assert str(entry["_SYSTEMD_UNIT"]).startswith("lmtpd@")
+    message = str(entry["MESSAGE"])
+    assert re.fullmatch(
+        r"delivered session=(\S+) msgid=<one@example\.org> size=\d+ sender=<sender@example\.com> "
+        r'recipient=<jane@example\.com> mailbox=/var/spool/lmtpd/jane file="\S+" reply="250 2\.1\.5" ms=\d+',
+        message,
+    ), message
+    assert machine.journal("--identifier=lmtpd").splitlines() == [message]
+
+
+def test_a_refused_recipient_is_a_second_line(machine: Machine) -> None:
+    session = deliver(machine, "jane@example.com", "nobody@example.com")
+    assert [entry["LMTPD_EVENT"] for entry in entries(machine, f"LMTPD_SESSION={session}")] == ["refused", "delivered"]
+    [refused] = entries(machine, "LMTPD_RECIPIENT=nobody@example.com")
+    assert (refused["LMTPD_REPLY"], refused["PRIORITY"]) == ("550 5.1.1 User unknown", PRIORITY_INFO)
+    assert len(entries(machine)) == 2
+
+
+def test_each_recipient_of_a_transaction_that_is_cut_off_finds_it(machine: Machine) -> None:
+    client = connect(machine)
+    client.hello()
+    for command in ("MAIL FROM:<sender@example.com>", "RCPT TO:<jane@example.com>", "RCPT TO:<jane+a@example.com>"):
+        assert client.command(command).startswith("250")
+    client.close()
+    wait_for(lambda: not services(machine), "the end of the session")
+    for address in ("jane@example.com", "jane+a@example.com"):
+        [entry] = entries(machine, f"LMTPD_RECIPIENT={address}")
+        assert (entry["LMTPD_EVENT"], entry["PRIORITY"]) == ("transaction-cut-off", PRIORITY_WARNING)
+
+
+def test_the_pages_command_counts_events_and_replies(machine: Machine) -> None:
+    for name in ("one", "two", "three"):
+        deliver(machine, "jane@example.com", "nobody@example.com", name=name)
+    deliver(machine, "jane@example.com", name="one")
+    machine.run("journalctl", "--sync")
+    shown = machine.shell(example("journalctl -t lmtpd -S today -o cat"))
+    assert sorted(line.split(maxsplit=1) for line in shown.splitlines()) == [
+        ["1", "duplicate"],
+        ["3", "550 5.1.1 User unknown"],
+        ["3", "delivered"],
+        ["3", "refused"],
+        ["4", "250 2.1.5"],
+    ]
+
+
+def test_the_pages_command_says_why_mail_is_deferred(machine: Machine) -> None:
+    deliver(machine, "jane@example.com", name="before")
+    quota = machine.root / "var/spool/lmtpd/jane/maildirsize"
+    quota.write_text("10S\n100 1\n")
+    try:
+        session = deliver(machine, "jane@example.com", name="big")
+        machine.run("journalctl", "--sync")
+        shown = machine.shell(example("journalctl LMTPD_RECIPIENT=jane@example.com -S today -g"))
+    finally:
+        quota.unlink()
+    lines = re.findall(r"lmtpd\[\d+\]: (\S+) session=(\S+) ", shown)
+    assert lines == [("over-quota", session), ("refused", session)], shown
+
+
+def test_the_pages_searches_find_the_mail(machine: Machine) -> None:
+    session = deliver(machine, "jane@example.com", "nobody@example.com")
+    machine.run("journalctl", "--sync")
+    events = {}
+    for line in example("journalctl LMTPD_RECIPIENT=jane@example.com\n").splitlines():
+        words = [re.sub(r"^(LMTPD_SESSION=).*", rf"\1{session}", word) for word in shlex.split(line)]
+        shown = machine.run(*words).stdout
+        events[words[1].partition("=")[0]] = re.findall(r"lmtpd\[\d+\]: (\S+) ", shown)
+    assert events == {
+        "LMTPD_RECIPIENT": ["delivered"],
+        "LMTPD_MSGID": ["delivered"],
+        "LMTPD_SESSION": ["refused", "delivered"],
+        "LMTPD_EVENT": ["refused"],
+        "-t": [],
+    }
