@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -11,10 +12,10 @@ from pathlib import Path
 import pytest
 from container import Machine
 from harness import wait_for
-from test_systemd import MESSAGE, connect, empty_maildir, messages, reset, services
+from test_systemd import MESSAGE, connect, empty_maildir, messages, pool, reset, services  # noqa: F401
 
 EVENTS_7 = Path(__file__).parent.parent / "man" / "lmtpd-events.7"
-FACILITY_MAIL = "2"
+FACILITY_MAIL, FACILITY_LOCAL3 = "2", "19"
 PRIORITY_WARNING, PRIORITY_INFO = "4", "6"
 DATED = b"Message-ID: <%b@example.org>\r\nDate: Sun, 22 Nov 2026 12:00:00 +0000\r\n" + MESSAGE
 
@@ -84,6 +85,27 @@ def test_a_delivery_is_one_line_with_the_facility_and_the_priority_of_syslog(mac
         message,
     ), message
     assert machine.journal("--identifier=lmtpd").splitlines() == [message]
+
+
+def test_the_facility_is_that_of_the_option(machine: Machine) -> None:
+    conf = machine.root / "etc/imapd.conf"
+    before = conf.read_text()
+    conf.write_text(before + "syslog_facility: local3\n")
+    try:
+        deliver(machine, "jane@example.com")
+    finally:
+        conf.write_text(before)
+    assert [entry["SYSLOG_FACILITY"] for entry in entries(machine)] == [FACILITY_LOCAL3]
+
+
+def test_the_lines_of_a_worker_are_found(pool: Machine) -> None:  # noqa: F811
+    with contextlib.closing(connect(pool)) as client:
+        client.hello()
+        assert client.deliver(DATED % b"by-a-worker", "jane@example.com")[0].startswith("250")
+        [entry] = wait_for(lambda: entries(pool, "LMTPD_MSGID=by-a-worker@example.org"), "the line")
+        assert entry["LMTPD_EVENT"] == "delivered"
+        assert entry["_SYSTEMD_UNIT"] == "lmtpd-pool.service"
+        assert entry["_PID"] == str(entry["LMTPD_SESSION"]).split("-")[1]
 
 
 def test_a_refused_recipient_is_a_second_line(machine: Machine) -> None:
