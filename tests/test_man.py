@@ -30,8 +30,15 @@ PRIORITIES |= {"traceback": "err", "startup_error": "err"}
 
 
 def section(page: Path, title: str, macro: str = "Sh") -> str:
-    """The source of the section, or with the macro Ss of the subsection."""
+    """The source of the section up to its first subsection, or with the macro Ss of the subsection."""
     found = re.search(rf"^\.{macro} {title}\n(.*?)(?=^\.S[hs] |\Z)", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert found, f"{page.name} has no section {title}"
+    return found[1]
+
+
+def whole_section(page: Path, title: str) -> str:
+    """The source of the section with its subsections."""
+    found = re.search(rf"^\.Sh {title}\n(.*?)(?=^\.Sh |\Z)", page.read_text(), re.MULTILINE | re.DOTALL)
     assert found, f"{page.name} has no section {title}"
     return found[1]
 
@@ -72,10 +79,10 @@ def printed(page: Path, title: str) -> list[str]:
         (LMTPD_8, "or the end of (.*) seconds, ends the process at once", "GRACE", 1),
         (LMTPD_8, "after (.*) seconds only for their transactions", "RELOAD_PATIENCE", 1),
         (LMTPD_8, "for these not longer than (.*) seconds more", "GRACE", 1),
-        (LMTPD_8, "A command line has at most (.*) octets with its end", "LINE_LIMIT", 1),
-        (LMTPD_8, "An address has at most (.*) octets", "PATH_LIMIT", 1),
-        (LMTPD_8, "A reply line has at most (.*) octets", "REPLY_LINE_LIMIT", 1),
-        (LMTPD_8, "(.*) KiB of it are kept in memory", "MEMORY_LIMIT", 1024),
+        (LMTPD_8, "It command line Ta (.*) bytes with its end", "LINE_LIMIT", 1),
+        (LMTPD_8, "It address Ta (.*) bytes", "PATH_LIMIT", 1),
+        (LMTPD_8, "It reply line Ta (.*) bytes", "REPLY_LINE_LIMIT", 1),
+        (LMTPD_8, "up to (.*) KiB of a message are kept in memory", "MEMORY_LIMIT", 1024),
         (LMTPD_8, "A message of more than (.*) KiB is, while it arrives", "MEMORY_LIMIT", 1024),
         (LMTPD_8, "Of a header larger than (.*) KiB only the beginning", "MEMORY_LIMIT", 1024),
         (LMTPD_8, "what is longer than (.*) octets, and what would", "QUOTA_FILE_LIMIT", 1),
@@ -222,9 +229,7 @@ def heads() -> dict[str, str]:
 
 def groups() -> dict[str, str]:
     """The source of each group of options, by its title."""
-    found = re.search(r"^\.Sh OPTIONS\n(.*?)(?=^\.Sh )", IMAPD_CONF_5.read_text(), re.MULTILINE | re.DOTALL)
-    assert found
-    before, *parts = re.split(r"^\.Ss ", found[1], flags=re.MULTILINE)
+    before, *parts = re.split(r"^\.Ss ", whole_section(IMAPD_CONF_5, "OPTIONS"), flags=re.MULTILINE)
     assert ".It" not in before
     return dict(part.split("\n", 1) for part in parts)
 
@@ -367,9 +372,20 @@ def test_options_are_those_of_the_usage() -> None:
         assert wanted[head] in text
 
 
+def test_overview_has_only_sections_that_are_there() -> None:
+    named = re.findall(r"^\.It Sx (.*?) Ta ", section(LMTPD_8, "DESCRIPTION"), re.MULTILINE)
+    titles = re.findall(r"^\.Sh (.*)$", LMTPD_8.read_text(), re.MULTILINE)
+    assert named == [title for title in titles if title in named] != []
+
+
 def test_verbs_are_those_of_the_session() -> None:
     verbs = [head.split()[1] for head in items(section(LMTPD_8, "Commands", "Ss"))]
     assert sorted(verbs) == sorted(lmtpd.Session.VERBS)
+
+
+def replies() -> dict[str, str]:
+    """The replies under REPLIES, each head with the source of its text."""
+    return {head: text for head, text in items(whole_section(LMTPD_8, "REPLIES")).items() if re.match(r"Sy \d", head)}
 
 
 def test_replies_are_those_that_are_given() -> None:
@@ -378,7 +394,20 @@ def test_replies_are_those_that_are_given() -> None:
         if isinstance(call.func, ast.Name) and call.func.id == "Reply":
             [code], [enhanced] = constants(call.args[0]), constants(call.args[1])
             given.add(f"Sy {code} {enhanced}".rstrip())
-    assert list(items(section(LMTPD_8, "Replies", "Ss"))) == sorted(given)
+    assert list(replies()) == sorted(given)
+
+
+def test_every_failure_has_an_action() -> None:
+    failures = {head: text for head, text in replies().items() if head.startswith(("Sy 4", "Sy 5"))}
+    assert failures
+    assert [head for head, text in failures.items() if not re.search(r"^\.Sy Action :\n\S", text, re.MULTILINE)] == []
+
+
+def test_replies_are_in_the_group_of_their_code() -> None:
+    groups = re.split(r"^\.Ss ", whole_section(LMTPD_8, "REPLIES"), flags=re.MULTILINE)[1:]
+    for group in groups:
+        digits = set(re.findall(r"\b(\d)xx\b", group.partition("\n")[0]))
+        assert {head[3] for head in items(group)} == digits
 
 
 # lmtpd-events(7)
