@@ -76,9 +76,9 @@ def printed(page: Path, title: str) -> list[str]:
 @pytest.mark.parametrize(
     ("page", "text", "name", "unit"),
     [
-        (LMTPD_8, "or the end of (.*) seconds, ends the process at once", "GRACE", 1),
-        (LMTPD_8, "after (.*) seconds only for their transactions", "RELOAD_PATIENCE", 1),
-        (LMTPD_8, "for these not longer than (.*) seconds more", "GRACE", 1),
+        (LMTPD_8, "or after (.*) seconds, it ends at once", "GRACE", 1),
+        (LMTPD_8, "after (.*) seconds, the workers finish only their transactions", "RELOAD_PATIENCE", 1),
+        (LMTPD_8, "after (.*) seconds more they end at once", "GRACE", 1),
         (LMTPD_8, "It command line Ta (.*) bytes with its end", "LINE_LIMIT", 1),
         (LMTPD_8, "It address Ta (.*) bytes", "PATH_LIMIT", 1),
         (LMTPD_8, "It reply line Ta (.*) bytes", "REPLY_LINE_LIMIT", 1),
