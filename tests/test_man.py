@@ -83,11 +83,11 @@ def printed(page: Path, title: str) -> list[str]:
         (LMTPD_8, "It address Ta (.*) bytes", "PATH_LIMIT", 1),
         (LMTPD_8, "It reply line Ta (.*) bytes", "REPLY_LINE_LIMIT", 1),
         (LMTPD_8, "up to (.*) KiB of a message are kept in memory", "MEMORY_LIMIT", 1024),
-        (LMTPD_8, "A message of more than (.*) KiB is, while it arrives", "MEMORY_LIMIT", 1024),
-        (LMTPD_8, "Of a header larger than (.*) KiB only the beginning", "MEMORY_LIMIT", 1024),
-        (LMTPD_8, "what is longer than (.*) octets, and what would", "QUOTA_FILE_LIMIT", 1),
-        (LMTPD_8, "older than (.*) minutes, is counted anew", "QUOTA_STALE", 60),
-        (LMTPD_8, "a name of more than (.*) octets", "NAME_LIMIT", 1),
+        (LMTPD_8, "A message of more than (.*) KiB is written while it arrives", "MEMORY_LIMIT", 1024),
+        (LMTPD_8, "If a header is larger than (.*) KiB, only its beginning", "MEMORY_LIMIT", 1024),
+        (LMTPD_8, "cannot be right or is longer than (.*) bytes", "QUOTA_FILE_LIMIT", 1),
+        (LMTPD_8, "line of changes or is older than (.*) minutes", "QUOTA_STALE", 60),
+        (LMTPD_8, "a file name of more than (.*) bytes", "NAME_LIMIT", 1),
         (LMTPD_8, "a value of more than (.*) characters is cut", "FIELD_LIMIT", 1),
         (EVENTS_7, "it is not tried again for (.*) seconds", "BACKOFF", 1),
         (EVENTS_7, "connects to the user database for (.*) seconds", "BACKOFF", 1),
@@ -126,11 +126,11 @@ def printed(page: Path, title: str) -> list[str]:
         (SIEVE_7, "text of an error Ta (.*)", "ERROR_LIMIT", 1),
         (SIEVE_7, "regular expression with a variable Ta (.*)", "REGEX_STEPS", 1),
         (SIEVE_7, "errors of a script that are told Ta (.*)", "ERRORS_LIMIT", 1),
-        (LMTPD_8, "rights of a user. It has (.*) seconds", "SEND_PATIENCE", 1),
+        (LMTPD_8, "rights of a user. The program has (.*) seconds", "SEND_PATIENCE", 1),
         (LMTPD_8, "The server has (.*) seconds for each reply", "SEND_PATIENCE", 1),
         (LMTPD_8, "no process sends anything for (.*) seconds", "BACKOFF", 1),
         (LMTPD_8, "Mail is recognized for (.*) days", "SENT_EXPIRY", lmtpd.DAY),
-        (LMTPD_8, "A message with more than (.*) fields Received", "RECEIVED_LIMIT", 1),
+        (LMTPD_8, "a message with more than (.*) fields Received", "RECEIVED_LIMIT", 1),
         (LMTPD_8, "a message is redirected to at most (.*) addresses", "REDIRECT_LIMIT", 1),
         (SIEVE_7, "arrives with more than (.*) fields Received", "RECEIVED_LIMIT", 1),
         (SIEVE_7, "or .Ic :seconds says, by default (.*) days", "DEFAULT_DAYS", 1),
@@ -492,7 +492,7 @@ def test_an_event_has_an_action_if_it_is_a_warning_or_an_error(head: str) -> Non
 
 
 def test_statuses_of_sendmail_are_those_that_are_permanent() -> None:
-    found = re.search(r"the exit statuses (\d.*) are permanent", LMTPD_8.read_text())
+    found = re.search(r"the exit statuses (\d.*) of the program", LMTPD_8.read_text())
     assert found
     assert tuple(map(int, re.findall(r"\d+", found[1]))) == lmtpd.PERMANENT_STATUSES
 
