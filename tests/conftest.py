@@ -4,13 +4,14 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from container import OWN, Machine, make_installation
 from harness import Site
 from hypothesis import HealthCheck, settings
+from recipes import make_site
 
 # The tests wait more than they compute.
 WORKERS_FOR_A_PROCESSOR = 3
@@ -53,15 +54,26 @@ def base() -> Path:
     return OWN
 
 
-@pytest.fixture(scope="module")
-def installation(base: Path) -> Path:
-    """The layer, above that root, of machines that have lmtpd and Postfix; made by the worker that comes first."""
-    layer = Path(os.environ[SHARED], base.name)
+def layer_of(base: Path, name: str, make: Callable[[Path, Path], None]) -> Path:
+    """A layer above that root, made by the worker that comes first."""
+    layer = Path(os.environ[SHARED], f"{base.name}-{name}")
     with layer.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not layer.exists():
-            make_installation(base, layer)
+            make(base, layer)
     return layer
+
+
+@pytest.fixture(scope="module")
+def installation(base: Path) -> Path:
+    """The layer of machines that have lmtpd and Postfix."""
+    return layer_of(base, "installation", make_installation)
+
+
+@pytest.fixture(scope="module")
+def whole_site(base: Path) -> Path:
+    """The layer of machines on which the README's eight commands have been run."""
+    return layer_of(base, "site", make_site)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,7 @@
 """The programs lmtpd works with, each run from Debian's package in a scratch folder of its own.
 
-The configurations at the top are the recipes of the README. The paths in them are those of an installed system;
-the classes below put the scratch folder's in their place and add only what keeps an instance to itself: its own
-folders, a port on loopback, a log file.
+The configurations at the top have the paths of an installed system. The classes below put the scratch folder's in their
+place and add only what keeps an instance to itself: its own folders, a port on loopback, a log file.
 """
 
 from __future__ import annotations
@@ -160,7 +159,7 @@ def own_copy(site: Site) -> Path:
 
 
 def recipe(text: str, site: Site, **paths: str) -> str:
-    """A recipe of the README, with this site's paths and its owner in place of an installed system's."""
+    """A configuration from above, with this site's paths and its owner in place of an installed system's."""
     replacements = {
         "/usr/local/bin/lmtpd": lmtpd_for_others(site),
         "/etc/imapd.conf": str(site.conf),
@@ -312,7 +311,7 @@ class LoggedListener(Listener):
 
 
 class Inetd(Peer):
-    """inetd(8) of OpenBSD with the README's two lines: a port on loopback and a unix socket."""
+    """inetd(8) of OpenBSD with two lines: a port on loopback and a unix socket."""
 
     name = "inetd"
 

@@ -142,19 +142,21 @@ need_container() {
 # need_root RELEASE
 need_root() {
     local packages=systemd,systemd-sysv,dbus,python3,python3-venv,python3-setuptools,python3-wheel,python3-docopt,python3-systemd,python3-idna,python3-argon2,python3-cffi,postfix,libsasl2-modules,dovecot-imapd,openssl,procps,man-db
+    # Those that recipes install, which wait in /opt/packages.
+    local later=dovecot-managesieved,dovecot-lmtpd
     local root=$LMTPD_TEST_ROOTS/$1
     (
         # Another test run may have machines booted from it, or be making it, at this moment.
         flock --shared 9
-        is_made "$root" "$packages" && exit
+        is_made "$root" "$packages $later" && exit
         flock 9
-        is_made "$root" "$packages" && exit
+        is_made "$root" "$packages $later" && exit
         echo "Making a root of $1 in $LMTPD_TEST_ROOTS"
         rm -rf "$root"
-        make_root "$1" "$root" "$packages"
+        make_root "$1" "$root" "$packages" "$later"
         # Pure Python, so it does not matter whose pip fetches them.
         "$venv/bin/pip" wheel --quiet --disable-pip-version-check --wheel-dir "$root/opt/wheels" scramp
-        echo "$packages" >"$root/.made-of"
+        echo "$packages $later" >"$root/.made-of"
     ) 9>"$root.lock"
 }
 
@@ -164,7 +166,8 @@ is_made() {
     [[ $(cat "$stamp" 2>/dev/null) == "$2" && -n $(find "$stamp" -mtime -30) ]]
 }
 
-# make_root RELEASE ROOT PACKAGES: the root, with nothing in it that only a person would read, nor this machine's name.
+# make_root RELEASE ROOT PACKAGES LATER: the root, with nothing in it that only a person would read, nor this machine's
+# name. LATER: packages that are only fetched.
 # Dovecot runs in it where a test starts it.
 make_root() {
     local sources settings
@@ -180,6 +183,8 @@ make_root() {
     apt-config dump Acquire >"$settings"
     mmdebstrap --quiet --mode=root --variant=minbase --include="$3" --aptopt="$settings" \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+        --customize-hook="chroot \"\$1\" apt-get -qq install -y --no-install-recommends --download-only ${4//,/ }" \
+        --customize-hook='mkdir -p "$1/opt/packages" && mv "$1"/var/cache/apt/archives/*.deb "$1/opt/packages"' \
         --customize-hook='rm -f "$1/etc/apt/apt.conf.d/99mmdebstrap" "$1/etc/hostname"' \
         --customize-hook='chroot "$1" postconf -X myhostname' \
         --customize-hook='chroot "$1" systemctl --quiet disable dovecot.service' \

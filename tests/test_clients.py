@@ -18,6 +18,7 @@ from container import Machine, readme_blocks
 from harness import PATIENCE, Client, Site, wait_for
 from peers import PASSWORD as EVERYBODYS
 from peers import Exim, LoggedListener, Postfix, libraries, program, unpacked
+from recipes import offline, paste
 from test_auth import PASSWORD, AuthDovecot, encoded
 
 authority = test_tls.authority
@@ -499,21 +500,29 @@ StandardError=journal
 """
 
 
+TCP = "### TCP, TLS and passwords: Postfix on another host"
+CERTIFICATE = "/etc/letsencrypt/live/mx.example.com"
+
+
 @pytest.fixture(scope="module")
 def on_tcp(installed: Machine) -> Machine:
-    """The machine on which README.md has been followed to the end of the section about security."""
+    """The machine after the README's recipe for TCP up to lmtpd's side, with a certificate as from certbot."""
+    command, certbot, _, ours, _ = readme_blocks(TCP)
     site = Site()
     try:
         authority = Authority(site)
         certificate, key = authority.sign("mx.example.com")
-        (installed.root / "root/lmtpd/lmtp.pem").write_text(certificate.read_text() + key.read_text())
+        folder = installed.root / CERTIFICATE.lstrip("/")
+        folder.mkdir(parents=True)
+        (folder.parent.parent / "renewal-hooks/deploy").mkdir(parents=True)
+        (folder / "fullchain.pem").write_text(certificate.read_text())
+        (folder / "privkey.pem").write_text(key.read_text())
         (installed.root / "root/ca.pem").write_text(authority.file.read_text())
     finally:
         site.close()
-    commands = "".join(readme_blocks("## Security: who is trusted with what"))
-    # Somebody types the password, twice.
-    typed = f"exec 3<<END\n{PASSWORD}\n{PASSWORD}\nEND\n"
-    installed.shell(f"{typed}cd /root/lmtpd\n{commands.replace('doveadm', '<&3 doveadm')}")
+    for block in (command, certbot):
+        paste(installed, block)
+    paste(installed, offline(installed, ours), PASSWORD, PASSWORD)
     return installed
 
 
@@ -533,7 +542,7 @@ def deliver_in(machine: Machine, user: str, password: str = PASSWORD) -> str:
 
 
 class TestReadme:
-    """The README's way to TCP, on a machine that was installed by the README."""
+    """The README's recipe for TCP."""
 
     def check_delivery(self, machine: Machine) -> None:
         assert deliver_in(machine, "mta") == "TLSv1.3\n"
@@ -561,6 +570,50 @@ class TestReadme:
         assert client.deliver(MESSAGE, "jane")[0].startswith("250")
         client.close()
         assert b" with LMTPA id " in test_systemd.messages(tcp_machine)[0].read_bytes()
+
+    def test_postfix_on_another_host(self, tcp_machine: Machine) -> None:
+        """It is on this one, in fact, but comes in by the name and the port."""
+        *_, theirs = readme_blocks(TCP)
+        tcp_machine.shell("""
+echo '127.0.0.1 mx.example.com' >>/etc/hosts
+cp /root/ca.pem /etc/ssl/certs/ca-certificates.crt
+postconf -e lmtp_host_lookup=native lmtp_tls_loglevel=1
+""")
+        try:
+            paste(tcp_machine, offline(tcp_machine, theirs.replace("mta:secret", f"mta:{PASSWORD}")))
+            test_systemd.send(tcp_machine)
+            wait_for(lambda: test_systemd.messages(tcp_machine), "the message")
+        finally:
+            tcp_machine.shell("postconf -e 'local_transport = lmtp:unix:private/lmtpd'\npostfix reload")
+        message = test_systemd.messages(tcp_machine)[0].read_bytes()
+        assert b"(authenticated user=mta bits=256)" in message
+        assert b" with LMTPSA (TLSv1.3 " in message
+        verified = "Verified TLS connection established to mx.example.com[127.0.0.1]:24: TLSv1.3"
+        assert verified in tcp_machine.journal("--identifier=postfix/lmtp")
+
+    @pytest.mark.parametrize("client", ["certbot", "acme.sh"])
+    def test_a_renewed_certificate_is_used(self, tcp_machine: Machine, client: str) -> None:
+        _, _, acme, _, _ = readme_blocks(TCP)
+        folder = CERTIFICATE
+        hook = "/etc/letsencrypt/renewal-hooks/deploy/lmtpd"
+        environment = [f"RENEWED_LINEAGE={folder}", "RENEWED_DOMAINS=mx.example.com"]
+        if client == "acme.sh":
+            folder = "/etc/lmtpd/mx.example.com"
+            # It copies the files to the places that it is told, and then has the shell run the command.
+            [hook] = re.findall(r"--reloadcmd '(.*)'", acme)
+            assert f"--fullchain-file {folder}/fullchain.pem --key-file {folder}/privkey.pem" in acme
+            tcp_machine.shell(f"{acme.splitlines()[0]}\ncp {CERTIFICATE}/*.pem {folder}")
+            environment = ["PATH=/usr/bin:/bin"]
+        tcp_machine.shell(f"""
+cp {folder}/fullchain.pem /root/fullchain.pem
+openssl req -x509 -key {folder}/privkey.pem -subj '/CN=renewed for {client}' -out {folder}/fullchain.pem
+env -i {" ".join(environment)} sh -c '{hook}'
+env -i RENEWED_LINEAGE=/etc/letsencrypt/live/another.example.com /usr/local/sbin/lmtpd-certificate
+""")
+        assert tcp_machine.run("stat", "--format=%U %a", "/etc/lmtpd.pem").stdout == "lmtpd 600\n"
+        shown = tcp_machine.run("openssl", "s_client", "-starttls", "lmtp", "-connect", "127.0.0.1:24").stdout
+        assert re.search(rf"subject=CN ?= ?renewed for {client}\n", shown)
+        tcp_machine.shell(f"cp /root/fullchain.pem {folder}\nRENEWED_LINEAGE={folder} lmtpd-certificate")
 
     def with_credentials(self, machine: Machine) -> str:
         """Makes files that only root can read, and a configuration in which lmtpd has them from systemd."""

@@ -8,7 +8,7 @@ import pytest
 import test_site
 from container import DEBIAN_13, OWN, Machine
 from harness import wait_for
-from test_site import PASSWORD, SPOOL, subjects
+from test_site import PASSWORD, SPOOL, maildir, subjects
 from test_systemd import connect
 
 if OWN != DEBIAN_13:  # else they run on it anyway
@@ -47,12 +47,12 @@ def messages(machine: Machine, place: str) -> int:
 @pytest.mark.parametrize(
     ("user", "fields", "place"),
     [
-        ("moved", "userdb_mail_path=~/Maildir", "moved/Maildir"),
-        ("driven", "userdb_mail_driver=maildir userdb_mail_path=~/Maildir", "driven/Maildir"),
+        ("moved", "userdb_mail_path=~/mail", "moved/mail"),
+        ("driven", "userdb_mail_driver=maildir userdb_mail_path=~/mail", "driven/mail"),
         ("straight", f"userdb_mail_path=/{SPOOL}/away", "away"),
-        ("inbox", "userdb_mail_path=~/Maildir userdb_mail_inbox_path=~/Maildir", "inbox/Maildir"),
-        ("dotted", "userdb_mail_path=~/Maildir userdb_mail_inbox_path=.", "dotted/Maildir"),
-        ("guest", f"userdb_mail_home=/{SPOOL}/host userdb_mail_path=~/Maildir", "host/Maildir"),
+        ("inbox", "userdb_mail_path=~/mail userdb_mail_inbox_path=~/mail", "inbox/mail"),
+        ("dotted", "userdb_mail_path=~/mail userdb_mail_inbox_path=.", "dotted/mail"),
+        ("guest", f"userdb_mail_home=/{SPOOL}/host userdb_mail_path=~/mail", "host/mail"),
     ],
 )
 def test_the_mail_is_where_dovecot_says(site: Machine, user: str, fields: str, place: str) -> None:
@@ -70,7 +70,7 @@ def test_sizes_are_those_that_dovecot_reads(site: Machine) -> None:
     users = {f"size{number}": f"userdb_quota_storage_size={size}" for number, size in enumerate(SIZES)}
     add_users(site, users)
     assert {reply[:3] for reply in deliver(site, *users)} == {"250"}
-    headers = [(site.root / SPOOL / user / "maildirsize").read_text().splitlines()[0] for user in users]
+    headers = [(site.root / maildir(user) / "maildirsize").read_text().splitlines()[0] for user in users]
     shown = [site.run("doveadm", "-f", "tab", "quota", "get", "-u", user).stdout for user in users]
     limits = [line.split("\t")[3] for text in shown for line in text.splitlines() if "\tSTORAGE\t" in line]
     assert headers == [f"{int(limit) * 1024}S" for limit in limits]
@@ -80,7 +80,7 @@ def test_a_user_without_a_limit_has_no_quota(site: Machine) -> None:
     users = {f"free-{size}": f"userdb_quota_storage_size={size}" for size in NO_LIMIT}
     add_users(site, users)
     assert {reply[:3] for reply in deliver(site, *users)} == {"250"}
-    assert not any((site.root / SPOOL / user / "maildirsize").exists() for user in users)
+    assert not any((site.root / maildir(user) / "maildirsize").exists() for user in users)
 
 
 def test_a_number_of_messages_is_a_limit(site: Machine) -> None:

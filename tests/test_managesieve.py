@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from container import readme_blocks
-from harness import PATIENCE, Client, Site
+from harness import Client, Site
 from mailboxes import letter, messages_in
 from peers import PASSWORD
 from pigeonhole import ManageSieve
 from sievelib.managesieve import Client as SieveLib
-
-from lmtpd import language_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Credentials are sent:UserWarning")  # they are, on loopback
 
@@ -218,22 +214,6 @@ def test_what_is_uploaded_and_activated_counts_at_the_next_message(
     editor.delete("second")
     deliver(client, editor.user)
     assert counts(scene.server, editor.user, "One", "Two") == [4, 2, 1]
-
-
-def test_the_setting_in_the_readme_lets_the_server_offer_what_lmtpd_has() -> None:
-    """Dovecot lacks some capabilities, but must not offer one whose scripts are errors here."""
-    _, setting = readme_blocks("## Filters", "")
-    with tempfile.TemporaryDirectory(prefix="lmtpd-test-") as folder:
-        Path(folder).chmod(0o755)
-        server = ManageSieve(Path(folder))
-        server.conf.write_text(server.conf.read_text() + setting)
-        with server, socket.create_connection(server.address, PATIENCE) as sock, sock.makefile("r") as replies:
-            capabilities = next(line for line in replies if line.startswith('"SIEVE" '))
-    offered = set(capabilities.split('"')[3].split())
-    own = language_for(()).capabilities | {"regex"}
-    assert offered <= own
-    missing = {name for name in own - offered if not name.startswith("comparator-")}
-    assert missing == {"ereject", "fcc"}
 
 
 # What else is in the folder of scripts

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import peers
 import pytest
 from harness import LMTPD, PATIENCE, Address, Client, Site, connect, wait_for
 from peers import Dovecot, Inetd, Listener, Postfix, SystemdSocketActivate, finish, program, smtp_source
@@ -400,11 +399,3 @@ class TestStarters:
         printed = run("sh", "-c", f"printf '{session}' | {LMTPD} -C {site.conf} 2>/dev/null")
         assert printed.splitlines()[-1].startswith("221 2.0.0")
         assert len(site.messages("jane")) == 1
-
-
-@pytest.mark.parametrize(
-    "name", ["POSTFIX_MAIN_CF", "POSTFIX_MASTER_CF", "DOVECOT_CONF", "DOVECOT_24_CONF", "INETD_CONF"]
-)
-def test_the_recipes_are_those_of_the_readme(name: str) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    assert f"```\n{getattr(peers, name)}```\n" in readme

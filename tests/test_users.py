@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from container import Machine, readme_blocks
+from container import Machine
 from harness import PATIENCE, STORE_USER, Client, Site, connect, wait_for
 from peers import Peer, answers, dovecot_24_head, dovecot_version, program
 
@@ -1066,9 +1066,10 @@ def test_the_unit_for_mail_in_the_homes(machine: Machine) -> None:
 systemd-sysusers /opt/lmtpd/units/lmtpd.sysusers
 chown -R lmtpd /var/lib/lmtpd
 echo 'configdirectory: /var/lib/lmtpd' >/etc/imapd.conf
-cd /root/lmtpd
+printf '%s\\n' 'cyrus_user: lmtpd' 'userdb: passwd' 'maildir_path: %h/Maildir' >>/etc/imapd.conf
+install -D -m 644 /opt/lmtpd/units/accounts.conf /etc/systemd/system/lmtpd@.service.d/accounts.conf
+systemctl daemon-reload
 """
-        + readme_blocks("### Mail in the homes of the host's accounts")[0]
     )
     count = len(machine.shell("ls /home/jane/Maildir/new").split())
     client = Client(connect(str(machine.root / "run/lmtpd/lmtp")))
