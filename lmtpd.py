@@ -12782,8 +12782,10 @@ class Checkup:
     def _check_packages(self) -> None:
         from importlib.util import find_spec
 
-        if self._config.sasl_pwcheck_method == "file" and self._config.admins and not find_spec("scramp"):
-            self.errors.append("sasl_pwcheck_method: file needs the Python package scramp")
+        if self._config.sasl_pwcheck_method == "file" and self._config.admins:
+            missing = [name for name in ("argon2", "scramp") if not find_spec(name)]
+            texts = [f"The Python package {name} is missing: passwords for it cannot be checked" for name in missing]
+            (self.errors if len(missing) > 1 else self.notes).extend(texts)
         if not find_spec("systemd"):
             self.notes.append("The Python package systemd-python is missing: systemd cannot pass sockets to lmtpd")
 

@@ -183,6 +183,7 @@ make_root() {
     apt-config dump Acquire >"$settings"
     mmdebstrap --quiet --mode=root --variant=minbase --include="$3" --aptopt="$settings" \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+        --customize-hook='rm -f "$1"/var/cache/apt/archives/*.deb' \
         --customize-hook="chroot \"\$1\" apt-get -qq install -y --no-install-recommends --download-only ${4//,/ }" \
         --customize-hook='mkdir -p "$1/opt/packages" && mv "$1"/var/cache/apt/archives/*.deb "$1/opt/packages"' \
         --customize-hook='rm -f "$1/etc/apt/apt.conf.d/99mmdebstrap" "$1/etc/hostname"' \
