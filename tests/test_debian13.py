@@ -1,4 +1,4 @@
-"""The units and the README's recipe for TCP on Debian 13. The others are in test_dovecot24.py and test_recipes.py."""
+"""The units on Debian 13. Its recipes are in test_tcp13.py, test_dovecot24.py and test_recipes.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 from container import DEBIAN_13, OWN
 
 if OWN != DEBIAN_13:  # else they run on it anyway
-    from test_clients import TestReadme, on_tcp, tcp_machine  # noqa: F401
     from test_systemd import (  # noqa: F401
         machine,
         pool,
