@@ -639,7 +639,7 @@ env -i RENEWED_LINEAGE=/etc/letsencrypt/live/another.example.com /usr/local/sbin
         tcp_machine.shell("systemctl daemon-reload; systemctl stop lmtpd.socket; systemctl start root.socket")
         try:
             assert "(454, b'4.7.0 " in deliver_in(tcp_machine, "mta")
-            journal = tcp_machine.journal("--unit=root@*")
+            journal = tcp_machine.journal("--identifier=lmtpd")
             assert re.search(r"authentication-unavailable .*/lmtpd\.passwords: Permission denied", journal)
             assert test_systemd.messages(tcp_machine) == []
         finally:
