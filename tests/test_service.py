@@ -99,6 +99,14 @@ def pool(site: Site, *arguments: str, more_addresses: tuple[str, ...] = ()) -> I
         yield starter
 
 
+def connected(port: int) -> socket.socket | None:
+    """A connection to the port of loopback; None while nobody listens there."""
+    try:
+        return connect(("127.0.0.1", port))
+    except ConnectionRefusedError:
+        return None
+
+
 def open_session(starter: Starter) -> Client:
     client = starter.connect()
     client.hello()
@@ -170,7 +178,7 @@ class TestPool:
     def test_internet_peers_must_authenticate_without_a(self, site: Site) -> None:
         port = free_port()
         with pool(site, more_addresses=(f"127.0.0.1:{port}",)) as starter:
-            client = Client(connect(("127.0.0.1", port)))
+            client = Client(wait_for(lambda: connected(port), "the second socket"))
             client.hello()
             assert client.command("MAIL FROM:<>").startswith("430 4.7.0")
             client.close()
