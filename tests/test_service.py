@@ -99,10 +99,10 @@ def pool(site: Site, *arguments: str, more_addresses: tuple[str, ...] = ()) -> I
         yield starter
 
 
-def connected(port: int) -> socket.socket | None:
-    """A connection to the port of loopback; None while nobody listens there."""
+def client_of(port: int) -> Client | None:
+    """A client on the port of loopback; None while nobody listens there."""
     try:
-        return connect(("127.0.0.1", port))
+        return Client(connect(("127.0.0.1", port)))
     except ConnectionRefusedError:
         return None
 
@@ -178,7 +178,7 @@ class TestPool:
     def test_internet_peers_must_authenticate_without_a(self, site: Site) -> None:
         port = free_port()
         with pool(site, more_addresses=(f"127.0.0.1:{port}",)) as starter:
-            client = Client(wait_for(lambda: connected(port), "the second socket"))
+            client = wait_for(lambda: client_of(port), "the second socket")
             client.hello()
             assert client.command("MAIL FROM:<>").startswith("430 4.7.0")
             client.close()
