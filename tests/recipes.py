@@ -116,8 +116,12 @@ def make_site(base: Path, layer: Path) -> None:
     machine = Machine(base, kept=unfinished)
     try:
         copy_source(machine)
-        # As it is when the package has just been installed; the root has it switched off.
-        machine.run("systemctl", "enable", "dovecot.service")
+        # As the packages leave it when they are installed with a network at hand.
+        machine.shell("""
+systemctl enable dovecot.service
+echo mail.example.com >/etc/mailname
+postconf -e myorigin=/etc/mailname
+""")
         done = paste(machine, offline(machine, block), folder="/root/lmtpd")
         (machine.root / "root/commands").write_text("\0".join(done.commands))
     finally:

@@ -1,4 +1,4 @@
-"""The units on Debian 13. Its recipes are in test_tcp13.py, test_dovecot24.py and test_recipes.py."""
+"""The units on a machine of Debian 13."""
 
 from __future__ import annotations
 

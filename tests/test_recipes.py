@@ -1,6 +1,6 @@
 """The README's recipes that begin elsewhere than after the eight commands, on Debian 12 and 13.
 
-Those for a site are in test_site.py, that for TCP is in test_clients.py.
+Those for a site are in test_site.py.
 """
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import test_systemd
+from authority import Authority
 from container import DEBIAN_13, OWN, TOP, Machine, readme_blocks
-from harness import wait_for
+from harness import Site, wait_for
 from recipes import offline, paste
+from test_auth import PASSWORD as PASS_PHRASE
+from test_clients import MESSAGE, content
 from test_site import PASSWORD, catch_mail_for_elsewhere, codes, subjects, submit, wait_for_mail
 
 README = (TOP / "README.md").read_text()
@@ -150,6 +154,175 @@ def test_from_dovecots_lmtp(machine: Machine) -> None:
     owners = machine.shell(f"find /{home}/Maildir -name '*,S=*' -printf '%u:%g %m\\n' | sort -u")
     assert owners == "vmail:vmail 600\n"
     assert "relay=mx.example.com[private/lmtpd]" in machine.journal("--identifier=postfix/lmtp")
+
+
+# A client in the machine that README.md has set up, which verifies, authenticates if it is given a name, and delivers.
+SMTPLIB = """\
+import smtplib, ssl, sys
+user, password, context = *sys.argv[1:], ssl.create_default_context(cafile="/root/ca.pem")
+with smtplib.LMTP("127.0.0.1", 24) as client:
+    if user:
+        client._host = "mx.example.com"
+        client.starttls(context=context)
+        client.login(user, password)
+    print(client.sock.version() if user else "in the clear")
+    client.sendmail("sender@example.com", ["jane@example.com"], sys.stdin.read())
+"""
+
+CREDENTIALS = "LoadCredential=lmtpd.pem:/root/lmtpd.pem\nLoadCredential=lmtpd.passwords:/root/lmtpd.passwords\n"
+ROOT_SERVICE = """\
+[Service]
+ExecStart=/usr/local/bin/lmtpd -C /etc/root.conf
+StandardInput=socket
+StandardError=journal
+"""
+
+
+TCP = "### TCP, TLS and passwords: Postfix on another host"
+CERTIFICATE = "/etc/letsencrypt/live/mx.example.com"
+
+
+@pytest.fixture(scope="module")
+def on_tcp(installed: Machine) -> Machine:
+    """The machine after the README's recipe for TCP up to lmtpd's side, with a certificate as from certbot."""
+    command, certbot, _, ours, _ = readme_blocks(TCP)
+    site = Site()
+    try:
+        authority = Authority(site)
+        certificate, key = authority.sign("mx.example.com")
+        folder = installed.root / CERTIFICATE.lstrip("/")
+        folder.mkdir(parents=True)
+        (folder.parent.parent / "renewal-hooks/deploy").mkdir(parents=True)
+        (folder / "fullchain.pem").write_text(certificate.read_text())
+        (folder / "privkey.pem").write_text(key.read_text())
+        (installed.root / "root/ca.pem").write_text(authority.file.read_text())
+    finally:
+        site.close()
+    for block in (command, certbot):
+        paste(installed, block)
+    paste(installed, offline(installed, ours), PASS_PHRASE, PASS_PHRASE)
+    return installed
+
+
+@pytest.fixture
+def tcp_machine(on_tcp: Machine) -> Iterator[Machine]:
+    """The same with jane's Maildir empty, and after the test without the test's drop-ins."""
+    test_systemd.empty_maildir(on_tcp)
+    on_tcp.run("systemctl", "start", "lmtpd.socket")
+    yield on_tcp
+    test_systemd.reset(on_tcp, "lmtpd@.service", "lmtpd.socket")
+
+
+def deliver_in(machine: Machine, user: str, password: str = PASS_PHRASE) -> str:
+    """What the client in the machine prints, and in the end complains of."""
+    done = machine.run("python3", "-c", SMTPLIB, user, password, stdin=MESSAGE.decode(), check=False)
+    return done.stdout + done.stderr
+
+
+class TestTcp:
+    """The recipe for TCP, with a certificate as certbot and acme.sh bring it."""
+
+    def check_delivery(self, machine: Machine) -> None:
+        assert deliver_in(machine, "mta") == "TLSv1.3\n"
+        (stored,) = test_systemd.messages(machine)
+        message = stored.read_bytes()
+        assert content(message) == MESSAGE.replace(b"\r\n", b"\n")
+        assert b"(authenticated user=mta bits=256)" in message
+        assert b" with LMTPSA (TLSv1.3 " in message
+        assert " user=mta mechanism=PLAIN peer=[127.0.0.1]\n" in machine.journal("--identifier=lmtpd")
+
+    def test_delivery_with_tls_and_a_password(self, tcp_machine: Machine) -> None:
+        self.check_delivery(tcp_machine)
+
+    @pytest.mark.parametrize(
+        ("user", "password", "reply"),
+        [("", "", "(530, b'5.7.0 "), ("mta", "wrong", "(535, b'5.7.8 "), ("root", PASS_PHRASE, "(535, b'5.7.8 ")],
+    )
+    def test_others_are_refused(self, tcp_machine: Machine, user: str, password: str, reply: str) -> None:
+        assert reply in deliver_in(tcp_machine, user, password)
+        assert test_systemd.messages(tcp_machine) == []
+
+    def test_the_unix_socket_stays_as_it_was(self, tcp_machine: Machine) -> None:
+        client = test_systemd.connect(tcp_machine)
+        client.hello()
+        assert client.deliver(MESSAGE, "jane")[0].startswith("250")
+        client.close()
+        assert b" with LMTPA id " in test_systemd.messages(tcp_machine)[0].read_bytes()
+
+    def test_postfix_on_another_host(self, tcp_machine: Machine) -> None:
+        """It is on this one, in fact, but comes in by the name and the port."""
+        *_, theirs = readme_blocks(TCP)
+        tcp_machine.shell("""
+echo '127.0.0.1 mx.example.com' >>/etc/hosts
+cp /root/ca.pem /etc/ssl/certs/ca-certificates.crt
+postconf -e lmtp_host_lookup=native lmtp_tls_loglevel=1
+""")
+        tcp_machine.run("cp", "/etc/postfix/main.cf", "/root/main.cf")
+        try:
+            paste(tcp_machine, offline(tcp_machine, theirs.replace("mta:secret", f"mta:{PASS_PHRASE}")))
+            test_systemd.send(tcp_machine)
+            wait_for(lambda: test_systemd.messages(tcp_machine), "the message")
+        finally:
+            tcp_machine.shell("cp /root/main.cf /etc/postfix\npostfix reload")
+        message = test_systemd.messages(tcp_machine)[0].read_bytes()
+        assert b"(authenticated user=mta bits=256)" in message
+        assert b" with LMTPSA (TLSv1.3 " in message
+        verified = "Verified TLS connection established to mx.example.com[127.0.0.1]:24: TLSv1.3"
+        assert verified in tcp_machine.journal("--identifier=postfix/lmtp")
+
+    @pytest.mark.parametrize("client", ["certbot", "acme.sh"])
+    def test_a_renewed_certificate_is_used(self, tcp_machine: Machine, client: str) -> None:
+        _, _, acme, _, _ = readme_blocks(TCP)
+        folder = CERTIFICATE
+        hook = "/etc/letsencrypt/renewal-hooks/deploy/lmtpd"
+        environment = [f"RENEWED_LINEAGE={folder}", "RENEWED_DOMAINS=mx.example.com"]
+        if client == "acme.sh":
+            folder = "/etc/lmtpd/mx.example.com"
+            # It copies the files to the places that it is told, and then has the shell run the command.
+            [hook] = re.findall(r"--reloadcmd '(.*)'", acme)
+            assert f"--fullchain-file {folder}/fullchain.pem --key-file {folder}/privkey.pem" in acme
+            tcp_machine.shell(f"{acme.splitlines()[0]}\ncp {CERTIFICATE}/*.pem {folder}")
+            environment = ["PATH=/usr/bin:/bin"]
+        tcp_machine.shell(f"""
+cp {folder}/fullchain.pem /root/fullchain.pem
+openssl req -x509 -key {folder}/privkey.pem -subj '/CN=renewed for {client}' -out {folder}/fullchain.pem
+env -i {" ".join(environment)} sh -c '{hook}'
+env -i RENEWED_LINEAGE=/etc/letsencrypt/live/another.example.com /usr/local/sbin/lmtpd-certificate
+""")
+        assert tcp_machine.run("stat", "--format=%U %a", "/etc/lmtpd.pem").stdout == "lmtpd 600\n"
+        shown = tcp_machine.run("openssl", "s_client", "-starttls", "lmtp", "-connect", "127.0.0.1:24").stdout
+        assert re.search(rf"subject=CN ?= ?renewed for {client}\n", shown)
+        tcp_machine.shell(f"cp /root/fullchain.pem {folder}\nRENEWED_LINEAGE={folder} lmtpd-certificate")
+
+    def with_credentials(self, machine: Machine) -> str:
+        """Makes files that only root can read, and a configuration in which lmtpd has them from systemd."""
+        machine.shell("for name in lmtpd.pem lmtpd.passwords; do install -m 600 /etc/$name /root/$name; done")
+        return (machine.root / "etc/imapd.conf").read_text().replace("/etc/lmtpd.p", "lmtpd.p")
+
+    def test_credentials_for_the_account_of_the_service(self, tcp_machine: Machine) -> None:
+        conf = tcp_machine.root / "etc/imapd.conf"
+        good = conf.read_text()
+        conf.write_text(self.with_credentials(tcp_machine))
+        test_systemd.install_drop_in(tcp_machine, "lmtpd@.service", "test.conf", f"[Service]\n{CREDENTIALS}")
+        try:
+            self.check_delivery(tcp_machine)
+        finally:
+            conf.write_text(good)
+
+    def test_credentials_for_root(self, tcp_machine: Machine) -> None:
+        """The key is read by root; the passwords, which are read for every AUTH, are out of cyrus_user's reach."""
+        (tcp_machine.root / "etc/root.conf").write_text(self.with_credentials(tcp_machine) + "cyrus_user: lmtpd\n")
+        units = tcp_machine.root / "run/systemd/system"
+        (units / "root.socket").write_text("[Socket]\nListenStream=127.0.0.1:24\nAccept=yes\n")
+        (units / "root@.service").write_text(ROOT_SERVICE + CREDENTIALS)
+        tcp_machine.shell("systemctl daemon-reload; systemctl stop lmtpd.socket; systemctl start root.socket")
+        try:
+            assert "(454, b'4.7.0 " in deliver_in(tcp_machine, "mta")
+            journal = tcp_machine.journal("--identifier=lmtpd")
+            assert re.search(r"authentication-unavailable .*/lmtpd\.passwords: Permission denied", journal)
+            assert test_systemd.messages(tcp_machine) == []
+        finally:
+            tcp_machine.run("systemctl", "stop", "root.socket")
 
 
 def test_lines_are_120_characters_at_most() -> None:

@@ -200,7 +200,7 @@ def test_roots_mail_is_somebodys(site: Machine) -> None:
     wait_for_mail(site, "to root", "jane")
 
 
-@pytest.mark.parametrize("domain", ["mx.example.com", "localhost", "localhost.example.com"])
+@pytest.mark.parametrize("domain", ["mx.example.com", "mail.example.com", "localhost", "localhost.example.com"])
 def test_the_hosts_own_names_are_local(site: Machine, domain: str) -> None:
     assert codes(submit(site, f"to {domain}", f"jane@{domain}")) == ["250", "250"]
     wait_for_mail(site, f"to {domain}", "jane")
@@ -282,6 +282,19 @@ def test_while_dovecot_restarts_no_mail_is_lost(site: Machine) -> None:
     site.run("systemctl", "start", "dovecot")
     site.run("postqueue", "-f")
     wait_for_mail(site, "patience", "jane")
+
+
+def test_how_to_find_out(site: Machine) -> None:
+    """Each command has an answer. (To a terminal, journalctl would show it page by page.)"""
+    [block] = readme_blocks("## How to find out")
+    submit(site, "sought", "jane@example.com")
+    wait_for_mail(site, "sought", "jane")
+    site.run("journalctl", "--sync")
+    answers = [site.run("bash", "-c", command).stdout for command in block.splitlines()]
+    assert len(answers) == 3
+    assert f"\nmailbox  /{maildir('jane')}\n" in answers[1]
+    assert "delivered" in answers[2]
+    assert all("recipient=<jane@example.com>" in line for line in answers[2].splitlines() if "delivered" in line)
 
 
 def test_filters_of_a_user(site: Machine) -> None:
