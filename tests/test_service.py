@@ -179,6 +179,7 @@ class TestPool:
         port = free_port()
         with pool(site, more_addresses=(f"127.0.0.1:{port}",)) as starter:
             client = wait_for(lambda: client_of(port), "the second socket")
+            assert client
             client.hello()
             assert client.command("MAIL FROM:<>").startswith("430 4.7.0")
             client.close()
