@@ -456,7 +456,7 @@ class Config:
     allowstarttls = option(as_switch, "no", "offer STARTTLS to untrusted clients")
     autocreate_inbox_folders = option(as_folders, "", "the folders of a new Maildir")
     autocreate_post = option(as_switch, "no", "make the Maildir of an unknown user when mail arrives")
-    autocreate_quota = option(as_kibioctets, "-1", "the quota of a new Maildir in units of 1024 octets; -1: none")
+    autocreate_quota = option(as_kibioctets, "-1", "the quota of a new Maildir in units of 1024 bytes; -1: none")
     autocreate_quota_messages = option(as_count_or_none, "-1", "the most messages of a new Maildir; -1: no limit")
     autocreate_subscribe_folders = option(as_folders, "", "the folders to which a new user is subscribed")
     autocreate_users = option(as_names, "anyone", "users whose Maildirs are made: userids, group:NAME, anyone")
@@ -465,7 +465,7 @@ class Config:
     cyrus_user = option(as_text, "", "the account to run as when started by root")
     debug = option(as_switch, "no", "log details that help to find a fault")
     debug_command = option(as_command, "", "the command that -D runs")
-    default_quota = option(as_octets, "0", "the quota of a Maildir that has none of its own, in octets; 0: none")
+    default_quota = option(as_octets, "0", "the quota of a Maildir that has none of its own, in bytes; 0: none")
     default_quota_messages = option(as_number, "0", "the most messages of such a Maildir; 0: no limit")
     defaultdomain = option(as_text, "", "the domain that userids leave out")
     defaultpartition = option(as_text, "", "the partition of the Maildirs; needed only when there are several")
@@ -510,16 +510,16 @@ class Config:
     )
     lmtp_strict_rfc2821 = option(as_switch, "yes", "refuse non-ASCII addresses without SMTPUTF8")
     maildir_path = option(as_template("pundh"), "%p/%u", "the path of a user's Maildir")
-    maxmessagesize = option(as_octets, "0", "the largest message accepted, in octets; 0: no limit")
+    maxmessagesize = option(as_octets, "0", "the largest message accepted, in bytes; 0: no limit")
     metrics_path = option(optional(as_path), "", "the file to which a pool writes its metrics")
-    munge8bit = option(as_switch, "no", "replace 8-bit octets in message headers by X")
+    munge8bit = option(as_switch, "no", "replace non-ASCII bytes in message headers by X")
     passwd_min_uid = option(as_number, "1000", "with userdb: passwd, accounts with a lower user id have no mailbox")
     postmaster = option(as_text, "postmaster", "the user who gets the mail of postmaster")
     postuser = option(as_text, "", "the user part of addresses of shared folders")
     quota_exclude_deleted = option(as_switch, "no", "do not count messages that are marked as deleted in a quota")
     quota_exclude_folders = option(as_folders, "", "folders that do not count in a quota")
     recipient_delimiter = option(as_delimiters, "+", "characters that divide the user from the detail of an address")
-    reject8bit = option(as_switch, "no", "refuse messages with 8-bit octets in the header")
+    reject8bit = option(as_switch, "no", "refuse messages with non-ASCII bytes in the header")
     sasl_auth_socket_path = option(
         as_path, "/run/dovecot/auth-client", "the socket of Dovecot's authentication service"
     )
@@ -546,7 +546,7 @@ class Config:
     sieve_extensions = option(as_lower_names, "", "the Sieve capabilities that scripts may use; by default all")
     sieve_global_dir = option(optional(as_path), "", "the directory of the scripts for include :global")
     sieve_maxscriptsize = option(
-        limited(as_kibioctets, "1", "10240"), "64", "the largest Sieve script, in units of 1024 octets"
+        limited(as_kibioctets, "1", "10240"), "64", "the largest Sieve script, in units of 1024 bytes"
     )
     sieve_script = option(
         optional(as_template("pundh")), "", "the path of a user's Sieve script; by default ~/.dovecot.sieve"
@@ -2709,7 +2709,7 @@ FIELD_NAME = frozenset(set(range(33, 127)) - {ord(":")})  # RFC 5322 section 2.2
 EIGHT_BIT_TO_X = bytes(range(128)) + b"X" * 128
 
 NUL_IN_MESSAGE = Reply(554, "5.6.0", "The message contains a NUL octet")
-EIGHT_BIT_HEADER = Reply(554, "5.6.0", "The message has 8-bit octets in its header")
+EIGHT_BIT_HEADER = Reply(554, "5.6.0", "The message has non-ASCII bytes in its header")
 TOO_LARGE = Reply(552, "5.3.4", "The message is larger than this server takes")
 
 
@@ -4369,8 +4369,8 @@ def render_limits(limits: tuple[int, int]) -> str:
 
 
 def in_words(amount: tuple[int, int]) -> str:
-    """Octets and messages for the log, such as "1000 octets, 10 messages"; without zeros."""
-    return ", ".join(f"{number} {unit}" for number, unit in zip(amount, ("octets", "messages")) if number)
+    """Octets and messages for the log, such as "1000 bytes, 10 messages"; without zeros."""
+    return ", ".join(f"{number} {unit}" for number, unit in zip(amount, ("bytes", "messages")) if number)
 
 
 class QuotaFile:
@@ -7424,7 +7424,7 @@ class Subject:
         octets = self.header.octets
         field = folded_field(name, value)
         if len(octets) + len(field) > len(self.message.header.octets) + HEADER_GROWTH:
-            raise RunError(f"addheader makes the header more than {HEADER_GROWTH} octets longer")
+            raise RunError(f"addheader makes the header more than {HEADER_GROWTH} bytes longer")
         if last and not octets.endswith(LF):
             octets += LF
         place = len(octets) if last else end_of_trace(self.header)
@@ -8116,7 +8116,7 @@ class Compiler:
         """The script. name: its path, for errors. Raises ScriptErrors."""
         try:
             if len(octets) > self._size_limit:
-                raise ScriptError(f"the script has more than {self._size_limit} octets", 0)
+                raise ScriptError(f"the script has more than {self._size_limit} bytes", 0)
             self._text = decoded_script(octets)
             nodes = Parser(self._text).parse()
         except ScriptError as error:
@@ -8361,7 +8361,7 @@ def with_decoded_characters(text: str, place: int) -> str:
     try:  # octets one after the other may be one character
         return "".join(pieces).encode("utf-8", "surrogateescape").decode("utf-8")
     except UnicodeDecodeError:
-        raise ScriptError("the octets that ${hex: ...} stands for are not UTF-8", place) from None
+        raise ScriptError("the bytes that ${hex: ...} stands for are not UTF-8", place) from None
 
 
 def decoded_characters(code: str, place: int) -> str | None:
@@ -11589,7 +11589,7 @@ class MailDialogue(Dialogue):
         if is_last:
             self._deliver(transaction, incoming)
         else:
-            self.reply(self._agent.refusal(incoming) or Reply(250, "2.0.0", f"{size} octets received"))
+            self.reply(self._agent.refusal(incoming) or Reply(250, "2.0.0", f"{size} bytes received"))
 
     def do_rset(self, argument: str) -> None:
         """RFC 5321 section 4.1.1.5"""
@@ -11879,7 +11879,7 @@ def parse_size(value: str | None, limit: int) -> int:
         raise malformed("SIZE must be a number")
     size = int(value[:SIZE_DIGITS])
     if 0 < limit < size:
-        raise LmtpError(Reply(552, "5.2.3", f"Messages may have at most {limit} octets"))
+        raise LmtpError(Reply(552, "5.2.3", f"Messages may have at most {limit} bytes"))
     return size
 
 

@@ -576,7 +576,7 @@ LENIENT = "addresses with an underscore in the domain, IPv6 literals, and spaces
 TRACE = (
     "in Return-Path the sender has quotes only where needed and no source route, and servername also where the domain"
 )
-STRICT = "not taken are paths of more than 900 octets, control characters, a NUL, the recipient <>,"
+STRICT = "not taken are paths of more than 900 bytes, control characters, a NUL, the recipient <>,"
 PARAMETERS = "a parameter that is given twice or is empty"
 WHITE = "white space after a command, or more of it before a parameter, does no harm"
 POSTMASTER = "mail for postmaster in any domain goes to one user"

@@ -152,7 +152,7 @@ def test_a_full_mailbox_is_logged_with_use_and_limit(site: Site) -> None:
     assert client.deliver(MESSAGE, "jane")[0].startswith("250")
     [size] = [file.stat().st_size for file in site.files("jane")]
     assert client.deliver(MESSAGE, "jane")[0].startswith("452 4.2.2")
-    line = f'mailbox={site.spool}/jane used="{size} octets, 1 messages" limit="100 octets, 7 messages"'
+    line = f'mailbox={site.spool}/jane used="{size} bytes, 1 messages" limit="100 bytes, 7 messages"'
     assert "<4>over-quota session=" in site.log_text()
     assert line in site.log_text()
 

@@ -491,6 +491,17 @@ def test_an_event_has_an_action_if_it_is_a_warning_or_an_error(head: str) -> Non
     assert len(actions) == head.endswith((" err", " warning"))
 
 
+def test_other_pages_name_events_as_the_log_does() -> None:
+    """Each event, and no spelling of it that nobody finds in the log."""
+    events = {head.split()[1] for head in event_items()}
+    spaced = {event.replace("-", " ") for event in events if "-" in event}
+    for page in (LMTPD_8, IMAPD_CONF_5, SIEVE_7):
+        marked = re.findall(r"^\.Sy (.+?)(?: [.,:;)]+)?$", page.read_text(), re.MULTILINE)
+        assert not spaced & {each.lower() for each in marked}
+        hyphenated = {each for each in marked if re.fullmatch("[a-z]+(-[a-z]+)+", each)}
+        assert hyphenated <= events
+
+
 def test_statuses_of_sendmail_are_those_that_are_permanent() -> None:
     found = re.search(r"the exit statuses (\d.*) of the program", LMTPD_8.read_text())
     assert found

@@ -233,7 +233,7 @@ def test_a_user_without_a_message(site: Site, before: tuple[str, ...], user: str
         "userdb": "maildir",
         "mailbox": f"{site.spool}/jane",
         "folder": "INBOX",
-        "quota": "nothing of 20971520 octets",
+        "quota": "nothing of 20971520 bytes",
         "script": "none",
         "reply": "250 2.1.5 Ok",
     }
@@ -246,7 +246,7 @@ def test_the_count_of_a_full_mailbox(site: Site) -> None:
     message.write_bytes(b"x" * 1500)
     os.chown(message, pwd.getpwnam(STORE_USER).pw_uid, -1)
     said = asked(site, "--explain", "jane")
-    assert said.value["quota"] == "1500 octets, 1 messages of 1000 octets"
+    assert said.value["quota"] == "1500 bytes, 1 messages of 1000 bytes"
     assert said.value["reply"].startswith("452 4.2.2")
     assert not (site.spool / "jane/maildirsize").exists()
 

@@ -334,7 +334,7 @@ def test_bdat_in_chunks_cut_anywhere(client: Client, site: Site) -> None:
     for cut in range(len(content) + 1):
         begin(client, "jane")
         client.send(b"BDAT %d\r\n%s" % (cut, content[:cut]))
-        assert client.reply() == [f"250 2.0.0 {cut} octets received"]
+        assert client.reply() == [f"250 2.0.0 {cut} bytes received"]
         client.send(b"BDAT %d LAST\r\n%s" % (len(content) - cut, content[cut:]))
         assert client.reply()[0].startswith("250 2.1.5")
     assert {body(message) for message in site.messages("jane")} == {b".\nbody\n"}
@@ -420,7 +420,7 @@ def test_too_large_a_message_is_refused_for_each_recipient(site: Site, command: 
     site.configure(maxmessagesize="1000")
     client = site.connect()
     client.hello()
-    assert client.command("MAIL FROM:<> SIZE=1001") == "552 5.2.3 Messages may have at most 1000 octets"
+    assert client.command("MAIL FROM:<> SIZE=1001") == "552 5.2.3 Messages may have at most 1000 bytes"
     assert client.command("MAIL FROM:<> SIZE=99999999999999999999999").startswith("552 5.2.3")
     begin(client, "jane", "jane")
     content = b"Subject: x\r\n\r\n" + b"x" * 985 + b"\r\n"

@@ -301,7 +301,7 @@ def test_filters_of_a_user(site: Machine) -> None:
     script, question = readme_blocks("### Filters")
     [answer] = readme_blocks("### Filters", "")
     assert paste(site, script).output == ""
-    used = re.compile("^quota    [0-9]+ octets, [0-9]+ messages of ", re.MULTILINE)
+    used = re.compile("^quota    [0-9]+ bytes, [0-9]+ messages of ", re.MULTILINE)
     assert used.sub("", site.shell(question)) == used.sub("", answer)
     submit(site, "help", "jane@example.com", field="List-Id: <debian-user.lists.debian.org>")
     wait_for_folder(site, "jane", "Lists.debian-user")
