@@ -10292,15 +10292,16 @@ class Router:
 
         Raises LmtpError if the user is unknown, the mailbox full, or the store unavailable.
         """
-        try:
-            destination = self._destination(address, envelope, ignores_quota)
-            strict = self._config.lmtp_strict_quota
-            # The folder matters only if some folders do not count.
-            folder = self.folder_of(destination) if self._config.quota_exclude_folders else INBOX
-            destination.mailbox.check_quota(folder, size if strict else 0, int(strict))
-        except StoreError as error:
-            if not (isinstance(error, MailboxFull) and ignores_quota):
-                raise LmtpError(reply_to(error, self._config)) from None
+        with log.context(recipient=f"<{address}>"):
+            try:
+                destination = self._destination(address, envelope, ignores_quota)
+                strict = self._config.lmtp_strict_quota
+                # The folder matters only if some folders do not count.
+                folder = self.folder_of(destination) if self._config.quota_exclude_folders else INBOX
+                destination.mailbox.check_quota(folder, size if strict else 0, int(strict))
+            except StoreError as error:
+                if not (isinstance(error, MailboxFull) and ignores_quota):
+                    raise LmtpError(reply_to(error, self._config)) from None
         return destination
 
     def folder_of(self, destination: Destination) -> str:
@@ -10502,12 +10503,13 @@ class DeliveryAgent:
         batch: list[Delivery] = []
         waiting = 0
         for delivery in deliveries:
-            try:
-                delivery.placements = self.plan(message, delivery)
-                outbox.withhold(delivery)
-            except Exception as error:
-                delivery.fail(reply_to(error, self._config, delivery.destination.mailbox.path))
-            placer.place(delivery, delivery is deliveries[-1])
+            with log.context(recipient=f"<{delivery.destination.recipient.address}>"):
+                try:
+                    delivery.placements = self.plan(message, delivery)
+                    outbox.withhold(delivery)
+                except Exception as error:
+                    delivery.fail(reply_to(error, self._config, delivery.destination.mailbox.path))
+                placer.place(delivery, delivery is deliveries[-1])
             batch.append(delivery)
             waiting += len(delivery.placements)
             if waiting >= BATCH or delivery is deliveries[-1]:
@@ -10551,12 +10553,13 @@ class Placer:
         Frees messages other than the one that was sent.
         """
         for delivery in deliveries:
-            for placement in delivery.placements:
-                if not delivery.failure:
-                    self._sync(placement, delivery)
-            if delivery.failure:
+            with log.context(recipient=f"<{delivery.destination.recipient.address}>"):
                 for placement in delivery.placements:
-                    self._take_back(placement, delivery.failure)
+                    if not delivery.failure:
+                        self._sync(placement, delivery)
+                if delivery.failure:
+                    for placement in delivery.placements:
+                        self._take_back(placement, delivery.failure)
             for placement in delivery.placements:
                 if placement.placed:
                     placement.placed.close()

@@ -58,7 +58,7 @@ def site(base: Path, whole_site: Path) -> Iterator[Machine]:
     """A machine after the eight commands and those for the users joe and ann. Mail for example.net goes to files."""
     machine = Machine(base, whole_site)
     try:
-        joe, ann, _, _, _, _ = readme_blocks("### Users")
+        joe, ann, _, _, _, _, _ = readme_blocks("### Users")
         paste(machine, joe, PASSWORD, PASSWORD)
         paste(machine, ann, PASSWORD, PASSWORD)
         catch_mail_for_elsewhere(machine)
@@ -445,8 +445,17 @@ def test_a_user_manages_a_filter(site: Machine) -> None:
     assert missing == {"ereject", "fcc"}
 
 
+def test_another_quota_for_a_user_who_is_there(site: Machine) -> None:
+    _, _, quota, *_ = readme_blocks("### Users")
+    paste(site, quota)
+    wait_for(lambda: quota_by_doveadm(site, "jane")[1] == 5 * 1024**2, "Dovecot to read the file")
+    submit(site, "room for more", "jane@example.com")
+    wait_for_mail(site, "room for more", "jane")
+    wait_for(lambda: limits_on_disk(site, "jane") == f"{5 * 1024**3}S", "lmtpd to write the quota")
+
+
 def test_a_new_password(site: Machine) -> None:
-    _, _, password, _, _, _ = readme_blocks("### Users")
+    _, _, _, password, _, _, _ = readme_blocks("### Users")
     paste(site, password, "other", "other")
     login = "import imaplib, sys; print(imaplib.IMAP4('127.0.0.1', timeout=50).login('jane', sys.argv[1])[0])"
     wait_for(lambda: site.run("python3", "-c", login, "other", check=False).stdout == "OK\n", "the new password")
@@ -456,7 +465,7 @@ def test_a_new_password(site: Machine) -> None:
 
 
 def test_a_renamed_user_keeps_mail_and_filters(site: Machine) -> None:
-    _, _, _, rename, _, _ = readme_blocks("### Users")
+    _, _, _, _, rename, _, _ = readme_blocks("### Users")
     before = subjects(site, "joe")
     paste(site, rename)
     wait_for(lambda: site.run("doveadm", "user", "joe", check=False).returncode != 0, "the old name to go")
@@ -468,7 +477,7 @@ def test_a_renamed_user_keeps_mail_and_filters(site: Machine) -> None:
 
 
 def test_mail_for_a_user_who_has_left_is_refused(site: Machine) -> None:
-    _, _, _, _, remove, _ = readme_blocks("### Users")
+    _, _, _, _, _, remove, _ = readme_blocks("### Users")
     assert codes(submit(site, "the last", "ann@example.com")) == ["250", "250"]
     wait_for_mail(site, "the last", "ann")
     paste(site, remove)
@@ -478,7 +487,7 @@ def test_mail_for_a_user_who_has_left_is_refused(site: Machine) -> None:
 
 
 def test_the_catch_all_takes_the_rest(site: Machine) -> None:
-    _, _, _, _, _, catch_all = readme_blocks("### Users")
+    _, _, _, _, _, _, catch_all = readme_blocks("### Users")
     conf = site.root / "etc/imapd.conf"
     before = conf.read_text()
     (site.root / SPOOL / "jane/.dovecot.sieve").unlink()
