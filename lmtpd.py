@@ -127,6 +127,7 @@ SWITCHES = {
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 OCTETS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 DECIMAL_DIGITS = frozenset("0123456789")
+FILES_LIMIT = 100  # the most files of a configuration
 OPTION_PUNCTUATION = str.maketrans("", "", "-_")
 SMTP_PORTS = {"smtp": "25", "submission": "587"}
 TLS_VERSIONS = ("tls1_0", "tls1_1", "tls1_2", "tls1_3")
@@ -634,11 +635,14 @@ class Config:
         config = cls()
         config.files, config.settings = tuple(files), {name: value for name, (value, _) in settings.items()}
         set_options(config, settings, service, errors)
+        try:
+            config.partition = default_partition(config, settings, service, file)
+        except ConfigError as error:
+            errors += error.texts
         if errors:
             raise ConfigError(*errors)
         config.servername = config.servername or socket.gethostname()
         config.defaultdomain = config.defaultdomain.lower()
-        config.partition = default_partition(config, settings, service, file)
         config.test_texts = {test: texts_of_results(test, settings) for test in TEST_TEXTS}
         config.special_uses = special_uses(settings, service)
         config.ignored = [(where, name) for name, (_, where) in settings.items() if "partition-" not in name]
@@ -713,6 +717,8 @@ def similar_option(name: str) -> str:
 
 def default_partition(config: Config, settings: dict[str, tuple[str, str]], service: str, file: str) -> str:
     """The directory of all Maildirs: the partition, or the beginning of maildir_path. Raises ConfigError."""
+    if isinstance(config.maildir_path, Option) or isinstance(config.defaultpartition, Option):
+        return ""  # it is wrong, and has been named
     if "p" not in template_variables(config.maildir_path):
         return os.path.dirname(config.maildir_path.partition("%")[0])
     names = [name for name in settings if name.startswith("partition-")]
@@ -746,6 +752,8 @@ def read_settings(file: str, errors: list[str]) -> tuple[dict[str, tuple[str, st
         real = os.path.realpath(name)
         if real in seen:
             raise ValueError("is included twice")
+        if len(seen) >= FILES_LIMIT:
+            raise ValueError(f"is one of more than {FILES_LIMIT} files")
         seen.append(real)
         for where, key, value in read_lines(name, errors):
             if key == "@include":
@@ -819,6 +827,7 @@ def parse_setting(line: bytes) -> tuple[str, str]:
 LOG_ERR, LOG_WARNING, LOG_INFO, LOG_DEBUG = 3, 4, 6, 7  # syslog(3)
 SYSLOG_SOCKET = "/dev/log"
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
+JOURNAL_FIELDS_LIMIT = 1000  # the journal drops an entry with more than 1024, a few of which are its own
 FIELD_LIMIT = 1000  # characters of a value; syslog(3) may lose lines of more than 8 KiB
 BARE = frozenset(map(chr, range(33, 127))) - frozenset('"=\\')  # characters that need no quotes in a value
 
@@ -932,9 +941,9 @@ class Journal:
 
     @classmethod
     def connect(cls, facility: str) -> Journal | None:
-        """A connection; None if there is none to be had."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        """A connection; None if there is no journal."""
         try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             sock.connect(JOURNAL_SOCKET)
         except OSError:
             return None
@@ -947,6 +956,8 @@ class Journal:
         for name, value in fields.items():
             values = value if isinstance(value, Addresses) else [text_of(value)]
             parts += [journal_field(f"LMTPD_{name.upper()}", without_brackets(each)) for each in values]
+        if len(parts) > JOURNAL_FIELDS_LIMIT:
+            return False
         try:
             self._socket.send(b"".join(parts))
         except OSError:
@@ -1288,36 +1299,53 @@ class Interruptible:
 # ======================================================================
 # Metrics
 #
-# Owns the counts and times of a pool's replies, and the file that shows them.
-# Must not know how they reach it.
+# Owns the counts and times of a pool's replies, the way from workers to their parent,
+# and the file that shows them.
+# Must not know what is counted.
 # ======================================================================
 
 METRICS_INTERVAL = 10.0  # seconds between two writings of the file
 REFUSAL = 0xFFFFFFFF  # in place of the milliseconds of a reply to a recipient, for a command that is refused
 SUBJECTS, DETAILS = 10_000, 100  # a reply as a number: 250 2.1.5 is 2500105
-
-
-def reply_number(reply: Reply) -> int:
-    """A reply as a number, by which a worker tells its parent. Texts are left out."""
-    _, subject, detail = map(int, (reply.enhanced or "0.0.0").split("."))
-    return reply.code * SUBJECTS + subject * DETAILS + detail
+REPORT_SIZE = 8  # octets: the number of a reply, and milliseconds
 
 
 class Metrics:
     """Counts of replies, written as OpenMetrics text. file: where; "" for nowhere.
 
+    fd: readable when a worker has reported; -1 if there is no file. Workers never wait: a report that finds the pipe
+    full is dropped.
     Source: the OpenMetrics specification 1.0.
     """
 
     def __init__(self, file: str) -> None:
         self._file = file
-        self._deliveries: dict[int, tuple[int, int]] = {}  # by reply_number(): how many, and their milliseconds
+        self.fd, self._reported = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK) if file else (-1, -1)
+        self._deliveries: dict[int, tuple[int, int]] = {}  # by the number of a reply: how many, and milliseconds
         self._refusals: dict[int, int] = {}
         self._written = b""
         self._written_at = -FOREVER
 
-    def count(self, number: int, ms: int) -> None:
-        """Counts a reply. number: see reply_number(). ms: milliseconds since the message was complete, or REFUSAL."""
+    def report(self, reply: Reply, ms: int) -> None:
+        """Tells the parent a reply. ms: milliseconds since the message was complete, or REFUSAL."""
+        _, subject, detail = map(int, (reply.enhanced or "0.0.0").split("."))
+        number = reply.code * SUBJECTS + subject * DETAILS + detail
+        try:
+            os.write(self._reported, number.to_bytes(4, sys.byteorder) + min(ms, REFUSAL).to_bytes(4, sys.byteorder))
+        except OSError:
+            return  # the parent has died, or has no time
+
+    def read(self) -> None:
+        """Counts what workers have reported."""
+        try:
+            while reports := os.read(self.fd, READ_SIZE):
+                for start in range(0, len(reports), REPORT_SIZE):
+                    number, ms = (reports[at : at + 4] for at in (start, start + 4))
+                    self._count(int.from_bytes(number, sys.byteorder), int.from_bytes(ms, sys.byteorder))
+        except BlockingIOError:
+            return
+
+    def _count(self, number: int, ms: int) -> None:
         if ms == REFUSAL:
             self._refusals[number] = self._refusals.get(number, 0) + 1
             return
@@ -1337,9 +1365,10 @@ class Metrics:
         text = self._text(ready, busy, connections)
         if text == self._written:
             return FOREVER
-        self._written, self._written_at = text, time.monotonic()
+        self._written_at = time.monotonic()
         try:
             replace_text_file(self._file, text)
+            self._written = text
         except OSError as error:
             log.warning_once("metrics-not-written", cause=error)
         return METRICS_INTERVAL
@@ -1359,21 +1388,27 @@ class Metrics:
 
 
 def labels(number: int) -> str:
-    """The labels of a reply. number: see reply_number()."""
+    """The labels of a reply, which is a number as in Metrics.report()."""
     code, status = divmod(number, SUBJECTS)
     subject, detail = divmod(status, DETAILS)
-    return f'code="{code}",status="{code // 100}.{subject}.{detail}"'
+    return f'code="{code}",status="{f"{code // 100}.{subject}.{detail}" if status else ""}"'
 
 
 def replace_text_file(path: str, text: bytes) -> None:
     """Writes a file that everybody may read, in one step for its readers. Raises OSError."""
-    fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    draft = f"{path}.new"
+    try:
+        os.unlink(draft)  # it may be another user's, a link or a pipe
+    except FileNotFoundError:
+        pass
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.fchmod(fd, 0o644)  # whatever the umask
-        os.write(fd, text)
+        if os.write(fd, text) < len(text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), draft)
     finally:
         os.close(fd)
-    os.rename(f"{path}.new", path)
+    os.rename(draft, path)
 
 
 # ======================================================================
@@ -5713,7 +5748,8 @@ class Records:
         self._path = config.duplicate_db_path or f"{config.configdirectory}/deliver.db"
         self._expiry = config.duplicate_expiry
         self._database: Database | None = None
-        self._backoff = Backoff(f"{config.configdirectory}/deliver.backoff")
+        self._read_only = config.read_only
+        self._backoff = Backoff("" if config.read_only else f"{config.configdirectory}/deliver.backoff")
 
     def exists(self) -> bool:
         """Whether the database has been made already."""
@@ -5814,6 +5850,10 @@ class Records:
     def _open(self) -> Database:
         import sqlite3
 
+        if self._read_only:
+            from urllib.parse import quote
+
+            return sqlite3.connect(f"file:{quote(self._path)}?mode=ro", timeout=DATABASE_PATIENCE, uri=True)
         database = sqlite3.connect(self._path, timeout=DATABASE_PATIENCE, isolation_level=None)
         # If the system crashes, a lost record means a second copy, not a lost message.
         database.execute("PRAGMA synchronous = NORMAL")
@@ -10018,6 +10058,19 @@ class Filtered:
         return ", ".join([*rejected, *map(str, self.outgoing), *filed]) or "discard"
 
 
+def site_scripts(path: str) -> list[str]:
+    """The paths of the site's scripts: that path, or the scripts in that directory in the order of their names.
+
+    Raises ScriptUnreadable.
+    """
+    if not os.path.isdir(path):
+        return [path]
+    try:
+        return sorted(f"{path}/{name}" for name in os.listdir(path) if name.endswith(SCRIPT_SUFFIX))
+    except OSError as error:
+        raise ScriptUnreadable(path, error) from None
+
+
 class Filters:
     """Runs the scripts for a recipient: the site's before, the user's or else the default, the site's after.
 
@@ -10105,13 +10158,7 @@ class Filters:
         """
         if not path:
             return
-        paths = [path]
-        if os.path.isdir(path):
-            try:
-                paths = sorted(f"{path}/{name}" for name in os.listdir(path) if name.endswith(SCRIPT_SUFFIX))
-            except OSError as error:
-                raise ScriptUnreadable(path, error) from None
-        for each in paths:
+        for each in site_scripts(path):
             if script := self._files.load(each, self._own):
                 yield script
             else:
@@ -10190,11 +10237,16 @@ RECEIVED_LIMIT = 100  # fields Received of a message that is sent on: RFC 5321 s
 
 
 class Destination:
-    """A recipient's mailbox. detail: the folder's name; "" for the INBOX. ignores_quota: deliver even if over quota."""
+    """A recipient's mailbox. detail: the folder's name; "" for the INBOX. ignores_quota: deliver even if over quota.
 
-    def __init__(self, recipient: Recipient, mailbox: Maildir, detail: str, ignores_quota: bool) -> None:
+    substitute: the user who gets the mail in place of an unknown recipient; "" for none.
+    """
+
+    def __init__(
+        self, recipient: Recipient, mailbox: Maildir, detail: str, ignores_quota: bool, substitute: str = ""
+    ) -> None:
         self.recipient, self.mailbox, self.detail = recipient, mailbox, detail
-        self.ignores_quota = ignores_quota
+        self.ignores_quota, self.substitute = ignores_quota, substitute
 
 
 class Envelope:
@@ -10340,7 +10392,7 @@ class Router:
         for userid in filter(None, substitutes):
             local, _, domain = userid.partition("@")
             if found := self._first_user(recipients_of(Address(local, domain), self._config), envelope):
-                return Destination(last, found[1], "", ignores_quota)
+                return Destination(last, found[1], "", ignores_quota, found[0].userid)
             log.warning("fallback-user-unknown", user=userid)
         raise UserUnknown
 
@@ -10384,14 +10436,14 @@ class Router:
 class DeliveryAgent:
     """Delivers messages to the mailboxes of their recipients.
 
-    router: finds these. count: told each reply to a recipient and to a refused command, see Metrics.count().
+    router: finds these. count: told each reply to a recipient and to a refused command, see Metrics.report().
     """
 
     def __init__(self, config: Config) -> None:
         """Raises ConfigError."""
         self._config = config
         self.router = Router(config)
-        self.count: Callable[[int, int], None] | None = None
+        self.count: Callable[[Reply, int], None] | None = None
         self._identity = Identity.of_process()
         self._records = Records(config)
         self._submission = Submission(config)
@@ -10458,7 +10510,7 @@ class DeliveryAgent:
             replies.append(reply := delivery.failure or delivery.rejection or delivered)
             log_delivery(delivery, reply, message, envelope, started)
             if self.count:
-                self.count(reply_number(reply), round((time.monotonic() - started) * 1000))
+                self.count(reply, round((time.monotonic() - started) * 1000))
         return replies
 
     def plan(self, message: Message, delivery: Delivery) -> list[Placement]:
@@ -11664,7 +11716,7 @@ class Session(MailDialogue):
         """See Dialogue.log_refusal()."""
         super().log_refusal(line, reply)
         if self._agent.count:
-            self._agent.count(reply_number(reply), REFUSAL)
+            self._agent.count(reply, REFUSAL)
         self._auth_refused |= line.lstrip()[:4].upper() == b"AUTH"
 
     def interpret(self, line: bytes) -> None:
@@ -12017,8 +12069,8 @@ class ConnectionHandler:
         """Gets ready for many connections, before workers fork."""
         self._agent.prepare()
 
-    def count_replies(self, count: Callable[[int, int], None]) -> None:
-        """Has each reply counted, see DeliveryAgent."""
+    def count_replies(self, count: Callable[[Reply, int], None]) -> None:
+        """Names the function that is told each reply, see DeliveryAgent."""
         self._agent.count = count
 
     def serve(self, peer: Peer) -> None:
@@ -12078,7 +12130,7 @@ def run_debugger(command: str, stop: Stop) -> None:
 
 
 def set_tcp_options(fd: int, config: Config) -> None:
-    """Has replies sent at once, and with tcp_keepalive a silent connection probed. Source: tcp(7)."""
+    """Makes TCP send replies at once, and probe a silent connection if tcp_keepalive is on. Source: tcp(7)."""
     with Socket(fileno=os.dup(fd)) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not config.tcp_keepalive:
@@ -12267,6 +12319,7 @@ class Pool:
                     self._start_worker(group, preforked=False)
             if self._reports in happened:
                 self._read_reports()
+            self._count_replies()
             self._reap()
         self._finish()
 
@@ -12300,8 +12353,9 @@ class Pool:
         Listening sockets are among them only if a connection that waits there needs a worker.
         """
         poll = select.poll()
-        for fd in (self._stop.wakeup.fd, self._reports):
-            poll.register(fd, select.POLLIN)
+        for fd in (self._stop.wakeup.fd, self._reports, self._metrics.fd):
+            if fd >= 0:
+                poll.register(fd, select.POLLIN)
         for group in self._groups:
             if self._may_fork() and group.needs_worker():
                 group.idle_one_left = False
@@ -12350,7 +12404,7 @@ class Pool:
             os.set_blocking(self._reported, True)
             reporter = Reporter(self._reported, self._stop)
             if self._handler.config.metrics_path:
-                self._handler.count_replies(reporter.report)
+                self._handler.count_replies(self._metrics.report)
             Worker(self._handler, group.listeners, reporter, self._timeout, preforked).run()
             status = os.EX_OK
         except Exception:
@@ -12359,19 +12413,16 @@ class Pool:
             os._exit(status)
 
     def _read_reports(self) -> None:
-        try:
-            reports = os.read(self._reports, READ_SIZE)
-        except BlockingIOError:
-            return
-        for message, process in Reporter.parse(reports):
-            if message > CONNECTED:
-                self._metrics.count(message, process)
-                continue
+        for message, process in Reporter.parse(os.read(self._reports, READ_SIZE)):
             self._served += message == CONNECTED
             self._busy_at = self._busy_at if message == UNAVAILABLE else time.monotonic()
             for group in self._groups:
                 if process in group.workers:
                     group.workers[process] = message
+
+    def _count_replies(self) -> None:
+        if self._metrics.fd >= 0:
+            self._metrics.read()
 
     def _reap(self) -> None:
         """Forgets workers that have ended. If one died before its first report, starts a back-off of a second."""
@@ -12417,15 +12468,15 @@ class Pool:
             poll.poll(min(1.0, self._notifier.interval / 2) * 1000)
             stop.wakeup.drain()
             self._notifier.alive()
+            self._count_replies()
             self._reap()
-        self._read_reports()
+        self._count_replies()
         self._metrics.write(0, 0, self._served, at_once=True)
 
 
 class Reporter:
     """Tells the parent the state of this worker, in master(8)'s form: two native ints, message and process id.
 
-    Our own parent is also told replies, in the same form: reply_number() a reply, and the milliseconds that it took.
     fd: the pipe to the parent. When the parent has died, the worker leaves.
     """
 
@@ -12434,10 +12485,9 @@ class Reporter:
     def __init__(self, fd: int, stop: Stop) -> None:
         self.fd, self._stop = fd, stop
 
-    def report(self, message: int, more: int = -1) -> None:
-        """Tells AVAILABLE, UNAVAILABLE or CONNECTED; or a reply, with its milliseconds."""
-        pair = message, os.getpid() if more < 0 else more
-        numbers = (number.to_bytes(self.INT_SIZE, sys.byteorder) for number in pair)
+    def report(self, message: int) -> None:
+        """Tells AVAILABLE, UNAVAILABLE or CONNECTED."""
+        numbers = (number.to_bytes(self.INT_SIZE, sys.byteorder) for number in (message, os.getpid()))
         try:
             os.write(self.fd, b"".join(numbers))
         except OSError as error:
@@ -12446,7 +12496,7 @@ class Reporter:
 
     @classmethod
     def parse(cls, reports: bytes) -> Iterator[tuple[int, int]]:
-        """The reports in a parent's input: each message, with the process id of its worker or a reply's time."""
+        """The reports in a parent's input: each message, with the process id of its worker."""
         ends = range(cls.INT_SIZE, len(reports) + 1, cls.INT_SIZE)
         numbers = (int.from_bytes(reports[end - cls.INT_SIZE : end], sys.byteorder) for end in ends)
         return zip(numbers, numbers)
@@ -12613,6 +12663,7 @@ def socket_from_inetd() -> Socket:
 # ======================================================================
 
 SECRETS = ("smtp_auth_password",)
+CHECK_PATIENCE = 5  # seconds to connect to an address of smtp_host
 
 
 def drop_privileges(user: str, keep: bool) -> None:
@@ -12646,15 +12697,18 @@ def act_as_service(config: Config) -> None:
 
     Where systemd starts lmtpd as its own account, cyrus_user is not set. Raises ConfigError.
     """
-    try:
+    user = config.cyrus_user
+    if not user and os.geteuid() == 0:
         import pwd
 
-        owner = pwd.getpwuid(os.stat(config.configdirectory).st_uid)
-        user = config.cyrus_user or (owner.pw_name if owner.pw_uid else "")
-    except (KeyError, OSError):
-        user = config.cyrus_user
-    if user:
-        drop_privileges(user, keep=config.userdb != "maildir")
+        try:
+            owner = os.stat(config.configdirectory).st_uid
+            user = pwd.getpwuid(owner).pw_name if owner else ""
+        except OSError as error:
+            raise ConfigError(f"configdirectory: {text_of(error)}") from None
+        except KeyError:
+            raise ConfigError(f"configdirectory: its owner, uid {owner}, has no account: set cyrus_user") from None
+    drop_privileges(user, keep=config.userdb != "maildir")
 
 
 def account_name() -> str:
@@ -12693,6 +12747,10 @@ class Checkup:
 
     def check(self) -> None:
         """All else, as the account that delivers mail."""
+        try:
+            Router(self._config)
+        except ConfigError as error:
+            self.errors += error.texts
         self._check_options()
         self._check_directories()
         self._check_services()
@@ -12711,21 +12769,21 @@ class Checkup:
 
     def _check_directories(self) -> None:
         config = self._config
-        partitions = {name: path for name, path in config.settings.items() if "partition-" in name}
-        wanted = {"configdirectory": config.configdirectory, **partitions, "shared_maildir": config.shared_maildir}
-        if config.duplicate_db_path:
-            wanted["duplicate_db_path"] = os.path.dirname(config.duplicate_db_path)
-        for name, path in wanted.items():
-            if path:
-                self._check_access(name, path, os.R_OK | os.W_OK | os.X_OK)
+        self._check_access("configdirectory", config.configdirectory, os.R_OK | os.W_OK | os.X_OK)
+        makes_mailboxes = config.userdb != "maildir" or config.autocreate_post
+        self._check_access("partition", config.partition, os.R_OK | os.X_OK | (os.W_OK if makes_mailboxes else 0))
+        self._check_access("shared_maildir", config.shared_maildir, os.R_OK | os.W_OK | os.X_OK)
+        for name in ("duplicate_db_path", "metrics_path"):
+            self._check_access(name, os.path.dirname(getattr(config, name)), os.W_OK | os.X_OK)
 
     def _check_access(self, name: str, path: str, mode: int) -> None:
-        """Whether the path, which that option has, can be used so."""
-        if os.access(path, mode, effective_ids=True):
+        """Whether the path of that option, if it has one, can be read, written or searched."""
+        if not path or os.access(path, mode, effective_ids=True):
             return
         try:
             os.stat(path)
-            number = errno.EROFS if os.statvfs(path).f_flag & os.ST_RDONLY and mode & os.W_OK else errno.EACCES
+            is_read_only = mode & os.W_OK and os.statvfs(path).f_flag & os.ST_RDONLY
+            number = errno.EROFS if is_read_only else errno.EACCES
             error = OSError(number, os.strerror(number), path)
         except OSError as missing:
             error = missing
@@ -12746,25 +12804,27 @@ class Checkup:
                 daemon = "saslauthd" if name == "sasl_saslauthd_path" else "Dovecot"
                 self.errors.append(f"{name}: {error} (is {daemon} running, and may {account_name()} connect?)")
         if config.admins and config.sasl_pwcheck_method == "file":
-            self._check_access("sasl_password_file", config.sasl_password_file or "/", os.R_OK)
+            self._check_access("sasl_password_file", config.sasl_password_file, os.R_OK)
+            if not config.sasl_password_file:
+                self.errors.append("sasl_pwcheck_method: file needs sasl_password_file")
+        if config.admins and config.sasl_pwcheck_method == "auxprop":
+            self.errors.append("sasl_pwcheck_method: auxprop is Cyrus's own: set lmtp_sasl_pwcheck_method")
 
     def _check_scripts(self) -> None:
         config = self._config
+        files = ScriptFiles(config, traced=False)
         for name in ("sieve_before", "sieve_default", "sieve_after"):
             path = getattr(config, name)
-            if not path:
-                continue
             try:
-                names = sorted(os.listdir(path)) if os.path.isdir(path) else [""]
-            except OSError as error:
-                self.errors.append(f"{name}: {text_of(error)}")
-                continue
-            for file in names:
-                if not file or file.endswith(SCRIPT_SUFFIX):
-                    faults = faults_of_script(os.path.join(path, file) if file else path, config)
-                    self.errors += [f"{name}: {fault}" for fault in faults]
-        if config.sieve_global_dir:
-            self._check_access("sieve_global_dir", config.sieve_global_dir, os.R_OK | os.X_OK)
+                for script in site_scripts(path) if path else ():
+                    if not files.load(script, Identity.of_process()):
+                        self.errors.append(f"{name}: {script}: {os.strerror(errno.ENOENT)}")
+            except ScriptUnreadable as error:
+                self.errors.append(f"{name}: {error}")
+            except ScriptErrors as errors:
+                places = [f"{errors.name}:{line}:{column}: {text}" for line, column, text in errors.errors]
+                self.errors += [f"{name}: {place}" for place in places]
+        self._check_access("sieve_global_dir", config.sieve_global_dir, os.R_OK | os.X_OK)
 
     def _check_sending(self) -> None:
         """Whether scripts can send mail. If not, mail is delivered all the same."""
@@ -12777,9 +12837,9 @@ class Checkup:
 
         host, port, _ = config.smtp_host
         try:
-            create_connection((host, port), SERVICE_TIMEOUT).close()
-        except OSError as error:
-            cause = error.strerror or error
+            create_connection((host, port), CHECK_PATIENCE).close()
+        except (OSError, ValueError) as error:  # ValueError: the name breaks the rules of IDNA
+            cause = getattr(error, "strerror", None) or error
             self.notes.append(f"smtp_host: {host}:{port}: {cause}, so Sieve scripts cannot send mail now")
 
     def _check_packages(self) -> None:
@@ -12802,7 +12862,6 @@ def check_configuration(options: Arguments, service: str) -> int:
         if config.cyrus_user:
             checkup.check_tls()
         act_as_service(config)
-        Router(config)
         if not config.cyrus_user:
             checkup.check_tls()
         checkup.check()
@@ -12835,19 +12894,7 @@ def show_config(config: Config, service: str, wants_all: bool) -> None:
             print(f"{name}: {value}")
 
 
-def faults_of_script(path: str, config: Config) -> list[str]:
-    """The errors in a Sieve script, each as "file:line:column: text"."""
-    try:
-        with open(path, "rb") as stream:
-            Compiler(language_for(config.sieve_extensions), config.sieve_maxscriptsize).compile(stream.read(), path)
-    except ScriptErrors as errors:
-        return [f"{path}:{line}:{column}: {text}" for line, column, text in errors.errors]
-    except OSError as error:
-        return [text_of(error)]
-    return []
-
-
-def check_scripts(paths: Sequence[str], config_file: str) -> int:
+def check_scripts(paths: Sequence[str], config_file: str, service: str) -> int:
     """Checks Sieve scripts, and prints each error as "file:line:column: text"; the exit status.
 
     config_file: the options for scripts are those of this file, or the defaults if it cannot be read.
@@ -12855,7 +12902,7 @@ def check_scripts(paths: Sequence[str], config_file: str) -> int:
     extensions: Sequence[str] = ()
     size_limit = as_kibioctets(Config.table()["sieve_maxscriptsize"].default or "")
     if os.access(config_file, os.R_OK):
-        config = Config.load(config_file)
+        config = Config.load(config_file, service)
         extensions, size_limit = config.sieve_extensions, config.sieve_maxscriptsize
     language = language_for(extensions)
     status = os.EX_OK
@@ -12890,7 +12937,8 @@ def explain(options: Arguments, config: Config) -> int:
         print(f"reply    {line_of(reply_to(error, config))}")
         return os.EX_OK
     mailbox = destination.mailbox
-    print(f"user     {destination.recipient.userid}")
+    unknown = f", for {destination.recipient.userid}, who is unknown" if destination.substitute else ""
+    print(f"user     {destination.substitute or destination.recipient.userid}{unknown}")
     print(f"userdb   {config.userdb}" + (f" {config.userdb_socket_path}" if config.userdb == "dovecot" else ""))
     print(f"mailbox  {mailbox.path}")
     print(f"folder   {folder_name(folder)}")
@@ -12901,7 +12949,7 @@ def explain(options: Arguments, config: Config) -> int:
         print(f"reply    {line_of(RECIPIENT_OK)}")
     except LmtpError as error:
         print(f"reply    {line_of(error.reply)}")
-    octets = b"" if os.isatty(0) else sys.stdin.buffer.read()
+    octets = sys.stdin.buffer.read() if sys.stdin and not sys.stdin.isatty() else b""
     if octets:
         explain_message(Message.of(with_lf(octets, CRLF)), destination, folder, reverse_path, config)
     return os.EX_OK
@@ -12951,28 +12999,43 @@ def address_given(argument: str) -> Address | None:
 
 
 def answer(options: Arguments) -> int:
-    """Answers the question in the command line; the exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    """Answers the question in the command line; the exit status. No client waits, so errors are for a person."""
     log.send_to(to_stderr)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads the answer may stop reading
-    service = os.environ.get("CYRUS_SERVICE", "lmtp")
     try:
-        if options.question == "--check":
-            return check_configuration(options, service)
-        if options.question == "--check-sieve":
-            return check_scripts(options.scripts, options.config_file)
-        config = Config.load(options.config_file, service)
-        config.read_only = True
-        if options.question == "--config":
-            show_config(config, service.lower(), options.wants_all)
-            return os.EX_OK
-        act_as_service(config)
-        return explain(options, config)
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.reconfigure(errors="backslashreplace")
+        status = answer_to(options)
+        if sys.stdout:
+            sys.stdout.flush()
+        return status
     except (ConfigError, UsageError) as error:
         print(f"lmtpd: {error}", file=sys.stderr)
         return os.EX_CONFIG if isinstance(error, ConfigError) else os.EX_USAGE
+    except (OSError, KeyboardInterrupt) as error:
+        if isinstance(error, OSError) and error.errno != errno.EPIPE:  # else the reader wants no more
+            print(f"lmtpd: {text_of(error)}", file=sys.stderr)
+        sys.stdout = None  # it is not to be flushed again
+        return os.EX_IOERR
+    except Exception:
+        log.traceback("internal-error")
+        return os.EX_SOFTWARE
+
+
+def answer_to(options: Arguments) -> int:
+    """Answers a question, see answer(). Raises ConfigError, UsageError and OSError."""
+    service = os.environ.get("CYRUS_SERVICE", "lmtp")
+    if options.question == "--check":
+        return check_configuration(options, service)
+    if options.question == "--check-sieve":
+        return check_scripts(options.scripts, options.config_file, service)
+    config = Config.load(options.config_file, service)
+    config.read_only = True
+    if options.question == "--config":
+        show_config(config, service.lower(), options.wants_all)
+        return os.EX_OK
+    act_as_service(config)
+    return explain(options, config)
 
 
 # ======================================================================

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import urllib.error
 import urllib.request
@@ -108,3 +110,28 @@ def fetched(url: str) -> str:
     except urllib.error.URLError:
         return ""
     return text
+
+
+def test_a_full_pipe_keeps_nobody_waiting(site: Site, file: Path) -> None:
+    """Counts are lost, and no reply: the parent is stopped while more is reported than the pipe holds."""
+    site.configure(lmtp_max_idle_commands="0", lmtp_max_bad_commands="0")
+    with pool(site) as starter:
+        client = open_session(starter)
+        wait_for(lambda: samples(file).get(("lmtpd_workers", "busy")) == 1, "a busy worker")
+        os.kill(starter.process.pid, signal.SIGSTOP)
+        try:
+            client.send(b"MAIL FROM:<>\r\n" + b"RCPT TO:<nobody>\r\n" * 8500 + b"NOOP\r\n")
+            replies = [client.line() for _ in range(8502)]
+        finally:
+            os.kill(starter.process.pid, signal.SIGCONT)
+        assert replies[-1].startswith(b"250")
+        wait_for(lambda: ("lmtpd_refusals_total", "550 5.1.1") in samples(file), "the counts")
+        assert 0 < samples(file)["lmtpd_refusals_total", "550 5.1.1"] <= 8500
+
+
+def test_what_others_have_put_in_the_way_is_removed(site: Site, file: Path) -> None:
+    os.mkfifo(f"{file}.new")
+    with pool(site) as starter:
+        converse(open_session(starter))
+        wait_for(lambda: samples(file).get(("lmtpd_delivery_seconds_count", "250 2.1.5")) == 3, "three deliveries")
+    assert list(file.parent.iterdir()) == [file]

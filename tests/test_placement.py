@@ -123,8 +123,9 @@ def test_a_copy_that_can_neither_be_synced_nor_removed_is_logged(scene: Scene, s
         assert scene.deliver("jane") == ["451 4.3.0"]
     [file] = site.files("jane")
     log = "\n".join(lines)
-    assert f'copy-left-behind mailbox={site.spool}/jane file="{file.name}" cause="{file}: Read-only file system' in log
-    assert f'delivery-failed mailbox={site.spool}/jane cause="{site.spool}/jane/new: broken' in log
+    where = f"recipient=<jane> mailbox={site.spool}/jane"
+    assert f'copy-left-behind {where} file="{file.name}" cause="{file}: Read-only file system' in log
+    assert f'delivery-failed {where} cause="{site.spool}/jane/new: broken' in log
 
 
 @pytest.mark.parametrize("broken", ["jane/new", "jane/.Lists/new"])

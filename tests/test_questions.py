@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import pwd
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 from authority import Authority
-from harness import STORE_USER, Site
+from harness import PATIENCE, STORE_USER, Site
 from test_sieve_command import Said, explained, run, state_of
 
 OK, USAGE, CONFIG = os.EX_OK, os.EX_USAGE, os.EX_CONFIG
@@ -97,13 +98,37 @@ def test_a_directory_that_is_missing(site: Site, option: str) -> None:
     site.configure(**{option: f"{site.root}/nowhere"})
     said = asked(site, "--check", before=AS_ACCOUNT)
     assert said.status == CONFIG
-    assert f"error: {option}: {site.root}/nowhere: No such file or directory" in said.lines
+    assert f"error: {option.removesuffix('-default')}: {site.root}/nowhere: No such file or directory" in said.lines
 
 
-def test_a_directory_that_the_account_cannot_write(site: Site) -> None:
-    os.chown(site.spool, 0, 0)
+@pytest.mark.parametrize("option", ["metrics_path", "duplicate_db_path"])
+def test_a_file_in_a_directory_that_is_missing(site: Site, option: str) -> None:
+    site.configure(**{option: f"{site.root}/nowhere/file"})
     said = asked(site, "--check")
-    assert (said.status, said.lines) == (CONFIG, [f"error: partition-default: {site.spool}: Permission denied"])
+    assert (said.status, said.lines) == (CONFIG, [f"error: {option}: {site.root}/nowhere: No such file or directory"])
+
+
+def test_a_partition_has_to_be_writable_only_if_mailboxes_are_made_in_it(site: Site) -> None:
+    site.configure(**{"metapartition-default": "/nonexistent", "partition-other": "/nonexistent"})
+    site.configure(defaultpartition="default")
+    os.chown(site.spool, 0, 0)
+    site.spool.chmod(0o755)
+    assert asked(site, "--check").status == OK
+    site.configure(autocreate_post="yes")
+    said = asked(site, "--check")
+    assert (said.status, said.lines) == (CONFIG, [f"error: partition: {site.spool}: Permission denied"])
+
+
+def test_root_is_refused_as_it_is_for_serving(site: Site) -> None:
+    """If nothing says as which account lmtpd delivers."""
+    site.configure(cyrus_user=None)
+    os.chown(site.configdirectory, 0, 0)
+    for question in (("--check",), ("--explain", "jane")):
+        said = asked(site, *question)
+        assert said.status == CONFIG
+        assert "refusing to run as root: set cyrus_user" in "".join([*said.lines, said.complaints])
+    os.chown(site.configdirectory, 54321, -1)
+    assert "uid 54321, has no account" in asked(site, "--check").lines[0]
 
 
 def test_the_user_database_does_not_answer(site: Site) -> None:
@@ -132,6 +157,10 @@ def test_passwords(site: Site) -> None:
     site.configure(admins="mta")
     said = asked(site, "--check")
     assert said.lines == [f"error: sasl_password_file: {site.root}/passwords: No such file or directory"]
+    site.configure(sasl_password_file=None)
+    assert asked(site, "--check").lines == ["error: sasl_pwcheck_method: file needs sasl_password_file"]
+    site.configure(sasl_pwcheck_method="auxprop")
+    assert asked(site, "--check").status == CONFIG
     site.configure(sasl_pwcheck_method="saslauthd", sasl_saslauthd_path=f"{site.root}/mux")
     assert "is saslauthd running" in asked(site, "--check").lines[0]
 
@@ -164,6 +193,20 @@ def test_scripts_of_the_site(site: Site) -> None:
     assert said.lines[1] == f"error: sieve_after: {site.root}/none.sieve: No such file or directory"
 
 
+def test_a_pipe_is_no_script(site: Site) -> None:
+    os.mkfifo(site.root / "pipe.sieve")
+    site.configure(sieve_before=f"{site.root}/pipe.sieve")
+    said = asked(site, "--check")
+    assert (said.status, said.lines) == (CONFIG, [f"error: sieve_before: {site.root}/pipe.sieve: is no plain file"])
+
+
+def test_what_the_store_refuses_does_not_hide_the_rest(site: Site) -> None:
+    site.configure(maildir_path="%h/Maildir", shared_maildir=f"{site.root}/nowhere", no_such_thing="1")
+    lines = asked(site, "--check").lines
+    assert lines[0] == "error: maildir_path: %h needs userdb: passwd or dovecot"
+    assert [line.split(": ")[0] for line in lines] == ["error", "error", "note"]
+
+
 def test_a_server_that_takes_no_mail_is_a_note(site: Site) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -172,6 +215,8 @@ def test_a_server_that_takes_no_mail_is_a_note(site: Site) -> None:
         said = asked(site, "--check")
     assert said.status == OK
     assert said.lines[0].startswith(f"note: smtp_host: 127.0.0.1:{port}: Connection refused")
+    site.configure(smtp_host="a..b:25")
+    assert asked(site, "--check").lines[0].startswith("note: smtp_host: a..b:25: ")
     site.configure(smtp_backend="sendmail", sendmail=f"{site.root}/sendmail")
     assert asked(site, "--check").lines[0].startswith(f"note: sendmail: {site.root}/sendmail cannot be run")
 
@@ -210,6 +255,13 @@ def test_what_is_shown_can_be_read_again(site: Site) -> None:
 def test_a_reader_of_the_answer_may_stop(site: Site) -> None:
     said = run("sh", "-c", '"$@" | head -1', "sh", *site.command("--config", "all"))
     assert (said.lines, said.complaints) == (["# admins is empty"], "")
+
+
+def test_an_answer_that_cannot_be_written(site: Site) -> None:
+    said = run("sh", "-c", '"$@" >/dev/full', "sh", *site.command("--config"))
+    assert (said.status, said.lines) == (os.EX_IOERR, [])
+    assert "No space left on device" in said.complaints
+    assert run("sh", "-c", '"$@" <&- >&-', "sh", *site.command("--explain", "jane")).status == OK
 
 
 def test_a_wrong_configuration_cannot_be_shown(site: Site) -> None:
@@ -265,7 +317,40 @@ def test_a_user_database_that_is_down_is_told_and_no_process_waits_for_it(site: 
     assert not Path(site.configdirectory, "userdb.backoff").exists()
 
 
-def test_an_address_of_a_full_user_with_a_message(site: Site) -> None:
+def test_a_user_database_that_hangs_up(site: Site) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{site.root}/auth-userdb")
+        listener.listen()
+        os.chmod(f"{site.root}/auth-userdb", 0o666)
+        site.configure(userdb="dovecot", userdb_socket_path=f"{site.root}/auth-userdb")
+        process = subprocess.Popen(site.command("--explain", "jane"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        listener.accept()[0].close()
+        answer, _ = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, answer[:13]) == (OK, b"reply    451 ")
+
+
+def test_a_database_that_cannot_be_read_is_left_alone(site: Site) -> None:
+    """No process may do without it for a while, only because a question was asked."""
+    script = site.root / "scripts/jane.sieve"
+    script.parent.mkdir()
+    script.write_text('require "duplicate"; if duplicate { discard; }')
+    database = site.configdirectory / "deliver.db"
+    for content in (b"no database", b""):
+        database.write_bytes(content)
+        site.give(database)
+        site.configure(sieve_script=f"{site.root}/scripts/%u.sieve")
+        said = run(*site.command("--explain", "jane"), text=b"Subject: x\r\nMessage-ID: <1@x>\r\n\r\n")
+        assert said.value["actions"] == "fileinto INBOX"
+        assert database.read_bytes() == content
+        assert not (site.configdirectory / "deliver.backoff").exists()
+
+
+def test_the_user_who_gets_the_mail_of_others_is_named(site: Site) -> None:
+    site.configure(lmtp_catchall_mailbox="jane")
+    assert asked(site, "--explain", "nobodyx@example.com").value["user"] == "jane, for nobodyx, who is unknown"
+
+
+def test_a_sub_address_with_a_message(site: Site) -> None:
     said = explained(site, "jane+nowhere")
     assert (said.value["folder"], said.value["actions"]) == ("INBOX", "fileinto INBOX")
 

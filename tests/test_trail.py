@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from harness import PATIENCE, Client, Site, wait_for
 
+import lmtpd
+
 MESSAGE = b"Subject: x\r\n\r\nA body.\r\n"
 
 
@@ -310,3 +312,17 @@ def test_names_of_files_are_utf_8_whatever_the_locale(
     client.leave()
     assert site.child.wait(PATIENCE) == os.EX_OK
     assert len(site.messages("jürgen")) == len(site.messages("jürgen", ".台北")) == 1
+
+
+# The journal
+
+
+def test_an_entry_that_the_journal_would_drop_is_not_sent_to_it() -> None:
+    """It takes 1,024 fields at most, and drops an entry with more without a word."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with ours, theirs:
+        journal = lmtpd.Journal(ours, "mail")
+        addresses = lmtpd.Addresses(f"user{number}@example.com" for number in range(1200))
+        assert not journal.send(lmtpd.LOG_INFO, "line", "event", {"recipient": addresses})
+        assert journal.send(lmtpd.LOG_INFO, "line", "event", {"recipient": lmtpd.Addresses(addresses[:900])})
+        assert theirs.recv(1 << 17).count(b"LMTPD_RECIPIENT=") == 900
