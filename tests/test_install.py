@@ -356,6 +356,13 @@ def test_an_upgrade_that_fails_changes_nothing(fresh: Machine) -> None:
     assert list((fresh.root / "tmp").rglob("lmtpd.py")) == []
 
 
+def test_the_older_source_goes_back_to_its_version(fresh: Machine) -> None:
+    for version in (NEXT, LAST):
+        run(fresh, f"/root/{version}/units/install")
+        assert fresh.run("lmtpd", "--version").stdout == f"lmtpd {version}\n"
+        wait_for(lambda: greeting(fresh).endswith(f" lmtpd {version} ready"), "the version")  # noqa: B023
+
+
 def test_one_at_a_time(fresh: Machine) -> None:
     status, said = refused(fresh, f"flock /opt/lmtpd {INSTALL}")
     assert (status, said) == (75, "units/install: Another units/install runs.\n")

@@ -236,9 +236,8 @@ def test_a_folder_of_scripts_runs_in_the_order_of_their_names(site: Site) -> Non
 def test_a_missing_script_of_the_site_is_named_once(site: Site) -> None:
     sieve = Sieve(site, sieve_before=f"{site.root}/nowhere.sieve")
     events = [event for _ in range(3) for event in sieve.run(filing("Mine")).events]
-    assert [event.fields for event in events if event.name == "script-missing"] == [
-        {"option": "sieve_before", "script": f"{site.root}/nowhere.sieve"}
-    ]
+    [fields] = [event.fields for event in events if event.name == "script-missing"]
+    assert (fields["option"], fields["script"]) == ("sieve_before", f"{site.root}/nowhere.sieve")
     assert set(sieve.run(filing("Mine")).folders) == {"Mine"}
 
 
