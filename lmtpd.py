@@ -94,7 +94,7 @@ else:
     import _signal as signal
     import _socket as socket
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 PRODUCT = f"lmtpd {__version__}"
 CRLF, LF = b"\r\n", b"\n"
@@ -630,15 +630,11 @@ class Config:
         service = service.lower()
         errors: list[str] = []
         settings, files = read_settings(file, errors)
-        if errors and not settings:
-            raise ConfigError(*errors)
+        is_whole = not errors  # else the line that is missing may be in what could not be read
         config = cls()
         config.files, config.settings = tuple(files), {name: value for name, (value, _) in settings.items()}
-        set_options(config, settings, service, errors)
-        try:
-            config.partition = default_partition(config, settings, service, file)
-        except ConfigError as error:
-            errors += error.texts
+        for take in (set_options, set_partition):
+            errors += [text for is_missing, text in take(config, settings, service) if is_whole or not is_missing]
         if errors:
             raise ConfigError(*errors)
         config.servername = config.servername or socket.gethostname()
@@ -650,19 +646,19 @@ class Config:
         return config
 
 
-def set_options(config: Config, settings: dict[str, tuple[str, str]], service: str, errors: list[str]) -> None:
-    """Takes the options of the table from the settings. Adds a text to errors for each that cannot be used."""
+def set_options(config: Config, settings: dict[str, tuple[str, str]], service: str) -> Iterator[tuple[bool, str]]:
+    """Takes the options of the table from the settings. For each that cannot be used: is it missing, and the error."""
     for name, row in Config.table().items():
         override = settings.pop(f"{service}_{name}", None)
         setting = settings.pop(name, None)
         value, where = override or setting or (row.default, "")
         if value is None:
-            errors.append(f"{config.files[0]}: {name} must be set; add a line '{name}: ...'")
+            yield True, f"{config.files[0]}: {name} must be set; add a line '{name}: ...'"
             continue
         try:
             setattr(config, name, parsed(row.parse, name, (value, where)))
         except ConfigError as error:
-            errors += error.texts
+            yield False, str(error)
 
 
 def special_uses(settings: dict[str, tuple[str, str]], service: str) -> dict[str, str]:
@@ -715,20 +711,26 @@ def similar_option(name: str) -> str:
     return next(iter(difflib.get_close_matches(name, known, 1, SIMILARITY_MINIMUM)), "")
 
 
-def default_partition(config: Config, settings: dict[str, tuple[str, str]], service: str, file: str) -> str:
-    """The directory of all Maildirs: the partition, or the beginning of maildir_path. Raises ConfigError."""
+def set_partition(config: Config, settings: dict[str, tuple[str, str]], service: str) -> Iterator[tuple[bool, str]]:
+    """Sets the directory of all Maildirs: the partition, or the beginning of maildir_path. Errors as set_options()."""
+    config.partition = ""
     if isinstance(config.maildir_path, Option) or isinstance(config.defaultpartition, Option):
-        return ""  # it is wrong, and has been named
+        return  # it is wrong, and has been named
     if "p" not in template_variables(config.maildir_path):
-        return os.path.dirname(config.maildir_path.partition("%")[0])
+        config.partition = os.path.dirname(config.maildir_path.partition("%")[0])
+        return
     names = [name for name in settings if name.startswith("partition-")]
     name = f"partition-{config.defaultpartition.lower() or 'default'}"
     if len(names) == 1 and not config.defaultpartition:
         name = names[0]
     setting = settings.get(f"{service}_{name}") or settings.get(name)
     if not setting:
-        raise ConfigError(f"{file}: {name} must be set; add a line '{name}: /path/to/the/maildirs'")
-    return parsed(as_path, name, setting)
+        yield True, f"{config.files[0]}: {name} must be set; add a line '{name}: /path/to/the/maildirs'"
+        return
+    try:
+        config.partition = parsed(as_path, name, setting)
+    except ConfigError as error:
+        yield False, str(error)
 
 
 def parsed(parse: Callable[[str], T], name: str, setting: tuple[str, str]) -> T:
@@ -1995,6 +1997,16 @@ class DovecotService:
         """Ends the connection."""
         self._answers.close()
         self._sock.close()
+
+    @classmethod
+    def check(cls, path: str) -> None:
+        """Whether Dovecot answers there: it speaks first."""
+        service = cls(path)
+        try:
+            if service.hear()[0] != "VERSION":
+                raise Unavailable(f"{path}: is not a socket of Dovecot's authentication service")
+        finally:
+            service.close()
 
 
 def unescaped(value: str) -> str:
@@ -10346,15 +10358,22 @@ class Router:
         """
         with log.context(recipient=f"<{address}>"):
             try:
-                destination = self._destination(address, envelope, ignores_quota)
-                strict = self._config.lmtp_strict_quota
-                # The folder matters only if some folders do not count.
-                folder = self.folder_of(destination) if self._config.quota_exclude_folders else INBOX
-                destination.mailbox.check_quota(folder, size if strict else 0, int(strict))
+                destination = self.destination(address, envelope, ignores_quota)
+                self.check_quota(destination, size)
             except StoreError as error:
-                if not (isinstance(error, MailboxFull) and ignores_quota):
-                    raise LmtpError(reply_to(error, self._config)) from None
+                raise LmtpError(reply_to(error, self._config)) from None
         return destination
+
+    def check_quota(self, destination: Destination, size: int) -> None:
+        """Raises MailboxFull if the mailbox has no room. size: as in find(). Raises StoreError and LmtpError, too."""
+        strict = self._config.lmtp_strict_quota
+        # The folder matters only if some folders do not count.
+        folder = self.folder_of(destination) if self._config.quota_exclude_folders else INBOX
+        try:
+            destination.mailbox.check_quota(folder, size if strict else 0, int(strict))
+        except MailboxFull:
+            if not destination.ignores_quota:
+                raise
 
     def folder_of(self, destination: Destination) -> str:
         """The folder for the recipient's copy, existing or not: that of the detail, else the INBOX.
@@ -10376,7 +10395,7 @@ class Router:
                 return INBOX
         return INBOX if folder is None or mailbox.is_one_of(folder, self._excluded_folders()) else folder
 
-    def _destination(self, address: Address, envelope: Envelope, ignores_quota: bool) -> Destination:
+    def destination(self, address: Address, envelope: Envelope, ignores_quota: bool) -> Destination:
         """The recipient's mailbox, else the postmaster's or the catch-all user's. Raises StoreError and LmtpError."""
         recipients = recipients_of(address, self._config)
         last = recipients[-1]
@@ -12798,10 +12817,13 @@ class Checkup:
         if config.admins and config.sasl_pwcheck_method == "dovecot":
             sockets["sasl_auth_socket_path"] = config.sasl_auth_socket_path
         for name, path in sockets.items():
+            daemon = "saslauthd" if name == "sasl_saslauthd_path" else "Dovecot"
             try:
-                connect_to_service(path).close()
+                if daemon == "Dovecot":
+                    DovecotService.check(path)
+                else:
+                    connect_to_service(path).close()
             except Unavailable as error:
-                daemon = "saslauthd" if name == "sasl_saslauthd_path" else "Dovecot"
                 self.errors.append(f"{name}: {error} (is {daemon} running, and may {account_name()} connect?)")
         if config.admins and config.sasl_pwcheck_method == "file":
             self._check_access("sasl_password_file", config.sasl_password_file, os.R_OK)
@@ -12929,13 +12951,23 @@ def explain(options: Arguments, config: Config) -> int:
     address, reverse_path = address_given(options.address), address_given(options.sender)
     if not address:
         raise UsageError("--explain needs the address of a recipient")
-    router, envelope = Router(config), Envelope(reverse_path)
-    try:
-        destination = router.find(address, envelope, 0, ignores_quota=True)
-        folder = router.folder_of(destination)
-    except (LmtpError, StoreError) as error:
-        print(f"reply    {line_of(reply_to(error, config))}")
-        return os.EX_OK
+    router = Router(config)
+    with log.context(recipient=f"<{address}>"):
+        try:
+            destination = router.destination(address, Envelope(reverse_path), ignores_quota=False)
+            folder = router.folder_of(destination)
+        except (LmtpError, StoreError) as error:
+            print(f"reply    {line_of(reply_to(error, config))}")
+            return os.EX_OK
+        explain_mailbox(destination, folder, router, config)
+        octets = sys.stdin.buffer.read() if sys.stdin and not sys.stdin.isatty() else b""
+        if octets:
+            explain_message(Message.of(with_lf(octets, CRLF)), destination, folder, reverse_path, config)
+    return os.EX_OK
+
+
+def explain_mailbox(destination: Destination, folder: str, router: Router, config: Config) -> None:
+    """Prints whose mailbox it is, what limits and filters it, and the reply to RCPT."""
     mailbox = destination.mailbox
     unknown = f", for {destination.recipient.userid}, who is unknown" if destination.substitute else ""
     print(f"user     {destination.substitute or destination.recipient.userid}{unknown}")
@@ -12944,15 +12976,12 @@ def explain(options: Arguments, config: Config) -> int:
     print(f"folder   {folder_name(folder)}")
     print(f"quota    {quota_of(mailbox)}")
     print(f"script   {mailbox.script or 'none'}")
+    reply = RECIPIENT_OK
     try:
-        router.find(address, envelope, 0, ignores_quota=False)
-        print(f"reply    {line_of(RECIPIENT_OK)}")
-    except LmtpError as error:
-        print(f"reply    {line_of(error.reply)}")
-    octets = sys.stdin.buffer.read() if sys.stdin and not sys.stdin.isatty() else b""
-    if octets:
-        explain_message(Message.of(with_lf(octets, CRLF)), destination, folder, reverse_path, config)
-    return os.EX_OK
+        router.check_quota(destination, 0)
+    except (LmtpError, StoreError) as error:
+        reply = reply_to(error, config)
+    print(f"reply    {line_of(reply)}")
 
 
 def line_of(reply: Reply) -> str:

@@ -74,6 +74,18 @@ def test_a_missing_file_is_the_only_error(site: Site) -> None:
     assert (said.status, said.lines) == (CONFIG, [f"error: {site.conf}: No such file or directory"])
 
 
+def test_an_option_is_not_called_missing_if_a_file_could_not_be_read(site: Site) -> None:
+    site.conf.write_text("@include: nowhere.conf\npartition-default relative\n")
+    said = asked(site, "--check")
+    assert (said.status, said.lines) == (
+        CONFIG,
+        [
+            f"error: {site.conf}:1: {site.conf.parent}/nowhere.conf: No such file or directory",
+            f"error: {site.conf}:2: 'partition-default relative' is not of the form 'option: value'",
+        ],
+    )
+
+
 def test_unknown_and_unused_options_are_notes(site: Site) -> None:
     site.configure(lmtp_maxchildd="3", allowapop="yes", no_such_thing="1")
     said = asked(site, "--check")
@@ -148,6 +160,20 @@ def test_the_user_database_refuses_the_account(site: Site) -> None:
         said = asked(site, "--check")
     assert said.status == CONFIG
     assert "auth-userdb: Permission denied" in said.lines[0]
+
+
+def test_a_socket_that_is_not_dovecots(site: Site) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{site.root}/auth-userdb")
+        listener.listen()
+        os.chmod(f"{site.root}/auth-userdb", 0o666)
+        site.configure(userdb="dovecot", userdb_socket_path=f"{site.root}/auth-userdb")
+        process = subprocess.Popen(site.command("--check"), stdout=subprocess.PIPE, text=True)
+        with listener.accept()[0] as connection:
+            connection.sendall(b"220 mx.example.com ESMTP\n")
+            answer, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == CONFIG
+    assert "auth-userdb: is not a socket of Dovecot's authentication service (" in answer
 
 
 def test_passwords(site: Site) -> None:
@@ -300,6 +326,7 @@ def test_the_count_of_a_full_mailbox(site: Site) -> None:
     said = asked(site, "--explain", "jane")
     assert said.value["quota"] == "1500 bytes, 1 messages of 1000 bytes"
     assert said.value["reply"].startswith("452 4.2.2")
+    assert said.complaints.count("over-quota recipient=<jane>") == 1
     assert not (site.spool / "jane/maildirsize").exists()
 
 
