@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from container import OWN, Machine, make_installation
+from file_systems import mounted, unmount_all
 from harness import Site
 from hypothesis import HealthCheck, settings
 from recipes import make_site
@@ -40,9 +41,11 @@ settings.load_profile("patient")
 
 
 @pytest.fixture
-def site() -> Iterator[Site]:
-    """A scratch site with one user, jane."""
-    site = Site()
+def site(request: pytest.FixtureRequest) -> Iterator[Site]:
+    """A scratch site with one user, jane. Its parameter is the type of the file system, see mounted()."""
+    file_system: str = getattr(request, "param", "")
+    site = Site(str(mounted(file_system, Path(os.environ[SHARED]))) if file_system else "")
+    site.has_unnamed_drafts = file_system in ("ext4", "xfs")
     site.add_user("jane")
     yield site
     site.close()
@@ -91,7 +94,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if SHARED not in os.environ:
         os.environ[SHARED] = tempfile.mkdtemp(prefix="lmtpd-test-", dir="/dev/shm")
-        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(SHARED)))
+        Path(os.environ[SHARED]).chmod(0o755)
+        config.add_cleanup(remove_shared)
+
+
+def remove_shared() -> None:
+    """Removes the folder that the workers have in common, and what is mounted in it."""
+    shared = Path(os.environ.pop(SHARED))
+    unmount_all(shared)
+    shutil.rmtree(shared)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

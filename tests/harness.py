@@ -198,10 +198,13 @@ class Site:
     """A scratch folder with an imapd.conf, a mail spool and users, and lmtpd run on it.
 
     figures: constants of lmtpd that are others for it, for a test that would have to wait for too long.
+    has_unnamed_drafts: whether it is on a file system where the drafts of messages have no names.
     """
 
-    def __init__(self, **options: str) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="lmtpd-test-"))
+    def __init__(self, parent: str = "", **options: str) -> None:
+        """parent: the folder in which to make it; by default that for temporary files."""
+        self.has_unnamed_drafts = False
+        self.root = Path(tempfile.mkdtemp(prefix="lmtpd-test-", dir=parent or None))
         self.root.chmod(0o755)
         self.conf = self.root / "imapd.conf"
         self.spool = self.root / "spool"

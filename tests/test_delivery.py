@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from file_systems import ALL_DRAFTS
 from harness import AS_ROOT, PATIENCE, STORE_USER, Client, Site
 
 MESSAGE = b"Message-ID: <id@example.com>\r\nDate: Sun, 22 Nov 2026 12:00:00 +0000\r\nSubject: x\r\n\r\nA body.\r\n"
 LARGE = MESSAGE + b"0123456789abcdef" * 62 + b"\r\n" + b"x" * 1_000_000 + b"\r\n"
+pytestmark = ALL_DRAFTS
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def test_the_message_is_stored_as_it_arrived_behind_its_trace_headers(client: Cl
     assert re.fullmatch(
         rb"Return-Path: <sender@example\.com>\n"
         rb"Received: from client\.example \(unix socket, uid \d+\)\n"
-        rb"\tby mx\.example\.com \(lmtpd 0\.2\.0\) with LMTPA id lmtpd-\d+-\d+\n"
+        rb"\tby mx\.example\.com \(lmtpd 0\.3\.0\) with LMTPA id lmtpd-\d+-\d+\n"
         rb"\tfor <jane@example\.com>;\n"
         rb"\t[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d [+-]\d{4}\n",
         trace,
@@ -289,7 +291,7 @@ def test_file_and_folder_are_synced_before_250_is_said(site: Site, content: byte
     site.add_user("joe")
     trace = site.root / "strace"
     session = b"LHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<jane>\r\nRCPT TO:<joe>\r\nDATA\r\n" + content + b".\r\nQUIT\r\n"
-    calls = "trace=write,fsync,fdatasync,openat,link,linkat,rename,renameat,renameat2,close"
+    calls = "trace=write,fsync,fdatasync,ioctl,openat,link,linkat,rename,renameat,renameat2,close"
     result = subprocess.run(
         ["strace", "-f", "-y", "-s", "16", "-e", calls, "-o", str(trace), *site.command()],
         input=session,
@@ -300,12 +302,22 @@ def test_file_and_folder_are_synced_before_250_is_said(site: Site, content: byte
     )
     assert result.stdout.count(b"250 2.1.5 Ok SESSIONID") == 2
     lines = trace.read_text().splitlines()
-    steps = [
+    named = [
         r"openat\(.*/jane/tmp>, .*O_EXCL",
         r"write\(\d+<.*/jane/tmp/",
         r"fsync\(\d+<.*/jane/tmp/.* = 0",
         r"linkat\(.*/jane/tmp>, .*/jane/new>, .* = 0",
         r"renameat2?\(.*/jane/tmp>, .*/joe/new>, .* = 0",
+    ]
+    unnamed = [
+        r"openat\(.*/jane/tmp\", .*O_TMPFILE",
+        r"write\(\d+<.*/jane/tmp/",
+        r"ioctl\(\d+<.*/jane/tmp/.*, FS_IOC_FIEMAP, .*fm_flags=FIEMAP_FLAG_SYNC,.* = 0",
+        r"linkat\(.*\"/proc/self/fd/\d+\", .*/jane/new>, .* = 0",
+        r"linkat\(.*\"/proc/self/fd/\d+\", .*/joe/new>, .* = 0",
+    ]
+    steps = [
+        *(unnamed if site.has_unnamed_drafts else named),
         r"fsync\(\d+<.*/jane/new>\) = 0",
         r"fsync\(\d+<.*/joe/new>\) = 0",
     ]
@@ -318,13 +330,28 @@ def test_file_and_folder_are_synced_before_250_is_said(site: Site, content: byte
     assert not any(re.search(r"write\(\d+<.*/tmp/", line) for line in lines[at:])
 
 
-@pytest.mark.parametrize("moment", ["fsync", "link", "rename"])
+@pytest.mark.parametrize("moment", ["sync", "first copy", "second copy"])
 def test_a_process_killed_in_the_middle_leaves_nothing_to_be_seen(site: Site, moment: str) -> None:
     site.add_user("joe")
-    calls = {"fsync": "fsync", "link": "?link,?linkat", "rename": "?rename,?renameat,?renameat2"}[moment]
+    if moment == "sync":
+        calls, number = sync_of_draft(site, LARGE, "jane", "joe")
+    elif moment == "first copy":
+        calls, number = "?link,?linkat", 1
+    elif site.has_unnamed_drafts:
+        calls, number = "?link,?linkat", 2
+    else:
+        calls, number = "?rename,?renameat,?renameat2", 1
     session = b"LHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<jane>\r\nRCPT TO:<joe>\r\nDATA\r\n" + LARGE + b".\r\nQUIT\r\n"
     result = subprocess.run(
-        ["strace", "-f", "-o", "/dev/null", "-e", f"inject={calls}:signal=KILL:retval=0:when=1", *site.command()],
+        [
+            "strace",
+            "-f",
+            "-o",
+            "/dev/null",
+            "-e",
+            f"inject={calls}:signal=KILL:retval=0:when={number}",
+            *site.command(),
+        ],
         input=session,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -332,13 +359,28 @@ def test_a_process_killed_in_the_middle_leaves_nothing_to_be_seen(site: Site, mo
     )
     assert b"250 2.1.5 Ok SESSIONID" not in result.stdout
     assert site.files("joe") == []
-    if moment != "rename":
+    if moment != "second copy":
         assert site.files("jane") == []
 
 
+def sync_of_draft(site: Site, content: bytes, *recipients: str) -> tuple[str, int]:
+    """The system call that syncs the draft of that message, and its number among those of the name."""
+    if not site.has_unnamed_drafts:
+        return "fsync", 1
+    trace = site.root / "trace"
+    traced(site, ["-e", "trace=ioctl", "-o", str(trace)], content, *recipients)
+    for user in recipients:
+        for file in site.files(user):
+            file.unlink()
+    calls = [line for line in trace.read_text().splitlines() if "ioctl(" in line]
+    [number] = [number for number, line in enumerate(calls, 1) if "FS_IOC_FIEMAP" in line]
+    return "ioctl", number
+
+
 def failing(site: Site, inject: str, content: bytes, *recipients: str) -> list[str]:
-    """Delivers while the system call fails; the replies to the final dot."""
-    return traced(site, ["-o", "/dev/null", "-e", f"inject={inject}"], content, *recipients)
+    """Delivers while system calls fail; the replies to the final dot. inject: for strace(1), between blanks."""
+    injects = [option for each in inject.split() for option in ("-e", f"inject={each}")]
+    return traced(site, ["-o", "/dev/null", *injects], content, *recipients)
 
 
 def traced(site: Site, options: list[str], content: bytes, *recipients: str) -> list[str]:
@@ -361,12 +403,16 @@ def traced(site: Site, options: list[str], content: bytes, *recipients: str) -> 
 @pytest.mark.parametrize(
     ("error", "reply"), [("ENOSPC", "452 4.3.1"), ("EDQUOT", "452 4.3.1"), ("EIO", "451 4.3.0"), ("EROFS", "451 4.3.0")]
 )
-@pytest.mark.parametrize("when", ["1+", "2+"], ids=["file", "folders"])
+@pytest.mark.parametrize("first", ["file", "folders"])
 def test_a_sync_that_fails_is_a_temporary_failure(
-    site: Site, content: bytes, error: str, reply: str, when: str
+    site: Site, content: bytes, error: str, reply: str, first: str
 ) -> None:
     site.add_user("joe")
-    replies = failing(site, f"fsync:error={error}:when={when}", content, "jane", "joe")
+    inject = f"fsync:error={error}:when={'2+' if first == 'folders' and not site.has_unnamed_drafts else '1+'}"
+    if first == "file" and site.has_unnamed_drafts:
+        call, number = sync_of_draft(site, content, "jane", "joe")
+        inject += f" {call}:error={error}:when={number}"
+    replies = failing(site, inject, content, "jane", "joe")
     assert [told[:9] for told in replies] == [reply, reply]
     for user in ("jane", "joe"):
         assert site.files(user) == site.files(user, kind="tmp") == []
@@ -406,6 +452,31 @@ def test_a_draft_that_cannot_be_moved_is_copied(site: Site, error: str) -> None:
     assert site.files("jane", kind="tmp") == []
 
 
+@pytest.mark.parametrize("error", ["EOPNOTSUPP", "ENOTTY", "EPERM"])
+def test_where_the_data_cannot_be_waited_for_the_file_is_synced(site: Site, error: str) -> None:
+    call, number = sync_of_draft(site, MESSAGE, "jane")
+    if not site.has_unnamed_drafts:
+        call = "ioctl"
+    trace = site.root / "trace"
+    options = ["-y", "-e", "trace=fsync,ioctl", "-o", str(trace), "-e", f"inject={call}:error={error}:when={number}"]
+    assert traced(site, options, MESSAGE, "jane")[0][:9] == "250 2.1.5"
+    assert len(site.files("jane")) == 1
+    assert [line for line in trace.read_text().splitlines() if re.search(r"fsync\(\d+<.*/jane/tmp/.* = 0", line)]
+
+
+@pytest.mark.parametrize("error", ["EOPNOTSUPP", "EISDIR", "EINVAL", "ENOENT"])
+def test_where_no_file_without_a_name_can_be_made_it_has_a_name(site: Site, error: str) -> None:
+    trace = site.root / "trace"
+    traced(site, ["-e", "trace=openat", "-o", str(trace)], MESSAGE, "jane")
+    calls = [line for line in trace.read_text().splitlines() if "openat(" in line]
+    numbers = [number for number, line in enumerate(calls, 1) if "O_TMPFILE" in line]
+    assert len(numbers) == site.has_unnamed_drafts
+    for number in numbers:
+        assert failing(site, f"openat:error={error}:when={number}", MESSAGE, "jane")[0][:9] == "250 2.1.5"
+        assert len(site.files("jane")) == 2
+        assert site.files("jane", kind="tmp") == []
+
+
 @pytest.mark.parametrize("error", ["EINVAL", "EOPNOTSUPP"])
 def test_a_file_system_that_cannot_sync_directories_gets_mail(site: Site, error: str) -> None:
     """The first sync is that of the file, the others are those of directories: CIFS has no such thing."""
@@ -416,14 +487,14 @@ def test_a_file_system_that_cannot_sync_directories_gets_mail(site: Site, error:
 
 
 def test_an_error_of_close_after_the_sync_is_none_of_the_delivery(site: Site) -> None:
-    """Of the descriptors of the message's file, of tmp/ and of new/."""
+    """Of the descriptors of the message's file, of new/ and, if it is open, of tmp/."""
     trace = site.root / "trace"
     traced(site, ["-y", "-e", "trace=close", "-o", str(trace)], MESSAGE, "jane")
     [stored] = site.files("jane")
     stored.unlink()
     calls = [line for line in trace.read_text().splitlines() if "close(" in line]
     after = [number for number, line in enumerate(calls, 1) if f"<{site.spool}/jane/" in line]
-    for number in after[-3:]:
+    for number in after[-2 if site.has_unnamed_drafts else -3 :]:
         assert failing(site, f"close:error=EIO:when={number}", MESSAGE, "jane")[0][:9] == "250 2.1.5"
         [stored] = site.files("jane")
         stored.unlink()
@@ -432,7 +503,8 @@ def test_an_error_of_close_after_the_sync_is_none_of_the_delivery(site: Site) ->
 
 def test_the_fault_of_one_recipient_is_not_the_fault_of_the_next(site: Site) -> None:
     site.add_user("joe", "jim")
-    replies = failing(site, "fsync:error=EIO:when=3", MESSAGE, "jane", "joe", "jim")
+    number = 2 if site.has_unnamed_drafts else 3
+    replies = failing(site, f"fsync:error=EIO:when={number}", MESSAGE, "jane", "joe", "jim")
     assert [reply[:3] for reply in replies] == ["250", "451", "250"]
     assert [len(site.files(user)) for user in ("jane", "joe", "jim")] == [1, 0, 1]
 

@@ -725,11 +725,15 @@ class TestShutdownFile:
         self.announce(site)
         assert target.session().command("QUIT").startswith("221")
 
-    def test_it_counts_in_a_session_too(self, site: Site, target: Target) -> None:
+    def test_it_counts_in_a_session_too_after_the_transaction(self, site: Site, target: Target) -> None:
         client = target.session()
         assert client.command("MAIL FROM:<>").startswith("250")
         self.announce(site)
-        assert client.command("RCPT TO:<jane>") == "421 4.3.2 Moving to a new machine"
+        assert client.command("RCPT TO:<jane>").startswith("250")
+        assert client.command("DATA").startswith("354")
+        client.send(b"Subject: x\r\n\r\nbody\r\n.\r\n")
+        assert client.reply()[0].startswith("250 2.1.5")
+        assert client.command("MAIL FROM:<>") == "421 4.3.2 Moving to a new machine"
         (site.configdirectory / "msg/shutdown").unlink()
         client = target.session()
         assert client.deliver(b"Subject: x\r\n\r\nbody\r\n", "jane")[0].startswith("250")
