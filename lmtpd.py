@@ -59,7 +59,9 @@ Options:
 # Delivery         one message and all its recipients: placements, replies to store errors
 # Authentication   SASL mechanisms, password checks, who may deliver
 # Session          the verbs, and the state of the transaction
-# Service          where connections come from, and how many a process serves
+# Service          the command line, and what serves a connection
+# Workers          the processes of a pool, and their parent
+# Sockets          where connections come from
 # Questions        what the program says about itself without serving
 # Main             command line, configuration, privileges, exit status
 
@@ -12158,16 +12160,12 @@ def parse_chunk_size(argument: str) -> tuple[int, bool]:
 # ======================================================================
 # Service
 #
-# Owns where connections come from, and how many a process serves.
+# Owns the command line's meaning, and what serves a connection.
 # Must not know LMTP.
 # ======================================================================
 
 QUESTIONS = ("--check", "--check-sieve", "--config", "--explain")
 COUNT_LIMIT = 1_000_000  # for -U and -T; a worker waits up to 2 * -T, and epoll_wait(2) up to 2**31 ms
-RELOAD_PATIENCE = 5  # seconds after SIGHUP until workers get SIGTERM; no new connection is served meanwhile
-MASTER_STATUS_FD, MASTER_LISTEN_FD = 3, 4  # Cyrus master(8)
-AVAILABLE, UNAVAILABLE, CONNECTED = 1, 2, 3  # messages of a worker to master(8), or to our own parent
-EPOLLEXCLUSIVE = 1 << 28  # epoll_ctl(2): a connection wakes one worker, not all
 PR_SET_DUMPABLE, PR_SET_PTRACER, PR_SET_PTRACER_ANY = 4, 0x59616D61, -1  # prctl(2)
 
 
@@ -12336,6 +12334,19 @@ def use_as_standard_io(fd: int) -> None:
     os.dup2(fd, 1)
 
 
+# ======================================================================
+# Workers
+#
+# Owns how many processes serve connections, and what they tell each other.
+# Must not know LMTP.
+# ======================================================================
+
+RELOAD_PATIENCE = 5  # seconds after SIGHUP until workers get SIGTERM; no new connection is served meanwhile
+STATUS_REFRESH = 10  # seconds after which systemd is told how many connections were served
+AVAILABLE, UNAVAILABLE, CONNECTED = 1, 2, 3  # messages of a worker to master(8); what our own workers note
+EPOLLEXCLUSIVE = 1 << 28  # epoll_ctl(2): a connection wakes one worker, not all
+
+
 class Worker:
     """Takes connections from listening sockets, one at a time, until it is time to leave.
 
@@ -12348,7 +12359,7 @@ class Worker:
         self,
         handler: ConnectionHandler,
         listeners: Sequence[Socket],
-        reporter: Reporter,
+        reporter: Reporter | PoolReporter,
         timeout: float,
         preforked: bool,
         lock: int = -1,
@@ -12435,17 +12446,63 @@ def accept(listener: Socket) -> Socket | None:
         return None
 
 
+class WorkerState:
+    """What a worker does, in memory that it shares with its parent, so that the parent can look without a message.
+
+    cells: a row of integers.
+    """
+
+    SIZE = 3  # cells: the last message; connections served; when the last one began or ended, in nanoseconds
+
+    def __init__(self, cells: memoryview) -> None:
+        self._cells = cells
+
+    def begin(self) -> None:
+        """Is that of a new worker, which waits for a connection as soon as it has started."""
+        self._cells[0], self._cells[1], self._cells[2] = AVAILABLE, 0, 0
+
+    def note(self, message: int) -> None:
+        """Notes AVAILABLE, UNAVAILABLE or CONNECTED."""
+        self._cells[0] = message
+        self._cells[1] += message == CONNECTED
+        if message != UNAVAILABLE:
+            self._cells[2] = time.monotonic_ns()
+
+    @property
+    def message(self) -> int:
+        """The last message."""
+        return self._cells[0]
+
+    @property
+    def served(self) -> int:
+        """How many connections the worker has served, the present one included."""
+        return self._cells[1]
+
+    @property
+    def since(self) -> float:
+        """When its last connection has begun or ended, by time.monotonic(); 0 before the first."""
+        return self._cells[2] / 1e9
+
+
 class WorkerGroup:
     """The workers for some of a pool's sockets. limit: how many there may be.
 
-    workers: the process id of each, and its last message; 0 before the first. idle_one_left: whether an idle worker has
-    left: the kernel may have woken only that one for a new connection.
+    prefork: how many of them are kept idle, as far as the limit allows.
+    workers: the state of each by its process id. idle: an eventfd with the count of idle workers. idle_one_left:
+    whether an idle worker has left: the kernel may have woken only that one for a new connection.
     """
 
-    def __init__(self, listeners: Sequence[Socket], limit: int) -> None:
-        self.listeners, self.limit = listeners, limit
-        self.workers: dict[int, int] = {}
+    def __init__(self, listeners: Sequence[Socket], limit: int, prefork: int) -> None:
+        from mmap import mmap
+
+        self.listeners, self.limit, self.prefork = listeners, limit, min(prefork, limit)
+        self.workers: dict[int, WorkerState] = {}
+        self.idle = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.idle_one_left = False
+        size = WorkerState.SIZE
+        cells = memoryview(mmap(-1, limit * size * 8)).cast("q")
+        self._messages = cells[::size]
+        self._unused = [WorkerState(cells[start : start + size]) for start in range(0, limit * size, size)]
 
     @classmethod
     def divide(cls, listeners: Sequence[Socket], handler: ConnectionHandler) -> list[WorkerGroup]:
@@ -12456,11 +12513,26 @@ class WorkerGroup:
         config = handler.config
         limits = {True: config.lmtp_maxchild, False: config.lmtp_maxchild_untrusted or config.lmtp_maxchild}
         divided = {trust: [each for each in listeners if handler.trusts(each) is trust] for trust in limits}
-        return [cls(divided[trust], limit) for trust, limit in limits.items() if divided[trust]]
+        return [cls(divided[trust], limit, config.lmtp_prefork) for trust, limit in limits.items() if divided[trust]]
+
+    def new_state(self) -> WorkerState:
+        """The state of a worker that is about to start, and is idle then."""
+        state = self._unused.pop()
+        state.begin()
+        os.eventfd_write(self.idle, 1)
+        return state
+
+    def free(self, state: WorkerState) -> None:
+        """Takes back the state of a worker that has ended."""
+        if state.message == AVAILABLE:  # it could not say that it leaves
+            take_one(self.idle)
+            state.note(UNAVAILABLE)
+        self.idle_one_left |= state.message == UNAVAILABLE
+        self._unused.append(state)
 
     def ready(self) -> int:
         """How many workers wait for a connection."""
-        return sum(message in (0, AVAILABLE) for message in self.workers.values())
+        return self._messages.tolist().count(AVAILABLE)
 
     def is_full(self) -> bool:
         """Whether no worker may be added."""
@@ -12472,10 +12544,10 @@ class WorkerGroup:
 
 
 class Pool:
-    """The parent of workers on the listening sockets of systemd or inetd. They report to it as to master(8).
+    """The parent of workers on the listening sockets of systemd or inetd.
 
-    It forks a worker when a connection waits and no worker is ready, and accepts nothing itself. It ends on a
-    signal, when a file has changed before a fork, or after -T idle seconds.
+    It forks a worker when a connection waits and no worker is ready, and accepts nothing itself. A worker calls it only
+    when no other one is idle. It ends on a signal, when a file has changed before a fork, or after -T idle seconds.
     """
 
     def __init__(self, handler: ConnectionHandler, listeners: Sequence[Socket]) -> None:
@@ -12487,7 +12559,7 @@ class Pool:
         self._busy_at = time.monotonic()
         self._not_before = 0.0  # back-off: no fork until then
         self._child_left = self._outdated = False
-        self._reports, self._reported = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._calls, self._called = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         for listener in listeners:
             listener.setblocking(False)
 
@@ -12502,8 +12574,6 @@ class Pool:
             for group in self._groups:
                 if any(listener.fileno() in happened for listener in group.listeners):
                     self._start_worker(group, preforked=False)
-            if self._reports in happened:
-                self._read_reports()
             self._count_replies()
             self._reap()
         self._finish()
@@ -12525,8 +12595,7 @@ class Pool:
 
     def _prefork(self) -> None:
         for group in self._groups:
-            wanted = min(self._handler.config.lmtp_prefork, group.limit)
-            while group.ready() < wanted and not group.is_full() and self._may_fork() and not self._outdated:
+            while group.ready() < group.prefork and not group.is_full() and self._may_fork() and not self._outdated:
                 self._start_worker(group, preforked=True)
 
     def _may_fork(self) -> bool:
@@ -12538,7 +12607,7 @@ class Pool:
         Listening sockets are among them only if a connection that waits there needs a worker.
         """
         poll = select.poll()
-        for fd in (self._stop.wakeup.fd, self._reports, self._metrics.fd):
+        for fd in (self._stop.wakeup.fd, self._calls, self._metrics.fd):
             if fd >= 0:
                 poll.register(fd, select.POLLIN)
         for group in self._groups:
@@ -12549,6 +12618,8 @@ class Pool:
         happened = {fd for fd, _ in poll.poll(self._patience(patience) * 1000)}
         if self._stop.wakeup.fd in happened:
             self._stop.wakeup.drain()
+        if self._calls in happened:
+            os.read(self._calls, READ_SIZE)
         return happened
 
     def _patience(self, longest: float) -> float:
@@ -12567,27 +12638,28 @@ class Pool:
         if self._outdated:
             return
         self._busy_at = time.monotonic()
+        state = group.new_state()
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the worker handles them
         try:
             process = os.fork()
             if not process:
-                self._become_worker(group, preforked)
-            group.workers[process] = 0
+                self._become_worker(group, state, preforked)
+            group.workers[process] = state
         except OSError as error:
+            group.free(state)
             log.error("worker-not-started", cause=error)
             self._not_before = time.monotonic() + 1
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
-    def _become_worker(self, group: WorkerGroup, preforked: bool) -> NoReturn:
+    def _become_worker(self, group: WorkerGroup, state: WorkerState, preforked: bool) -> NoReturn:
         status = os.EX_SOFTWARE
         try:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent passes it on
             self._stop.unblock()
-            os.close(self._reports)
-            os.set_blocking(self._reported, True)
-            reporter = Reporter(self._reported, self._stop)
+            os.close(self._calls)
+            reporter = PoolReporter(self._called, state, group)
             if self._handler.config.metrics_path:
                 self._handler.count_replies(self._metrics.report)
             Worker(self._handler, group.listeners, reporter, self._timeout, preforked).run()
@@ -12596,14 +12668,6 @@ class Pool:
             log.traceback("internal-error")
         finally:
             os._exit(status)
-
-    def _read_reports(self) -> None:
-        for message, process in Reporter.parse(os.read(self._reports, READ_SIZE)):
-            self._served += message == CONNECTED
-            self._busy_at = self._busy_at if message == UNAVAILABLE else time.monotonic()
-            for group in self._groups:
-                if process in group.workers:
-                    group.workers[process] = message
 
     def _count_replies(self) -> None:
         if self._metrics.fd >= 0:
@@ -12618,23 +12682,29 @@ class Pool:
             process, status = os.waitpid(-1, os.WNOHANG)
             if not process:
                 return
-            group = next((group for group in self._groups if process in group.workers), self._groups[0])
-            message = group.workers.pop(process, 0)
-            if message == CONNECTED:  # it left at the end of a connection
-                self._busy_at = time.monotonic()
-            else:
-                group.idle_one_left = True
+            group = next((group for group in self._groups if process in group.workers), None)
+            if not group:
+                continue  # the first process of a container also gets the children of others
+            state = group.workers.pop(process)
+            self._served += state.served
+            self._busy_at = max(self._busy_at, time.monotonic() if state.message == CONNECTED else state.since)
             if status:
                 log.error("worker-died", worker=process, status=os.waitstatus_to_exitcode(status))
-                if not message:  # it died before its first connection, and the next one will, too
+                if not state.served:  # it died before its first connection, and the next one will, too
                     self._not_before = time.monotonic() + 1
+            group.free(state)
 
     def _tell_status(self) -> float:
         """Tells systemd the number of workers, and writes the metrics; the seconds after which to do it again."""
         ready = sum(group.ready() for group in self._groups)
-        busy = len(self._workers()) - ready
-        patience = self._notifier.status(f"{ready} workers ready, {busy} busy, {self._served} connections served")
-        return min(patience, self._metrics.write(ready, busy, self._served))
+        busy, served = len(self._workers()) - ready, self._served_by_all()
+        patience = self._notifier.status(f"{ready} workers ready, {busy} busy, {served} connections served")
+        if self._notifier.is_used and busy + ready:
+            patience = min(patience, STATUS_REFRESH)
+        return min(patience, self._metrics.write(ready, busy, served))
+
+    def _served_by_all(self) -> int:
+        return self._served + sum(state.served for group in self._groups for state in group.workers.values())
 
     def _finish(self) -> None:
         """Lets the workers finish their connections; with less patience after another signal."""
@@ -12656,13 +12726,13 @@ class Pool:
             self._count_replies()
             self._reap()
         self._count_replies()
-        self._metrics.write(0, 0, self._served, at_once=True)
+        self._metrics.write(0, 0, self._served_by_all(), at_once=True)
 
 
 class Reporter:
-    """Tells the parent the state of this worker, in master(8)'s form: two native ints, message and process id.
+    """Tells master(8) the state of this worker, in its form: two native ints, message and process id.
 
-    fd: the pipe to the parent. When the parent has died, the worker leaves.
+    fd: the pipe to it. When it has died, the worker leaves.
     """
 
     INT_SIZE = 4
@@ -12679,18 +12749,52 @@ class Reporter:
             log.warning("parent-process-died", cause=error)
             self._stop.leaving = True
 
-    @classmethod
-    def parse(cls, reports: bytes) -> Iterator[tuple[int, int]]:
-        """The reports in a parent's input: each message, with the process id of its worker."""
-        ends = range(cls.INT_SIZE, len(reports) + 1, cls.INT_SIZE)
-        numbers = (int.from_bytes(reports[end - cls.INT_SIZE : end], sys.byteorder) for end in ends)
-        return zip(numbers, numbers)
+
+class PoolReporter:
+    """Keeps the state of this worker, and calls the parent when too few workers of the group are idle.
+
+    fd: the pipe to the parent.
+    """
+
+    def __init__(self, fd: int, state: WorkerState, group: WorkerGroup) -> None:
+        self.fd = fd
+        self._state, self._group = state, group
+        self._others = select.poll()
+        self._others.register(group.idle, select.POLLIN)
+
+    def report(self, message: int) -> None:
+        """Notes AVAILABLE, UNAVAILABLE or CONNECTED."""
+        was_idle = self._state.message == AVAILABLE
+        self._state.note(message)
+        if message == AVAILABLE:
+            os.eventfd_write(self._group.idle, 1)
+        elif was_idle:
+            take_one(self._group.idle)
+            if message == CONNECTED:
+                self._call_parent_if_needed()
+
+    def _call_parent_if_needed(self) -> None:
+        # The memory may show another worker's last state late. The eventfd tells for sure if this was the last one.
+        if self._others.poll(0) and self._group.ready() >= self._group.prefork:
+            return
+        try:
+            os.write(self.fd, b"\0")
+        except OSError:
+            return  # so many calls wait that one more tells nothing; or it has died, as Worker will find out
+
+
+def take_one(semaphore: int) -> None:
+    """Takes one from an eventfd that counts, if there is one. A process that was killed may have left a wrong count."""
+    try:
+        os.eventfd_read(semaphore)
+    except BlockingIOError:
+        return
 
 
 class Notifier:
     """Tells systemd the state of the service, if systemd asks for it, see sd_notify(3).
 
-    interval: the longest time between two calls of alive(), in seconds.
+    interval: the longest time between two calls of alive(), in seconds. is_used: whether systemd asks.
     """
 
     STATUS_INTERVAL = 1.0
@@ -12701,7 +12805,8 @@ class Notifier:
         self._told = ""
         self._told_at = self._alive_at = 0.0
         self._watched = False
-        if "NOTIFY_SOCKET" in os.environ:
+        self.is_used = "NOTIFY_SOCKET" in os.environ
+        if self.is_used:
             from systemd import daemon
 
             self._send = daemon.notify
@@ -12731,6 +12836,16 @@ class Notifier:
         self._told, self._told_at = text, time.monotonic()
         self._send(f"STATUS={text}")
         return self.interval
+
+
+# ======================================================================
+# Sockets
+#
+# Owns where connections come from: systemd, inetd, master(8), standard input.
+# Must not know LMTP.
+# ======================================================================
+
+MASTER_STATUS_FD, MASTER_LISTEN_FD = 3, 4  # Cyrus master(8)
 
 
 def run(handler: ConnectionHandler) -> None:

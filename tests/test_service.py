@@ -342,6 +342,7 @@ class TestPool:
                 "/dev/null": 1,
                 "pipe:[]": 3,  # of signals both ends, to the parent one
                 "anon_inode:[eventpoll]": 1,
+                "anon_inode:[eventfd]": 1,  # the count of idle workers
             }
 
             def has_its_own_only() -> bool:
