@@ -106,10 +106,14 @@ def mail(machine: Machine) -> list[str]:
 
 
 class Load:
-    """A client that delivers one message after the other, on a connection for each, until the end of the block."""
+    """A client that delivers one message after the other, on a connection for each, until the end of the block.
 
-    def __init__(self, machine: Machine) -> None:
+    It is in no hurry until the release with that version is complete: the installed one is not touched before.
+    """
+
+    def __init__(self, machine: Machine, version: str) -> None:
         self._machine = machine
+        self._version = version
         self._enough = threading.Event()
         self._thread = threading.Thread(target=self._deliver)
         self.greetings: list[str] = []
@@ -136,6 +140,8 @@ class Load:
             except OSError as error:
                 self.errors.append(error)
                 return
+            if not [*(self._machine.root / "opt/lmtpd/releases").glob(f"{self._version}-*/identity")]:
+                self._enough.wait(0.1)
 
     def wait_for_more(self) -> None:
         """Returns when more messages have been delivered, from now on."""
@@ -254,7 +260,7 @@ def test_upgrade_under_load(fresh: Machine) -> None:
     upgrade = next_release(fresh, NEXT, **{"lmtpd@.service": "[Service]\nTasksMax=17"})
     old = connect(fresh)
     start_message(old)
-    with Load(fresh) as load:
+    with Load(fresh, NEXT) as load:
         said = run(fresh, upgrade)
         load.wait_for_more()
     old.send(b".\r\n")
@@ -281,7 +287,7 @@ def test_upgrade_of_the_pool_under_load(fresh: Machine) -> None:
     count = len(mail(fresh))
     old = connect(fresh)
     start_message(old)
-    with Load(fresh) as load:
+    with Load(fresh, LAST) as load:
         first = shown(fresh, "lmtpd-pool.service", "MainPID")
         upgrading = fresh.start(upgrade, stdout=subprocess.PIPE)
         wait_for(lambda: shown(fresh, "lmtpd-pool.service", "ActiveState") == "reloading", "the end of the old pool")
@@ -452,7 +458,7 @@ systemctl enable --now lmtpd.socket
         timeout=300,
     )
     upgrade = next_release(fresh, "9.4.0", **{"lmtpd@.service": "[Service]\nTasksMax=17"})
-    with Load(fresh) as load:
+    with Load(fresh, "9.4.0") as load:
         said = run(fresh, upgrade)
         load.wait_for_more()
     assert load.errors == []
