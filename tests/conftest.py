@@ -2,17 +2,20 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from container import OWN, Machine, make_installation
+from container import DEBIAN_13, OWN, Machine, make_installation
 from file_systems import mounted, unmount_all
 from harness import Site
 from hypothesis import HealthCheck, settings
 from recipes import make_site
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 # The tests wait more than they compute.
 WORKERS_FOR_A_PROCESSOR = 3
@@ -114,6 +117,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     if all(map(os.path.isfile, paths)):
         workers = min(workers, len(paths))
     return workers if workers > 1 else 0
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
+    """A worker runs all tests of a file; where these are for machines of two Debians, all tests for one of them."""
+    scheduler = LoadFileScheduling(config, log)
+    root = re.compile(rf"\[(?:{OWN.name}|{DEBIAN_13.name})\b")
+    scheduler._split_scope = lambda nodeid: (nodeid.partition("::")[0], *root.findall(nodeid))
+    return scheduler
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
