@@ -149,15 +149,14 @@ def test_a_window_that_never_opens(site: Site, session_timeout: str) -> None:
     )
     client = over_tcp(site)
     client.sock.settimeout(0.05)
-    waiting = memoryview(b"HELP\r\n" * 5_000_000)  # more than the buffers of the system take
+    waiting = commands = memoryview(b"HELP\r\n" * 100_000)
     memory = 0
     while now := peak_memory(site):
         memory = now
         with suppress(ConnectionError, TimeoutError):
-            waiting = waiting[client.sock.send(waiting) :]
+            waiting = waiting[client.sock.send(waiting) :] or commands
     assert site.child.wait(PATIENCE) == 0
     assert 0 < memory < MEMORY_LIMIT
-    assert waiting, "it has taken all"
     assert 'reason="the client does not read the replies"' in site.log_text()
 
 

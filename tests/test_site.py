@@ -6,6 +6,7 @@ Every block is pasted from the README. The tests run in this order: those at the
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from lmtpd import language_for
 
 SITE = "## A whole site in eight commands"
 SPOOL = "var/spool/lmtpd"
+USERS = "etc/dovecot/users"
 PASSWORD = "secret"  # the README's
 ELSEWHERE = "/srv/elsewhere"
 # Says what the server says to each recipient; nothing is sent when all are refused. XCLIENT makes a stranger of us.
@@ -455,6 +457,8 @@ def test_another_quota_for_a_user_who_is_there(site: Machine) -> None:
 
 def test_a_new_password(site: Machine) -> None:
     _, _, _, password, _, _, _ = readme_blocks("### Users")
+    # Dovecot reads the file again if its size or the second of its change differ.
+    wait_for(lambda: time.time() > int((site.root / USERS).stat().st_mtime) + 1, "another second")
     paste(site, password, "other", "other")
     login = "import imaplib, sys; print(imaplib.IMAP4('127.0.0.1', timeout=50).login('jane', sys.argv[1])[0])"
     wait_for(lambda: site.run("python3", "-c", login, "other", check=False).stdout == "OK\n", "the new password")
