@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import pwd
@@ -15,7 +14,6 @@ import stat
 import subprocess
 import sys
 import termios
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -816,23 +814,32 @@ def test_a_hard_link_to_the_file_of_another_changes_nothing_there(many_homes: Ho
     assert [(row[:2], row[3], row[5]) for row in after.values()] == [(r[:2], r[3], r[5]) for r in before.values()]
 
 
+# Gives each of two paths the place of the other, at once and again and again: see renameat2(2). A thread would hold up
+# the client.
+EXCHANGE = """\
+import ctypes, os, sys
+at_fdcwd, rename_exchange = -100, 2
+exchange = ctypes.CDLL(None).renameat2
+one, other = map(os.fsencode, sys.argv[1:])
+print("ready", flush=True)
+while not exchange(at_fdcwd, one, at_fdcwd, other, rename_exchange):
+    pass
+"""
+
+
 @pytest.mark.parametrize("place", ["Maildir", "Maildir/new", "Maildir/tmp", "Maildir/.folder"])
 def test_a_link_that_comes_and_goes_leads_nowhere(trap: Trap, place: str) -> None:
     """The user changes a folder into a link and back, as fast as he can, while his mail is delivered."""
     before = everything_of(trap.victim)
     path, link = trap.home / place, trap.home / "link"
     link.symlink_to(trap.victim / place)
-    over = threading.Event()
-
-    def flicker() -> None:
-        while not over.is_set():
-            exchange(path, link)
-
     client = trap.homes.client()
-    thread = threading.Thread(target=flicker)
-    thread.start()
+    command = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-I", "-c", EXCHANGE]
+    flicker = subprocess.Popen([*command, str(path), str(link)], stdout=subprocess.PIPE)
     replies = []
     try:
+        assert flicker.stdout
+        assert flicker.stdout.readline() == b"ready\n"
         for _ in range(150):
             assert client.command("MAIL FROM:<>").startswith("250")
             if not client.command(f"RCPT TO:<{trap.name}+folder>").startswith("250"):
@@ -842,23 +849,17 @@ def test_a_link_that_comes_and_goes_leads_nowhere(trap: Trap, place: str) -> Non
             client.send(MESSAGE + b".\r\n")
             replies.append(client.reply()[-1])
     finally:
-        over.set()
-        thread.join()
+        flicker.kill()
+        flicker.communicate()
         client.close()
+    assert flicker.returncode == -signal.SIGKILL
     assert everything_of(trap.victim) == before
     assert {reply[:3] for reply in replies} <= {"250", "451", "452"}
     if path.is_symlink():
-        exchange(path, link)
+        path.unlink()
+        link.rename(path)
     found = [path for path in trap.home.rglob("new/*") if path.is_file()]
     assert len(found) == len([reply for reply in replies if reply.startswith("250")])
-
-
-def exchange(one: Path, other: Path) -> None:
-    """Gives each the place of the other, at once: see renameat2(2)."""
-    at_fdcwd, rename_exchange = -100, 2
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange):
-        raise OSError(ctypes.get_errno(), "renameat2")
 
 
 # Delivers with a keyword, which LMTP has no way to ask for. Memory is limited, so that an endless file shows.
