@@ -363,10 +363,9 @@ def test_an_upgrade_that_fails_changes_nothing(fresh: Machine) -> None:
 
 
 def test_the_older_source_goes_back_to_its_version(fresh: Machine) -> None:
-    for version in (NEXT, LAST):
-        run(fresh, f"/root/{version}/units/install")
-        assert fresh.run("lmtpd", "--version").stdout == f"lmtpd {version}\n"
-        wait_for(lambda: greeting(fresh).endswith(f" lmtpd {version} ready"), "the version")  # noqa: B023
+    run(fresh, f"/root/{NEXT}/units/install")
+    assert fresh.run("lmtpd", "--version").stdout == f"lmtpd {NEXT}\n"
+    wait_for(lambda: greeting(fresh).endswith(f" lmtpd {NEXT} ready"), "the version")
 
 
 def test_one_at_a_time(fresh: Machine) -> None:
