@@ -22,17 +22,24 @@ WORKERS_FOR_A_PROCESSOR = 3
 # The files that take longest, the longest first.
 LONGEST = (
     "install",
-    "service",
     "users",
-    "auth",
     "systemd",
-    "clients",
-    "master",
-    "site",
     "dovecot24",
-    "hostile",
+    "site",
+    "recipes",
+    "differential",
+    "auth",
+    "service",
+    "master",
+    "mime",
+    "duplicates",
     "quota",
+    "hostile",
+    "managesieve",
+    "clients",
     "tls",
+    "debian13",
+    "sieve_limits",
 )
 # The name, in the environment, of a folder that this process and the workers, which run the tests, have in common. It
 # is in memory: trusted attributes, which a machine's layers need, are not to be had everywhere.
