@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,32 +142,76 @@ def test_the_pages_command_counts_events_and_replies(machine: Machine) -> None:
     ]
 
 
+def searches(**values: str) -> dict[str, str]:
+    """The page's searches, by the comment before each, with these values of the fields of the journal."""
+    found = dict(re.findall(r"^# (.*)\n(journalctl .*)$", example("# what happened"), re.MULTILINE))
+    assert len(found) == 8
+    for field, value in values.items():
+        found = {comment: re.sub(rf"(LMTPD_{field}=)\S+", rf"\1{value}", found[comment]) for comment in found}
+    return found
+
+
+def found_events(machine: Machine, command: str) -> list[str]:
+    """The events of the lines that the page's command finds."""
+    machine.run("journalctl", "--sync")
+    return re.findall(r"lmtpd\[\d+\]: (\S+) ", machine.run(*shlex.split(command)).stdout)
+
+
 def test_the_pages_command_says_why_mail_is_deferred(machine: Machine) -> None:
     deliver(machine, "jane@example.com", name="before")
     quota = machine.root / "var/spool/lmtpd/jane/maildirsize"
     quota.write_text("10S\n100 1\n")
+    commands = searches()
     try:
-        session = deliver(machine, "jane@example.com", name="big")
-        machine.run("journalctl", "--sync")
-        shown = machine.shell(example("journalctl LMTPD_RECIPIENT=jane@example.com -p warning -S today"))
+        deliver(machine, "jane@example.com", name="big")
     finally:
         quota.unlink()
-    lines = re.findall(r"lmtpd\[\d+\]: (\S+) session=(\S+) ", shown)
-    assert lines == [("over-quota", session)], shown
+    for comment in ("why mail for a recipient is deferred: warnings and errors", "problems today"):
+        assert found_events(machine, commands[comment]) == ["over-quota"]
 
 
 def test_the_pages_searches_find_the_mail(machine: Machine) -> None:
     session = deliver(machine, "jane@example.com", "nobody@example.com")
-    machine.run("journalctl", "--sync")
-    events = {}
-    for line in example("journalctl LMTPD_RECIPIENT=jane@example.com\n").splitlines():
-        words = [re.sub(r"^(LMTPD_SESSION=).*", rf"\1{session}", word) for word in shlex.split(line)]
-        shown = machine.run(*words).stdout
-        events[words[1].partition("=")[0]] = re.findall(r"lmtpd\[\d+\]: (\S+) ", shown)
-    assert events == {
-        "LMTPD_RECIPIENT": ["delivered"],
-        "LMTPD_MSGID": ["delivered"],
-        "LMTPD_SESSION": ["refused", "delivered"],
-        "LMTPD_EVENT": ["refused"],
-        "-t": [],
+    deliver(machine, "jane@example.com")
+    found = {comment: found_events(machine, command) for comment, command in searches(SESSION=session).items()}
+    assert found == {
+        "what happened to mail for a recipient": ["delivered", "duplicate"],
+        "what happened to a message": ["delivered", "duplicate"],
+        "all lines of a session": ["refused", "delivered"],
+        "which mail was refused today": ["refused"],
+        "which mail came twice today, and was stored once": ["duplicate"],
+        "what was stored in a folder": [],
+        "problems today": [],
+        "why mail for a recipient is deferred: warnings and errors": [],
     }
+
+
+def test_the_pages_search_for_a_folder(machine: Machine) -> None:
+    """The recipient there is the address with the detail."""
+    maildir = machine.root / "var/spool/lmtpd/jane"
+    machine.shell(
+        "cd /var/spool/lmtpd/jane; install -d -o lmtpd -g lmtpd -m 700 .lists .lists/tmp .lists/new .lists/cur"
+    )
+    try:
+        deliver(machine, "jane+lists@example.com")
+    finally:
+        shutil.rmtree(maildir / ".lists")
+    folder = searches(MAILBOX="/var/spool/lmtpd/jane/.lists")["what was stored in a folder"]
+    assert found_events(machine, folder) == ["delivered"]
+    for address, events in {"jane@example.com": [], "jane+lists@example.com": ["delivered"]}.items():
+        command = searches(RECIPIENT=address)["what happened to mail for a recipient"]
+        assert found_events(machine, command) == events
+
+
+def test_postfix_logs_the_session(machine: Machine) -> None:
+    """By it, the pages' commands lead from the log of Postfix to that of lmtpd, and back."""
+    message = "Message-ID: <posted@example.org>\nSubject: x\n\nx\n"
+    machine.run("sendmail", "-f", "sender@example.com", "jane@example.com", stdin=message)
+    [delivered] = wait_for(lambda: entries(machine, "LMTPD_MSGID=posted@example.org"), "the delivery")
+    logged = wait_for(lambda: re.findall("status=sent .*", machine.journal("-t", "postfix/lmtp")), "Postfix's line")
+    assert logged == [f"status=sent (250 2.1.5 Ok SESSIONID=<{delivered['LMTPD_SESSION']}>)"]
+    ours, theirs = example("journalctl LMTPD_SESSION").splitlines()
+    session = "lmtpd-4780-1795374589374747"
+    ours, theirs = (command.replace(session, str(delivered["LMTPD_SESSION"])) for command in (ours, theirs))
+    assert found_events(machine, ours) == ["delivered"]
+    assert logged[0] in machine.run(*shlex.split(theirs)).stdout

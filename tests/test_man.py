@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import docopt
@@ -341,7 +342,43 @@ def test_an_example_shows_the_syntax(tmp_path: Path) -> None:
     }
 
 
+def test_the_first_line_of_maildirsize_is_the_quota(site: Site) -> None:
+    """Also if root has written it, and nothing after it."""
+    client = site.connect()
+    client.hello()
+    assert client.deliver(b"Subject: x\r\n\r\nx\r\n", "jane")[0].startswith("250")
+    [line] = re.findall(r"^\.Dl (echo .*)$", groups()["Quota"], re.MULTILINE)
+    subprocess.run(["sh", "-c", line.replace("/var/spool/lmtpd", str(site.spool))], check=True)
+    [file] = site.files("jane")
+    shown = question(site, "--explain", "jane@example.com").stdout
+    assert f"\nquota    {file.stat().st_size} bytes, 1 messages of 20971520 bytes, 1000 messages\n" in shown
+    assert client.deliver(b"Subject: y\r\n\r\nx\r\n", "jane")[0].startswith("250")
+    assert (site.spool / "jane/maildirsize").read_text().startswith("20971520S,1000C\n")
+
+
 # lmtpd(8)
+
+
+def test_a_message_whose_record_is_removed_is_stored_again(site: Site) -> None:
+    site.configure(duplicatesuppression="yes")
+    [block] = blocks(section(LMTPD_8, "Duplicates", "Ss"))
+    head, _, code = block.partition("\n")
+    assert head == "# runuser -u lmtpd -- python3 - '<one@example.org>' <<'EOF'"
+    code = code.removesuffix("EOF\n").replace("/var/lib/lmtpd", str(site.configdirectory))
+    client = site.connect()
+    client.hello()
+
+    def count() -> int:
+        date = b"Date: Sun, 22 Nov 2026 12:00:00 +0000"
+        client.deliver(b"Message-ID: <one@example.org>\r\n" + date + b"\r\n\r\nx\r\n", "jane")
+        return len(site.messages("jane"))
+
+    assert [count(), count()] == [1, 1]
+    for path in site.files("jane"):
+        path.unlink()
+    assert count() == 0  # a message that the user has deleted still counts
+    subprocess.run([sys.executable, "-", "<one@example.org>"], input=code, text=True, check=True)
+    assert count() == 1
 
 
 def usage(part: str) -> list[str]:
@@ -395,6 +432,24 @@ def test_replies_are_those_that_are_given() -> None:
             [code], [enhanced] = constants(call.args[0]), constants(call.args[1])
             given.add(f"Sy {code} {enhanced}".rstrip())
     assert list(replies()) == sorted(given)
+
+
+def test_each_failure_begins_with_the_texts_that_are_given() -> None:
+    """The mail server's queue shows them, so administrators search for them."""
+    given: dict[str, set[object]] = {}
+    for call in calls():
+        if isinstance(call.func, ast.Name) and call.func.id == "Reply" and ast.unparse(call.args[0])[0] in "45":
+            [code], [enhanced] = constants(call.args[0]), constants(call.args[1])
+            given.setdefault(f"Sy {code} {enhanced}", set()).update(constants(call.args[2]))
+        if isinstance(call.func, ast.Name) and call.func.id == "refuse_to_start":
+            given.setdefault("Sy 421 4.3.0", set()).update(constants(call.args[1]))
+    documented = {}
+    for head, text in replies().items():
+        if head in given:
+            beginning = re.match(r"(?:\.Ql .*\n|or\n)*", text)
+            assert beginning
+            documented[head] = set(re.findall(r"^\.Ql (.*?)(?: [,.])?$", beginning[0], re.MULTILINE))
+    assert documented == given
 
 
 def test_every_failure_has_an_action() -> None:
