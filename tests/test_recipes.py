@@ -17,7 +17,7 @@ from harness import Site, wait_for
 from recipes import offline, paste
 from test_auth import PASSWORD as PASS_PHRASE
 from test_clients import MESSAGE, content
-from test_site import PASSWORD, catch_mail_for_elsewhere, codes, subjects, submit, wait_for_mail
+from test_site import FETCH, PASSWORD, catch_mail_for_elsewhere, codes, subjects, submit, wait_for_mail
 
 README = (TOP / "README.md").read_text()
 
@@ -142,18 +142,41 @@ def test_from_dovecots_lmtp(machine: Machine) -> None:
     folder = machine.root / home / "Maildir/.Invoices"
     wait_for(lambda: list(folder.glob("new/*")), "the folder")
 
-    [block] = readme_blocks("## From Dovecot's LMTP")
-    shown = paste(machine, block).output
-    assert f"/{home}/Maildir\n" in shown
-    assert f"/{home}/.dovecot.sieve\n" in shown
+    prepare, one_user, all_users = readme_blocks("## From Dovecot's LMTP")
+    shown = paste(machine, prepare).output
+    assert f"mailbox  /{home}/Maildir\n" in shown
+    assert f"script   /{home}/.dovecot.sieve\n" in shown
+    assert "reply    250 2.1.5 Ok\n" in shown
+    assert re.search(rf"^home\t/{home}$", shown, re.MULTILINE)  # of doveadm user
+    assert re.search(rf"^  home +: /{home}$", shown, re.MULTILINE)  # of doveadm user -u
+    submit(machine, "not yet", address)
+    wait_for_mail(machine, "not yet", address)
+    assert "[private/lmtpd]" not in machine.journal("--identifier=postfix/lmtp")
+    machine.shell(f"echo 'joe@example.com:{{PLAIN}}{PASSWORD}::::::' >>/etc/dovecot/users")
+    wait_for(lambda: machine.run("doveadm", "user", "joe@example.com", check=False).returncode == 0, "joe")
+    paste(machine, one_user)
+    for user, relay in ((address, "lmtpd"), ("joe@example.com", "dovecot-lmtp")):
+        submit(machine, "for one user", user)
+        wait_for_mail(machine, "for one user", user)
+        assert f"to=<{user}>, relay=mx.example.com[private/{relay}]" in machine.journal("--identifier=postfix/lmtp")
+    paste(machine, all_users)
+    submit(machine, "for all users", "joe@example.com")
+    wait_for_mail(machine, "for all users", "joe@example.com")
+    assert "to=<joe@example.com>, relay=mx.example.com[private/lmtpd]" in machine.journal("--identifier=postfix/lmtp")
     for subject, name in (("new", "INBOX"), ("new invoice", "Invoices")):
         submit(machine, subject, address)
         wait_for_mail(machine, subject, address, name)
-    assert subjects(machine, address) == ["Subject: old", "Subject: new"]
+    old = ["Subject: old", "Subject: not yet", "Subject: for one user"]
+    assert subjects(machine, address) == [*old, "Subject: new"]
     assert subjects(machine, address, "Invoices") == ["Subject: old invoice", "Subject: new invoice"]
+    machine.run("python3", "-c", FETCH, address, "lists", "new")
+    submit(machine, "to the folder", "jane+lists@example.com")
+    wait_for_mail(machine, "to the folder", address, "lists")
     owners = machine.shell(f"find /{home}/Maildir -name '*,S=*' -printf '%u:%g %m\\n' | sort -u")
     assert owners == "vmail:vmail 600\n"
-    assert "relay=mx.example.com[private/lmtpd]" in machine.journal("--identifier=postfix/lmtp")
+    machine.shell("sed -i 's,home=/var/vmail/%d/%n,,; /home:default/d' /etc/dovecot/local.conf; doveadm reload")
+    explain = ("lmtpd", "--explain", address)
+    wait_for(lambda: "reply    451" in machine.run(*explain, check=False).stdout, "a user without a home")
 
 
 # A client in the machine that README.md has set up, which verifies, authenticates if it is given a name, and delivers.
@@ -180,12 +203,19 @@ StandardError=journal
 
 TCP = "### TCP, TLS and passwords: Postfix on another host"
 CERTIFICATE = "/etc/letsencrypt/live/mx.example.com"
+ADDRESS = "192.0.2.10"  # the README's
+# Adds it to the loopback device: ioctl SIOCSIFADDR of netdevice(7).
+ADD_ADDRESS = f"""\
+import fcntl, socket, struct
+request = struct.pack("16sHH4s8x", b"lo:1", socket.AF_INET, 0, socket.inet_aton("{ADDRESS}"))
+fcntl.ioctl(socket.socket(socket.AF_INET, socket.SOCK_DGRAM), 0x8916, request)
+"""
 
 
 @pytest.fixture(scope="module")
 def on_tcp(installed: Machine) -> Machine:
     """The machine after the README's recipe for TCP up to lmtpd's side, with a certificate as from certbot."""
-    command, certbot, _, ours, _ = readme_blocks(TCP)
+    command, certbot, _, ours, another_address, _, _ = readme_blocks(TCP)
     site = Site()
     try:
         authority = Authority(site)
@@ -201,6 +231,8 @@ def on_tcp(installed: Machine) -> Machine:
     for block in (command, certbot):
         paste(installed, block)
     paste(installed, offline(installed, ours), PASS_PHRASE, PASS_PHRASE)
+    paste(installed, another_address)
+    installed.run("python3", "-c", ADD_ADDRESS)
     return installed
 
 
@@ -251,28 +283,32 @@ class TestTcp:
 
     def test_postfix_on_another_host(self, tcp_machine: Machine) -> None:
         """It is on this one, in fact, but comes in by the name and the port."""
-        *_, theirs = readme_blocks(TCP)
-        tcp_machine.shell("""
-echo '127.0.0.1 mx.example.com' >>/etc/hosts
+        *_, theirs, check = readme_blocks(TCP)
+        tcp_machine.shell(f"""
+sed -i '1i {ADDRESS} mx.example.com' /etc/hosts
 cp /root/ca.pem /etc/ssl/certs/ca-certificates.crt
+openssl rehash /etc/ssl/certs
 postconf -e lmtp_host_lookup=native lmtp_tls_loglevel=1
 """)
         tcp_machine.run("cp", "/etc/postfix/main.cf", "/root/main.cf")
         try:
             paste(tcp_machine, offline(tcp_machine, theirs.replace("mta:secret", f"mta:{PASS_PHRASE}")))
             test_systemd.send(tcp_machine)
-            wait_for(lambda: test_systemd.messages(tcp_machine), "the message")
+            [stored] = wait_for(lambda: test_systemd.messages(tcp_machine), "the message")
+            message = stored.read_bytes()
+            shown = paste(tcp_machine, check).output
+            assert "Verification: OK" in shown
+            wait_for(lambda: "status=deliverable" in tcp_machine.journal("--identifier=postfix/lmtp"), "the probe")
         finally:
             tcp_machine.shell("cp /root/main.cf /etc/postfix\npostfix reload")
-        message = test_systemd.messages(tcp_machine)[0].read_bytes()
         assert b"(authenticated user=mta bits=256)" in message
         assert b" with LMTPSA (TLSv1.3 " in message
-        verified = "Verified TLS connection established to mx.example.com[127.0.0.1]:24: TLSv1.3"
+        verified = f"Verified TLS connection established to mx.example.com[{ADDRESS}]:24: TLSv1.3"
         assert verified in tcp_machine.journal("--identifier=postfix/lmtp")
 
     @pytest.mark.parametrize("client", ["certbot", "acme.sh"])
     def test_a_renewed_certificate_is_used(self, tcp_machine: Machine, client: str) -> None:
-        _, _, acme, _, _ = readme_blocks(TCP)
+        _, _, acme, *_ = readme_blocks(TCP)
         folder = CERTIFICATE
         hook = "/etc/letsencrypt/renewal-hooks/deploy/lmtpd"
         environment = [f"RENEWED_LINEAGE={folder}", "RENEWED_DOMAINS=mx.example.com"]

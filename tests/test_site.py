@@ -323,8 +323,9 @@ def test_spam_is_in_junk_for_everyone(site: Machine) -> None:
 
 
 def test_an_out_of_office_reaches_the_sender_once(site: Machine) -> None:
-    [block] = readme_blocks("### Out of office")
+    block, question = readme_blocks("### Out of office")
     paste(site, block)
+    assert paste(site, question).output.endswith("\nactions  vacation other@example.net, fileinto INBOX\n")
     for subject in ("one", "two"):
         submit(site, subject, "jane@example.com")
         wait_for_mail(site, subject, "jane")
@@ -524,7 +525,7 @@ systemctl restart postfix
 
 
 def test_several_domains(site: Machine) -> None:
-    """The last of the tests: users have other names after it."""
+    """Users have other names after it."""
     [block] = readme_blocks("### Several domains")
     paste(site, block)
     before = "Subject: spawned"
@@ -537,3 +538,19 @@ def test_several_domains(site: Machine) -> None:
     assert codes(submit(site, "nobody", "joseph@example.org")) == ["550"]
     assert codes(submit(site, "to root", "root@example.com", "postmaster@example.org")) == ["250", "250", "250"]
     wait_for_mail(site, "to root", "jane@example.com")
+
+
+def test_the_file_for_another_dovecot(site: Machine) -> None:
+    """As after an upgrade of Debian, which brings Dovecot's own file back. It takes the changes of recipes away."""
+    [block] = readme_blocks("## Upgrade, go back, remove")
+    changed = (site.root / "etc/dovecot/local.conf").read_text()
+    site.run("sed", "-i", "s/^#!include auth-system/!include auth-system/", "/etc/dovecot/conf.d/10-auth.conf")
+    paste(site, block)
+    assert (site.root / "etc/dovecot/local.conf~").read_text() == changed
+    [domains] = readme_blocks("### Several domains")
+    [command] = re.findall(r"\A(sed .*\\\n.*\n)", domains)
+    paste(site, f"{command}systemctl restart dovecot\n")
+    assert (site.root / "etc/dovecot/local.conf").read_text() == changed
+    for domain in ("example.com", "example.org"):
+        submit(site, f"once more to {domain}", f"jane@{domain}")
+        wait_for_mail(site, f"once more to {domain}", f"jane@{domain}")
