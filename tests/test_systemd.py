@@ -381,6 +381,31 @@ def test_a_burst_leaves_the_socket_open(machine: Machine) -> None:
     wait_for(lambda: machine.run("postqueue", "-f") and messages(machine), "the message")
 
 
+def test_the_limit_of_connections_is_that_of_the_manual_page(machine: Machine) -> None:
+    """A drop-in changes it without a restart. One connection more is closed without a reply."""
+    [shown] = re.findall(r"^(\[Socket\]\nMaxConnections=128\n)", (TOP / "man/lmtpd.8").read_text(), re.MULTILINE)
+    assert machine.properties("lmtpd.socket", "MaxConnections") == {"MaxConnections": "64"}
+    install_drop_in(machine, "lmtpd.socket", "test.conf", shown)
+    assert machine.properties("lmtpd.socket", "MaxConnections") == {"MaxConnections": "128"}
+    install_drop_in(machine, "lmtpd.socket", "test.conf", shown.replace("128", "1"))
+    first, second = connect(machine), connect(machine)
+    assert first.reply()[0].startswith("220")
+    assert second.reply() == []
+    first.close()
+    second.close()
+
+
+def test_postfix_opens_as_many_connections_as_the_manual_page_says(machine: Machine) -> None:
+    page = (TOP / "man/lmtpd.8").read_text()
+    for name, value in (
+        ("lmtp_destination_concurrency_limit", "$default_destination_concurrency_limit"),
+        ("default_destination_concurrency_limit", "20"),
+        ("initial_destination_concurrency", "5"),
+    ):
+        assert machine.run("postconf", "-dh", name).stdout == f"{value}\n"
+        assert f".Ic {name}" in page or f"Postfix begins with {value} connections" in page
+
+
 def is_quiet(machine: Machine) -> bool:
     """Whether no connection is served, nor one that has waited to be."""
     if services(machine):
