@@ -143,7 +143,7 @@ need_container() {
 need_root() {
     local packages=systemd,systemd-sysv,dbus,python3,python3-venv,python3-setuptools,python3-wheel,python3-docopt,python3-systemd,python3-idna,python3-argon2,python3-cffi,postfix,libsasl2-modules,dovecot-imapd,openssl,procps,man-db
     # Those that recipes install, which wait in /opt/packages.
-    local later=dovecot-managesieved,dovecot-lmtpd
+    local later=dovecot-managesieved,dovecot-lmtpd,openbsd-inetd,xinetd
     local root=$LMTPD_TEST_ROOTS/$1
     (
         # Another test run may have machines booted from it, or be making it, at this moment.
@@ -184,7 +184,7 @@ make_root() {
     mmdebstrap --quiet --mode=root --variant=minbase --include="$3" --aptopt="$settings" \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
         --customize-hook='rm -f "$1"/var/cache/apt/archives/*.deb' \
-        --customize-hook="chroot \"\$1\" apt-get -qq install -y --no-install-recommends --download-only ${4//,/ }" \
+        --customize-hook="for package in ${4//,/ }; do chroot \"\$1\" apt-get -qq install -y --no-install-recommends --download-only \$package || exit; done" \
         --customize-hook='mkdir -p "$1/opt/packages" && mv "$1"/var/cache/apt/archives/*.deb "$1/opt/packages"' \
         --customize-hook='rm -f "$1/etc/apt/apt.conf.d/99mmdebstrap" "$1/etc/hostname"' \
         --customize-hook='chroot "$1" postconf -X myhostname' \

@@ -524,6 +524,23 @@ systemctl restart postfix
 """)
 
 
+@pytest.mark.parametrize(("name", "package"), [("inetd", "openbsd-inetd"), ("xinetd", "xinetd")])
+def test_inetd_starts_lmtpd(site: Machine, name: str, package: str) -> None:
+    [block] = readme_blocks(f"### {name}")
+    paste(site, offline(site, block))
+    submit(site, f"by {name}", "jane@example.com")
+    wait_for_mail(site, f"by {name}", "jane")
+    assert "relay=127.0.0.1[127.0.0.1]:24," in site.journal("--identifier=postfix/lmtp", "--lines=1")
+    # Debian has the one or the other.
+    site.shell(f"""
+systemctl stop {name}
+dpkg --purge {package}
+postconf -e 'local_transport = lmtp:unix:private/lmtpd'
+systemctl enable --now lmtpd.socket
+systemctl restart postfix
+""")
+
+
 def test_several_domains(site: Machine) -> None:
     """Users have other names after it."""
     [block] = readme_blocks("### Several domains")
@@ -554,3 +571,20 @@ def test_the_file_for_another_dovecot(site: Machine) -> None:
     for domain in ("example.com", "example.org"):
         submit(site, f"once more to {domain}", f"jane@{domain}")
         wait_for_mail(site, f"once more to {domain}", f"jane@{domain}")
+
+
+def test_mail_in_another_place(site: Machine) -> None:
+    """And back again, for the tests of Debian 13 that come after this."""
+    [block] = readme_blocks("### Mail in another place")
+    user = "jane@example.com"
+    before = subjects(site, user)
+    paste(site, block)
+    submit(site, "elsewhere", user)
+    wait_for_mail(site, "elsewhere", user)
+    assert subjects(site, user) == [*before, "Subject: elsewhere"]
+    assert list((site.root / "srv/mail/example.com/jane/Maildir/cur").glob("*,S=*"))
+    assert list((site.root / SPOOL).iterdir()) == []
+    site.run("lmtpd", "--check")
+    site.shell(block.replace(f"/{SPOOL}", "/srv/mail").replace("place=/srv/mail", f"place=/{SPOOL}"))
+    assert subjects(site, user) == [*before, "Subject: elsewhere"]
+    assert list((site.root / "srv/mail").iterdir()) == []
