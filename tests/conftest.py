@@ -33,6 +33,7 @@ LONGEST = (
     "master",
     "mime",
     "duplicates",
+    "from_cyrus",
     "quota",
     "hostile",
     "managesieve",

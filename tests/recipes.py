@@ -15,6 +15,7 @@ from container import Machine, copy_source, readme_blocks
 
 PATIENCE = 300.0
 TRACES = "/run/pasted"
+PACKAGE = re.compile(r"[a-z0-9][-+.a-z0-9]+")
 START, END = "\a>\a", "\a<\a"
 # Bash runs the traps for each command that is pasted, but not for those inside $( ). PS0 is shown before the first one
 # runs, and PROMPT_COMMAND after the last one.
@@ -91,21 +92,28 @@ def offline(machine: Machine, block: str) -> str:
     """The block with the packages that it gets from Debian at hand: no network is in the machine."""
 
     def install(match: re.Match[str]) -> str:
-        files = sorted({f"/opt/packages/{name}" for package in match[1].split() for name in _files(machine, package)})
+        files = _files(machine, match[1].split())
         return f"dpkg --install {' '.join(files)}\n" if files else ""
 
     return re.sub(r"^apt-get install -y (.*)\n", install, block, flags=re.MULTILINE)
 
 
-def _files(machine: Machine, package: str) -> list[str]:
-    """The files of a package and of those that it depends on, as far as the machine has them to be installed."""
-    files = []
-    for path in (machine.root / "opt/packages").glob(f"{package}_*.deb"):
-        files.append(path.name)
-        depends = machine.run("dpkg-deb", "--field", f"/opt/packages/{path.name}", "Depends").stdout
-        for name in re.findall(r"[a-z][-+.a-z0-9]+", depends):
-            files += _files(machine, name)
-    return files
+def _files(machine: Machine, packages: list[str]) -> list[str]:
+    """The files of packages and of those that they depend on, as far as the machine has them to be installed."""
+    listed = machine.shell(r"""
+for file in /opt/packages/*.deb; do
+    dpkg-deb --show --showformat="$file\t\${Package}, \${Provides}\t\${Pre-Depends}, \${Depends}\n" "$file"
+done
+""")
+    lines = [line.split("\t") for line in listed.splitlines()]
+    found: list[str] = []
+    wanted = list(packages)
+    for package in wanted:
+        for file, names, depends in lines:
+            if package in re.findall(PACKAGE, names) and file not in found:
+                found.append(file)
+                wanted += re.findall(PACKAGE, depends)
+    return sorted(found)
 
 
 def make_site(base: Path, layer: Path) -> None:

@@ -49,11 +49,11 @@ cyrus=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests-cyrus
 exim=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests-exim
 node_exporter=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests-node-exporter
 
-# need_cyrus: the real Cyrus lmtpd and lmtptest. Its package conflicts with Dovecot's.
+# need_cyrus: the real Cyrus and lmtptest. Its package conflicts with Dovecot's.
 need_cyrus() {
-    local programs=(usr/lib/cyrus/bin/{master,lmtpd,lmtptest})
+    local programs=(usr/lib/cyrus/bin/{master,lmtpd,imapd,timsieved,lmtptest})
     runs "$cyrus" "${programs[@]}" || unpack "$cyrus" cyrus-imapd cyrus-common cyrus-clients
-    runs "$cyrus" "${programs[@]}" || { echo "Cyrus lmtpd does not run" >&2; exit 1; }
+    runs "$cyrus" "${programs[@]}" || { echo "Cyrus does not run" >&2; exit 1; }
 }
 
 # need_exim: the real Exim. Its package conflicts with Postfix's, and makes an account.
@@ -143,7 +143,7 @@ need_container() {
 need_root() {
     local packages=systemd,systemd-sysv,dbus,python3,python3-venv,python3-setuptools,python3-wheel,python3-docopt,python3-systemd,python3-idna,python3-argon2,python3-cffi,postfix,libsasl2-modules,dovecot-imapd,openssl,procps,man-db
     # Those that recipes install, which wait in /opt/packages.
-    local later=dovecot-managesieved,dovecot-lmtpd,openbsd-inetd,xinetd
+    local later=dovecot-managesieved,dovecot-lmtpd,openbsd-inetd,xinetd,sieve-connect
     local root=$LMTPD_TEST_ROOTS/$1
     (
         # Another test run may have machines booted from it, or be making it, at this moment.
