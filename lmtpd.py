@@ -102,7 +102,7 @@ PRODUCT = f"lmtpd {__version__}"
 CRLF, LF = b"\r\n", b"\n"
 READ_SIZE = 65536  # octets read at a time
 FOREVER = float("inf")  # a deadline that never comes
-# docopt's result for an empty command line, written out because importing docopt is slow.
+# docopt's result for an empty command line, written out because importing docopt takes as long as starting Python.
 NO_ARGUMENTS: dict[str, Any] = {
     "-C": "/etc/imapd.conf",
     "-U": "250",
@@ -113,6 +113,8 @@ NO_ARGUMENTS: dict[str, Any] = {
     **dict.fromkeys(("-D", "-H", "-a", "--check", "--check-sieve", "--config", "--explain", "all"), False),
     **dict.fromkeys(("--help", "--version"), False),
 }
+# The options of the first usage, and whether the next word is their value.
+SERVING_OPTIONS = {"-C": True, "-U": True, "-T": True, "-D": False, "-H": False, "-a": False}
 
 
 # ======================================================================
@@ -13409,15 +13411,28 @@ def command() -> NoReturn:
 
 def parse_arguments(arguments: Sequence[str]) -> Arguments:
     """The options of the command line. Raises UsageError, and SystemExit after --help and --version."""
-    options: dict[str, Any] = NO_ARGUMENTS
-    if arguments:
-        from docopt import DocoptExit, docopt
+    if options := plain_options(arguments):
+        return Arguments(options)
+    from docopt import DocoptExit, docopt
 
-        try:
-            options = docopt(__doc__, arguments, version=PRODUCT)
-        except DocoptExit as error:
-            raise UsageError(str(error)) from None
-    return Arguments(options)
+    try:
+        return Arguments(docopt(__doc__, arguments, version=PRODUCT))
+    except DocoptExit as error:
+        raise UsageError(str(error)) from None
+
+
+def plain_options(arguments: Sequence[str]) -> dict[str, Any] | None:
+    """What docopt returns for SERVING_OPTIONS, each a word of its own, with the value after it; None for all else."""
+    options = dict(NO_ARGUMENTS)
+    words, seen = iter(arguments), set()
+    for word in words:
+        if word not in SERVING_OPTIONS or word in seen:
+            return None
+        seen.add(word)
+        options[word] = next(words, "-") if SERVING_OPTIONS[word] else True
+        if options[word] is not True and options[word].startswith("-"):
+            return None
+    return options
 
 
 def log_settings(config: Config) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import docopt
 import pytest
 from harness import AS_ROOT, LMTPD, PATIENCE, STORE_USER, Site, config_of
 from hypothesis import given, settings
@@ -481,6 +482,40 @@ def test_a_wrong_command_line_is_refused_with_the_usage(arguments: list[str]) ->
     assert all(line.startswith("421-4.3.0 ") for line in lines)
     assert last.startswith("421 4.3.0 ")
     assert "lmtpd [-C config-file]" in result.stdout.decode()
+
+
+COMMAND_LINE_WORDS = [
+    *lmtpd.SERVING_OPTIONS,
+    "/etc/imapd.conf",
+    "5",
+    "",
+    "-",
+    "--",
+    "-Cx",
+    "-T5",
+    "-aD",
+    "--check",
+    "-f",
+    "--help",
+]
+
+
+@given(st.lists(st.sampled_from(COMMAND_LINE_WORDS), max_size=8))
+def test_plain_options_are_parsed_as_docopt_does(words: list[str]) -> None:
+    plain = lmtpd.plain_options(words)
+    if plain is not None:
+        assert docopt.docopt(lmtpd.__doc__, words, help=False) == plain
+
+
+@pytest.mark.parametrize("words", ["", "-a", "-C /etc/other.conf", "-H -C x -T 60 -U 0 -D -a", "-T 0"])
+def test_plain_options_do_not_need_docopt(words: str) -> None:
+    plain = lmtpd.plain_options(words.split())
+    assert plain == docopt.docopt(lmtpd.__doc__, words.split())
+
+
+@pytest.mark.parametrize("words", ["-a -a", "-C", "-C -a", "-Cx", "-aD", "--check", "x", "-T 5 x", "-T --"])
+def test_all_other_words_are_left_to_docopt(words: str) -> None:
+    assert lmtpd.plain_options(words.split()) is None
 
 
 def test_help_and_version() -> None:

@@ -394,7 +394,7 @@ def test_synopsis_is_the_usage() -> None:
 
 
 def test_an_empty_command_line_is_what_docopt_makes_of_it() -> None:
-    assert docopt.docopt(lmtpd.__doc__, []) == lmtpd.NO_ARGUMENTS
+    assert docopt.docopt(lmtpd.__doc__, []) == lmtpd.NO_ARGUMENTS == lmtpd.plain_options([])
 
 
 def test_options_are_those_of_the_usage() -> None:
