@@ -2919,7 +2919,7 @@ FIRST_LINE_LIMIT = 1024  # octets of the first line that are examined: is it a f
 FIELD_NAME = frozenset(set(range(33, 127)) - {ord(":")})  # RFC 5322 section 2.2
 EIGHT_BIT_TO_X = bytes(range(128)) + b"X" * 128
 
-NUL_IN_MESSAGE = Reply(554, "5.6.0", "The message contains a NUL octet")
+NUL_IN_MESSAGE = Reply(554, "5.6.0", "The message contains a NUL byte")
 EIGHT_BIT_HEADER = Reply(554, "5.6.0", "The message has non-ASCII bytes in its header")
 TOO_LARGE = Reply(552, "5.3.4", "The message is larger than this server takes")
 
@@ -6834,7 +6834,7 @@ def decoded_script(octets: bytes) -> str:
     if text.startswith("\ufeff"):
         raise ScriptError("begins with a byte order mark: save the script as UTF-8 without it", 0)
     if (nul := text.find("\0")) >= 0:
-        raise ScriptError("has a NUL octet, which no script may have: remove it", nul)
+        raise ScriptError("has a NUL byte, which no script may have: remove it", nul)
     return text
 
 
