@@ -11,7 +11,7 @@ import pytest
 
 TOP = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-TESTS = [str(file) for file in sorted((TOP / "tests").glob("*.py"))]
+TESTS = [str(file) for file in sorted((TOP / "tests").rglob("*.py"))]
 
 
 @pytest.mark.parametrize(
