@@ -18,6 +18,7 @@ LOOP_CTL_GET_FREE, LOOP_CONFIGURE = 0x4C82, 0x4C0A
 AUTOCLEAR, DIRECT_IO = 4, 16
 CONFIGURATION = struct.Struct("=II40xIIII64x64x32x16x64x")  # file, block size, ..., loop, encryption (2), flags
 
+CLONE_NEWNS, MNT_DETACH = 0x20000, 2  # <sched.h>, <sys/mount.h>
 LIBC = ctypes.CDLL(None, use_errno=True)
 MEBIBYTE = 1 << 20
 
@@ -93,6 +94,9 @@ FILE_SYSTEMS = {
     "ext4-journal": EXT4._replace(options="data=journal"),
     "ext4-writeback": EXT4._replace(options="data=writeback"),
     "ext4-nodelalloc": EXT4._replace(options="nodelalloc"),
+    "ext4-dioread-lock": EXT4._replace(options="dioread_lock"),
+    "ext4-async-commit": EXT4._replace(options="data=journal,journal_async_commit"),
+    "ext4-inline-data": EXT4._replace(features="inline_data"),
     "ext4-fast-commit": EXT4._replace(features="fast_commit"),
     "ext4-external": EXT4._replace(log=16 * MEBIBYTE),
     "xfs": XFS,
@@ -130,6 +134,24 @@ def mount(device: str, place: Path, kind: str, options: str) -> None:
         raise OSError(ctypes.get_errno(), f"{kind} ({options}): {os.strerror(ctypes.get_errno())}", device)
 
 
-def unmount(place: Path) -> None:
-    if LIBC.umount2(bytes(place), 0):
+def unmount(place: Path, flags: int = 0) -> None:
+    if LIBC.umount2(bytes(place), flags):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(place))
+
+
+def leave_mounts(places: Sequence[Path]) -> None:
+    """Takes the process to a mount namespace of its own, in which what is at these places is not mounted."""
+    if LIBC.unshare(CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    for place in places:
+        unmount(place, MNT_DETACH)
+
+
+def sync_file_system(place: Path) -> None:
+    """Syncs the file system that has this directory, and no other: sync(2) waits for everybody's."""
+    fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if LIBC.syncfs(fd):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(place))
+    finally:
+        os.close(fd)

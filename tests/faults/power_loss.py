@@ -14,8 +14,8 @@ Options:
                   rename-fsync, link-fsync, begin-link-fsync, wait-link.
   --help          Show this text.
 
-File systems: ext4, xfs (these two by default), ext4-journal, ext4-writeback, ext4-nodelalloc, ext4-fast-commit,
-ext4-external, xfs-external.
+File systems: ext4, xfs (these two by default), ext4-journal, ext4-writeback, ext4-nodelalloc, ext4-dioread-lock,
+ext4-async-commit, ext4-inline-data, ext4-fast-commit, ext4-external, xfs-external.
 
 Prints a table, and its first faults on standard error; the exit status is 1 if there are any. It needs root, and leaves
 nothing behind, even if it is killed: all is in a mount namespace of its own.
@@ -38,7 +38,7 @@ from docopt import docopt
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from block import FILE_SYSTEMS, FileSystem, mount
+from block import FILE_SYSTEMS, FileSystem, mount, sync_file_system
 from deliveries import Deliveries
 from orders import Calls
 from states import KINDS, Recording, Replay, State
@@ -90,10 +90,10 @@ class Examination:
             try:
                 with self._file_system.mounted(state.images, place):
                     faults = list(self._work.faults(place, state.cut))
+                if number % STATES_FOR_A_CHECK == 0:
+                    faults += [("damaged", said) for said in self._file_system.check(state.images)]
             except OSError as error:
                 faults = [("unreadable", str(error))]
-            if number % STATES_FOR_A_CHECK == 0:
-                faults += [("damaged", said) for said in self._file_system.check(state.images)]
         finally:
             place.rmdir()
             state.remove()
@@ -117,7 +117,7 @@ def examine(folder: Path, file_system: FileSystem, arguments: dict[str, str]) ->
         else:
             module = arguments["--lmtpd"]
             work = Deliveries(recording.place, count, Path(module).resolve() if module else None)
-        os.sync()
+        sync_file_system(recording.place)
         first = recording.position()
         work.run(recording.position)
         last = recording.position()
