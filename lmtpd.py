@@ -2317,7 +2317,9 @@ SYNC_IMPOSSIBLE = (errno.EINVAL, errno.EOPNOTSUPP)  # errors of a file system th
 FS_IOC_FIEMAP = 0xC020660B
 # struct fiemap: all of the file, FIEMAP_FLAG_SYNC, and no room for extents, so that they are only counted.
 COUNT_WRITTEN_EXTENTS = bytes(8) + b"\xff" * 8 + (1).to_bytes(4, sys.byteorder) + bytes(12)
-FIEMAP_TELLS_ERRORS = (5, 8)  # the version of Linux from which on errors of writing are not lost
+# The version of Linux from which on the ioctl tells errors of writing (5.8), and ext4 counts fast commits (5.10).
+ONE_COMMIT_LINUX = (5, 10)
+NO_FAST_COMMITS = b"\n0 commits\n0 ineligible\n"
 ORDERED_MODES = frozenset((b"data=ordered", b"data=journal"))  # of ext4
 OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -2534,7 +2536,7 @@ class NamedDraft(Draft):
 
 
 class UnnamedDraft(Draft):
-    """A draft without a name (O_TMPFILE), which becomes durable by one commit of the journal, see works_on().
+    """A draft without a name (O_TMPFILE), which becomes durable by one commit of the journal, see works_in().
 
     sync() waits until the octets are on the device. The link comes after them, so the journal has it after all that
     they need: the file's size and blocks. The sync of the directory commits the journal up to the link, and flushes
@@ -2558,12 +2560,20 @@ class UnnamedDraft(Draft):
         self._is_hidden = False
 
     @classmethod
-    def works_on(cls, device: int) -> bool:
-        """Whether such drafts become durable on the file system with that number."""
+    def works_in(cls, path: str, guarded: bool, device: int) -> bool:
+        """Whether such drafts become durable in that tmp/, on the file system with that number."""
         works = cls._works_on.get(device)
         if works is None:
-            works = cls._works_on[device] = has_ordered_journal(device)
+            works = cls._works_on[device] = has_ordered_journal(device, lambda: cls._sync_another(path, guarded))
         return works
+
+    @classmethod
+    def _sync_another(cls, path: str, guarded: bool) -> None:
+        draft = cls(path, guarded, Identity.of_process())
+        try:
+            os.fsync(draft._fd)
+        finally:
+            draft.discard()
 
     @classmethod
     def give_up_on(cls, device: int) -> None:
@@ -2597,12 +2607,14 @@ class UnnamedDraft(Draft):
         return not self._is_hidden
 
 
-def has_ordered_journal(device: int) -> bool:
+def has_ordered_journal(device: int, sync_change: Callable[[], None]) -> bool:
     """Whether a file system puts all changes into one journal, in their order, and flushes its device with it.
 
-    That is known of ext4 and XFS with the journal on the device that has the data. device: its number.
+    That is known of XFS and ext4 with the journal on the device that has the data, but not of ext4 with fast commits.
+    ext4 counts these; that it has none says something only after a sync. device: the number of the file system.
+    sync_change: makes a change there, and syncs it; may raise OSError.
     """
-    if tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) < FIEMAP_TELLS_ERRORS:
+    if tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) < ONE_COMMIT_LINUX:
         return False
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
@@ -2614,8 +2626,11 @@ def has_ordered_journal(device: int) -> bool:
         name = os.path.basename(os.readlink(f"/sys/dev/block/{number}"))
         with open(f"/proc/fs/ext4/{name}/options", "rb") as stream:
             in_force = stream.read().split()
-        is_ordered = not ORDERED_MODES.isdisjoint(in_force)
-        return is_ordered and os.path.isdir(f"/proc/fs/jbd2/{name}-8")
+        if ORDERED_MODES.isdisjoint(in_force) or not os.path.isdir(f"/proc/fs/jbd2/{name}-8"):
+            return False
+        sync_change()
+        with open(f"/proc/fs/ext4/{name}/fc_info", "rb") as stream:
+            return NO_FAST_COMMITS in stream.read()
     except OSError:
         return False
 
@@ -2682,7 +2697,7 @@ class Directory:
         except FileNotFoundError:
             self.make(tmp)
             device = os.stat(path).st_dev
-        if UnnamedDraft.works_on(device):
+        if UnnamedDraft.works_in(path, self.guarded, device):
             try:
                 return UnnamedDraft(path, self.guarded, self._identity)
             except OSError:
