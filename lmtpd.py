@@ -12781,14 +12781,14 @@ class PoolReporter:
 
     def report(self, message: int) -> None:
         """Notes AVAILABLE, UNAVAILABLE or CONNECTED."""
-        was_idle = self._state.message == AVAILABLE
+        # If the worker is killed half-way, the count is too low: the parent is called once too often, never too seldom.
+        if message != AVAILABLE and self._state.message == AVAILABLE:
+            take_one(self._group.idle)
         self._state.note(message)
         if message == AVAILABLE:
             os.eventfd_write(self._group.idle, 1)
-        elif was_idle:
-            take_one(self._group.idle)
-            if message == CONNECTED:
-                self._call_parent_if_needed()
+        elif message == CONNECTED:
+            self._call_parent_if_needed()
 
     def _call_parent_if_needed(self) -> None:
         # The memory may show another worker's last state late. The eventfd tells for sure if this was the last one.

@@ -23,6 +23,8 @@ from harness import PATIENCE, Address, Client, Site, connect, free_port, wait_fo
 from peers import Peer, finish, own_copy, program, smtp_source
 from starters import Inetd, SocketActivate, Starter, Xinetd
 
+from lmtpd import AVAILABLE, CONNECTED, UNAVAILABLE, PoolReporter, WorkerGroup
+
 BODY = "Subject: a subject\r\n\r\nA body.\r\n."
 GONE = "421 4.3.2"
 
@@ -1056,3 +1058,33 @@ class TestProxyHeader:
         client = site.connect()
         client.reply()
         assert client.command("PROXY TCP4 192.0.2.1 192.0.2.2 25 26").startswith("500")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL at a place in the code that no signal from outside can be timed for."""
+
+
+@pytest.mark.parametrize("message", [AVAILABLE, UNAVAILABLE, CONNECTED])
+@pytest.mark.parametrize("place", ["take_one", "WorkerState.note", "os.eventfd_write"])
+def test_the_count_of_idle_workers_is_never_too_high(monkeypatch: pytest.MonkeyPatch, place: str, message: int) -> None:
+    """Wherever a worker is killed: if it were too high, the worker that takes the last one would call nobody."""
+    group = WorkerGroup([], 3, 0)
+    states = [group.new_state() for _ in range(3)]
+    victim = PoolReporter(os.open(os.devnull, os.O_WRONLY), states[0], group)
+    if message == AVAILABLE:
+        victim.report(CONNECTED)
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"lmtpd.{place}", kill)
+        with suppress(Killed):
+            victim.report(message)
+    group.free(states[0])
+    assert group.ready() == 2
+    told = Path(f"/proc/self/fdinfo/{group.idle}").read_text()
+    [count] = re.findall(r"eventfd-count: *(\w+)", told)
+    assert int(count, 16) <= 2
+    for fd in (group.idle, victim.fd):
+        os.close(fd)
