@@ -2317,8 +2317,9 @@ SYNC_IMPOSSIBLE = (errno.EINVAL, errno.EOPNOTSUPP)  # errors of a file system th
 FS_IOC_FIEMAP = 0xC020660B
 # struct fiemap: all of the file, FIEMAP_FLAG_SYNC, and no room for extents, so that they are only counted.
 COUNT_WRITTEN_EXTENTS = bytes(8) + b"\xff" * 8 + (1).to_bytes(4, sys.byteorder) + bytes(12)
-# The version of Linux from which on the ioctl tells errors of writing (5.8), and ext4 counts fast commits (5.10).
-ONE_COMMIT_LINUX = (5, 10)
+ONE_COMMIT_LINUX = (6, 1)  # nothing older has been tried; before 5.8 the ioctl hides errors
+UNSUPPORTED = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)  # errors of a system without O_TMPFILE: open(2)
+THIS_LINK_ONLY = (errno.EMLINK, errno.EEXIST, errno.ENOENT, errno.ENOSPC, errno.EDQUOT)  # another link may succeed
 NO_FAST_COMMITS = b"\n0 commits\n0 ineligible\n"
 ORDERED_MODES = frozenset((b"data=ordered", b"data=journal"))  # of ext4
 OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -2410,7 +2411,7 @@ class PathInErrors:
 
 
 class Draft:
-    """A file in a tmp/, where no reader looks, until it is linked or moved to its place.
+    """A file that no reader sees until it is linked or moved to its place.
 
     path: the file's, for errors. identity: the owner of the file. Raises OSError, save for discard(). Source:
     maildir(5).
@@ -2564,7 +2565,10 @@ class UnnamedDraft(Draft):
         """Whether such drafts become durable in that tmp/, on the file system with that number."""
         works = cls._works_on.get(device)
         if works is None:
-            works = cls._works_on[device] = has_ordered_journal(device, lambda: cls._sync_another(path, guarded))
+            try:
+                works = cls._works_on[device] = has_ordered_journal(device, lambda: cls._sync_another(path, guarded))
+            except OSError:
+                return False  # it may work in another tmp/
         return works
 
     @classmethod
@@ -2597,8 +2601,9 @@ class UnnamedDraft(Draft):
         """Gives the file a name, in the directory with this descriptor."""
         try:
             os.link(f"/proc/self/fd/{self._fd}", name, dst_dir_fd=directory, follow_symlinks=True)
-        except OSError:
-            self.give_up_on(self.device())
+        except OSError as error:
+            if error.errno not in THIS_LINK_ONLY:
+                self.give_up_on(self.device())
             raise
 
     move = link
@@ -2612,37 +2617,53 @@ def has_ordered_journal(device: int, sync_change: Callable[[], None]) -> bool:
 
     That is known of XFS and ext4 with the journal on the device that has the data, but not of ext4 with fast commits.
     ext4 counts these; that it has none says something only after a sync. device: the number of the file system.
-    sync_change: makes a change there, and syncs it; may raise OSError.
+    sync_change: makes a change there, and syncs it. Raises the OSError of sync_change.
     """
-    if tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) < ONE_COMMIT_LINUX:
-        return False
     number = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        file_system, options = mount_of(number)
-        if file_system == "xfs":
-            return not any(option.startswith(("logdev=", "rtdev=")) for option in options)
-        if file_system != "ext4":
-            return False
-        name = os.path.basename(os.readlink(f"/sys/dev/block/{number}"))
-        with open(f"/proc/fs/ext4/{name}/options", "rb") as stream:
-            in_force = stream.read().split()
-        if ORDERED_MODES.isdisjoint(in_force) or not os.path.isdir(f"/proc/fs/jbd2/{name}-8"):
-            return False
-        sync_change()
-        with open(f"/proc/fs/ext4/{name}/fc_info", "rb") as stream:
-            return NO_FAST_COMMITS in stream.read()
-    except OSError:
+    file_system, options = mount_of(number)
+    if linux_version() < ONE_COMMIT_LINUX or file_system not in ("ext4", "xfs"):
         return False
+    if file_system == "xfs":
+        return not any(option.startswith(("logdev=", "rtdev=")) for option in options)
+    name = name_of_device(number)
+    if ORDERED_MODES.isdisjoint(system_file(f"/proc/fs/ext4/{name}/options").split()):
+        return False
+    if not os.path.isdir(f"/proc/fs/jbd2/{name}-8"):
+        return False
+    sync_change()
+    return NO_FAST_COMMITS in system_file(f"/proc/fs/ext4/{name}/fc_info")
+
+
+def name_of_device(number: str) -> str:
+    """The kernel's name of the block device with that number, "major:minor"; "" if it cannot be found out."""
+    try:
+        return os.path.basename(os.readlink(f"/sys/dev/block/{number}"))
+    except OSError:
+        return ""
+
+
+def system_file(file: str) -> bytes:
+    """What is in a file of the system; b"" if it cannot be read."""
+    try:
+        with open(file, "rb") as stream:
+            return stream.read()
+    except OSError:
+        return b""
+
+
+def linux_version() -> tuple[int, int]:
+    """The first two numbers of the kernel's version; (0, 0) if it has another form."""
+    numbers = os.uname().release.replace("+", ".").replace("-", ".").split(".")[:2]
+    return (int(numbers[0]), int(numbers[1])) if len(numbers) == 2 and "".join(numbers).isdecimal() else (0, 0)
 
 
 def mount_of(number: str) -> tuple[str, list[str]]:
-    """The type and the options of the file system with that number, "major:minor". Raises OSError. Source: proc(5)."""
-    with open("/proc/self/mountinfo", "rb") as stream:
-        for line in stream:
-            mount, _, file_system = line.decode(errors="replace").partition(" - ")
-            if mount.split()[2] == number:
-                name, _, options = file_system.split()[:3]
-                return name, options.split(",")
+    """The type and the options of the file system with that number, "major:minor"; "" if unknown. Source: proc(5)."""
+    for line in system_file("/proc/self/mountinfo").decode(errors="replace").split("\n"):
+        mount, _, file_system = line.partition(" - ")
+        if mount.split(" ")[2:3] == [number]:
+            name, _, options = file_system.split(" ")[:3]  # the source, between them, may be empty
+            return name, options.split(",")
     return "", []
 
 
@@ -2700,8 +2721,9 @@ class Directory:
         if UnnamedDraft.works_in(path, self.guarded, device):
             try:
                 return UnnamedDraft(path, self.guarded, self._identity)
-            except OSError:
-                UnnamedDraft.give_up_on(device)
+            except OSError as error:
+                if error.errno in UNSUPPORTED:
+                    UnnamedDraft.give_up_on(device)
         return NamedDraft(self.open(tmp), path, self._identity)
 
     def subdirectories(self) -> list[str]:
@@ -12475,7 +12497,7 @@ class WorkerState:
         self._cells = cells
 
     def begin(self) -> None:
-        """Is that of a new worker, which waits for a connection as soon as it has started."""
+        """Becomes the state of a new worker, which waits for a connection as soon as it has started."""
         self._cells[0], self._cells[1], self._cells[2] = AVAILABLE, 0, 0
 
     def note(self, message: int) -> None:
@@ -12691,7 +12713,7 @@ class Pool:
             self._metrics.read()
 
     def _reap(self) -> None:
-        """Forgets workers that have ended. If one died before its first report, starts a back-off of a second."""
+        """Forgets workers that have ended. If one died before its first connection, starts a back-off of a second."""
         if not self._child_left:
             return
         self._child_left = False
@@ -12797,7 +12819,7 @@ class PoolReporter:
         try:
             os.write(self.fd, b"\0")
         except OSError:
-            return  # so many calls wait that one more tells nothing; or it has died, as Worker will find out
+            return  # so many calls wait that one more tells nothing; or the parent has died, as Worker will find out
 
 
 def take_one(semaphore: int) -> None:
@@ -12818,7 +12840,7 @@ class Notifier:
 
     def __init__(self) -> None:
         self.interval = 3600.0
-        self._send: Callable[[str], object] = lambda _state: None
+        self._notify: Callable[[str], object] = lambda _state: None
         self._told = ""
         self._told_at = self._alive_at = 0.0
         self._watched = False
@@ -12826,21 +12848,24 @@ class Notifier:
         if self.is_used:
             from systemd import daemon
 
-            self._send = daemon.notify
+            self._notify = daemon.notify
             if os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
                 microseconds = int(os.environ.get("WATCHDOG_USEC", "0"))
                 self._watched = microseconds > 0
                 self.interval = microseconds / 2_000_000 if self._watched else self.interval
 
     def send(self, state: str) -> None:
-        """Sends a state of sd_notify(3)."""
-        self._send(state)
+        """Sends a state of sd_notify(3). If that fails, the service goes on: mail matters more."""
+        try:
+            self._notify(state)
+        except OSError:
+            return
 
     def alive(self) -> None:
         """Sends the watchdog's keep-alive, when it is time."""
         if self._watched and time.monotonic() >= self._alive_at + self.interval / 2:
             self._alive_at = time.monotonic()
-            self._send("WATCHDOG=1")
+            self.send("WATCHDOG=1")
 
     def status(self, text: str) -> float:
         """Sends the status, but not too often; the seconds after which to call again."""
@@ -12851,7 +12876,7 @@ class Notifier:
         if wait > 0:
             return wait
         self._told, self._told_at = text, time.monotonic()
-        self._send(f"STATUS={text}")
+        self.send(f"STATUS={text}")
         return self.interval
 
 

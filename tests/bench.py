@@ -936,13 +936,22 @@ def cold_filter(bench: Bench) -> None:
 
 
 def life(command: list[str], site: Site, environment: dict[str, str]) -> Life:
-    """Runs a command on a connection on which everything has been said."""
+    """Runs a command on a connection on which everything has been said, as the account that systemd starts it with."""
     ours, theirs = socket.socketpair()
     with ours, theirs, site.log.open("ab") as log:
         ours.sendall(COLD_SESSION)
         ours.shutdown(socket.SHUT_WR)
         start = time.monotonic()
-        child = subprocess.Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=log, env=environment)
+        child = subprocess.Popen(
+            command,
+            stdin=theirs.fileno(),
+            stdout=theirs.fileno(),
+            stderr=log,
+            env=environment,
+            user=STORE_USER,
+            group=STORE_USER,
+            extra_groups=[],
+        )
         _, status, usage = os.wait4(child.pid, 0)
         wall = time.monotonic() - start
         child.returncode = status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 from collections.abc import Iterator
@@ -79,3 +80,52 @@ def test_what_has_no_journal_is_known(folder: str) -> None:
 
 def test_an_unknown_device_has_none() -> None:
     assert not lmtpd.has_ordered_journal(os.makedev(4095, 1048575), lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("release", "version"),
+    [
+        *[("6.18.44-fc-v669", (6, 18)), ("6.12.48+deb13-amd64", (6, 12)), ("6.17+deb14-amd64", (6, 17))],
+        *[("6.12+", (6, 12)), ("6.18-rc1+", (6, 18)), ("5.10.0", (5, 10)), ("unknown", (0, 0)), ("7", (0, 0))],
+    ],
+)
+def test_the_version_of_the_kernel(monkeypatch: pytest.MonkeyPatch, release: str, version: tuple[int, int]) -> None:
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "host", release, "#1", "x86_64")))
+    assert lmtpd.linux_version() == version
+
+
+def test_a_file_system_that_is_mounted_from_an_empty_name_is_known(tmp_path: Path) -> None:
+    """A field of mountinfo is empty then. mount(8) does not do that, but programs that call mount(2) do."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mount(b"", bytes(tmp_path), b"tmpfs", 0, None) == 0, os.strerror(ctypes.get_errno())
+    try:
+        device = os.stat(tmp_path).st_dev
+        assert lmtpd.mount_of(f"{os.major(device)}:{os.minor(device)}")[0] == "tmpfs"
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+def test_one_user_does_not_decide_for_the_others(tmp_path: Path) -> None:
+    """A user whose tmp/ cannot be used, or whose message has too many links, gets what is possible for that mail."""
+    with image(tmp_path, "mkfs.ext4 -q") as mounted:
+        for name in ("one", "other"):
+            for part in ("tmp", "new"):
+                (mounted / name / part).mkdir(parents=True)
+        guest = lmtpd.Identity(54321, 54321, ())
+        one, other = (lmtpd.Directory(str(mounted / name), guest) for name in ("one", "other"))
+        (mounted / "one/tmp").rmdir()
+        (mounted / "one/tmp").symlink_to("new")
+        os.chown(mounted / "one", guest.uid, guest.gid)
+        with pytest.raises(OSError, match="symbolic link"):
+            one.new_draft("tmp")
+        draft = other.new_draft("tmp")
+        assert isinstance(draft, lmtpd.UnnamedDraft)
+        new = os.open(mounted / "other/new", os.O_RDONLY)
+        draft.link(new, "a")
+        with pytest.raises(FileExistsError):
+            draft.link(new, "a")
+        draft.discard()
+        os.close(new)
+        another = other.new_draft("tmp")
+        assert isinstance(another, lmtpd.UnnamedDraft)
+        another.discard()
