@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from harness import Site
 from peers import program
 
 import lmtpd
@@ -129,3 +130,27 @@ def test_one_user_does_not_decide_for_the_others(tmp_path: Path) -> None:
         another = other.new_draft("tmp")
         assert isinstance(another, lmtpd.UnnamedDraft)
         another.discard()
+
+
+def test_a_disk_that_fails_while_it_writes_is_a_temporary_failure(site: Site) -> None:
+    """The file system has room, but its disk has not: only who waits for the data learns of it."""
+    small = site.root / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m,mode=0755", "lmtpd-test", small], check=True)
+    try:
+        with image(small, "mkfs.ext4 -q -E lazy_itable_init=0") as mounted:
+            for part in ("", "jane", "jane/tmp", "jane/new", "jane/cur"):
+                (mounted / part).mkdir(exist_ok=True)
+                site.give(mounted / part)
+            site.configure(**{"partition-default": str(mounted)})
+            client = site.connect()
+            client.hello()
+            assert client.deliver(b"Subject: small\r\n\r\n", "jane")[0].startswith("250")
+            large = b"Subject: large\r\n\r\n" + (b"x" * 998 + b"\r\n") * 80_000
+            assert client.deliver(large, "jane")[0][:9] in ("452 4.3.1", "451 4.3.0")
+            [stored] = (mounted / "jane/new").iterdir()
+            assert stored.read_bytes().endswith(b"Subject: small\n\n")
+            client.close()
+    finally:
+        subprocess.run(["umount", "--lazy", small], check=True)
+    assert "spooling-failed" in site.log_text()
