@@ -6,6 +6,8 @@ import os
 import pwd
 import socket
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,18 @@ def asked(site: Site, *question: str, before: tuple[str, ...] = ()) -> Said:
     said = run(*before, *site.command(*question))
     assert state_of(site) == state
     return said
+
+
+@contextmanager
+def userdb_socket(site: Site, mode: int = 0o666) -> Iterator[socket.socket]:
+    """The site's user database is a listening socket of the test's."""
+    path = f"{site.root}/auth-userdb"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        os.chmod(path, mode)
+        site.configure(userdb="dovecot", userdb_socket_path=path)
+        yield listener
 
 
 @pytest.fixture
@@ -152,22 +166,14 @@ def test_the_user_database_does_not_answer(site: Site) -> None:
 
 
 def test_the_user_database_refuses_the_account(site: Site) -> None:
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(f"{site.root}/auth-userdb")
-        listener.listen()
-        os.chmod(f"{site.root}/auth-userdb", 0o600)
-        site.configure(userdb="dovecot", userdb_socket_path=f"{site.root}/auth-userdb")
+    with userdb_socket(site, mode=0o600):
         said = asked(site, "--check")
     assert said.status == CONFIG
     assert "auth-userdb: Permission denied" in said.lines[0]
 
 
 def test_a_socket_that_is_not_dovecots(site: Site) -> None:
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(f"{site.root}/auth-userdb")
-        listener.listen()
-        os.chmod(f"{site.root}/auth-userdb", 0o666)
-        site.configure(userdb="dovecot", userdb_socket_path=f"{site.root}/auth-userdb")
+    with userdb_socket(site) as listener:
         process = subprocess.Popen(site.command("--check"), stdout=subprocess.PIPE, text=True)
         with listener.accept()[0] as connection:
             connection.sendall(b"220 mx.example.com ESMTP\n")
@@ -345,11 +351,7 @@ def test_a_user_database_that_is_down_is_told_and_no_process_waits_for_it(site: 
 
 
 def test_a_user_database_that_hangs_up(site: Site) -> None:
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(f"{site.root}/auth-userdb")
-        listener.listen()
-        os.chmod(f"{site.root}/auth-userdb", 0o666)
-        site.configure(userdb="dovecot", userdb_socket_path=f"{site.root}/auth-userdb")
+    with userdb_socket(site) as listener:
         process = subprocess.Popen(site.command("--explain", "jane"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         listener.accept()[0].close()
         answer, _ = process.communicate(timeout=PATIENCE)
