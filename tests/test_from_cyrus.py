@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -271,6 +272,8 @@ def test_the_way_from_cyrus(hosts: Hosts) -> None:
         paste(machine, first)
         for user in old.users:
             assert look(machine, user) == old.look(user)
+        shown_quotas = machine.run("doveadm", "quota", "get", "-A").stdout
+        assert all(re.search(rf"^{user} .*STORAGE", shown_quotas, re.MULTILINE) for user in old.users), shown_quotas
 
         for user in old.users:
             old.client(CHANGE, user)
