@@ -96,7 +96,7 @@ else:
     import _signal as signal
     import _socket as socket
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 PRODUCT = f"lmtpd {__version__}"
 CRLF, LF = b"\r\n", b"\n"
@@ -2313,6 +2313,7 @@ LINK_LIMIT = 40  # symbolic links in a path, as many as the system follows: path
 NAMES_MADE = itertools.count(1)
 HOST = socket.gethostname().replace("/", "\\057").replace(":", "\\072")  # escaped as in maildir(5)
 WRITEBACK_SIZE = 1 << 20  # octets after which the disk starts to write
+FILE_TRIES = 3  # times that a file is opened which is replaced meanwhile
 SYNC_IMPOSSIBLE = (errno.EINVAL, errno.EOPNOTSUPP)  # errors of a file system that cannot sync a directory
 FS_IOC_FIEMAP = 0xC020660B
 # struct fiemap: all of the file, FIEMAP_FLAG_SYNC, and no room for extents, so that they are only counted.
@@ -2678,6 +2679,17 @@ def write_data(fd: int) -> None:
     ioctl(fd, FS_IOC_FIEMAP, COUNT_WRITTEN_EXTENTS)
 
 
+def unless_replaced(use: Callable[[], T], errors: Sequence[int]) -> T:
+    """Uses a file, again if another host has replaced it, as these errors tell. Raises OSError."""
+    for _ in range(FILE_TRIES - 1):
+        try:
+            return use()
+        except OSError as error:
+            if error.errno not in errors:
+                raise
+    return use()
+
+
 class Directory:
     """A directory on the disk, and the directories and regular files below it. Methods raise OSError.
 
@@ -2752,18 +2764,35 @@ class Directory:
                 raise OSError(errno.EINVAL, "not a regular file")
         return fd
 
-    def append_to_file(self, directory: str, name: str, content: bytes) -> bool:
-        """Appends to a regular file in a directory below; whether the file still had a name after that.
+    def read_file(self, directory: str, name: str, limit: int) -> tuple[bytes, float]:
+        """The first octets of a regular file in a directory below, and the seconds since it was written."""
 
-        A file without a name has been replaced meanwhile, and the new one does not have the content.
+        def read() -> tuple[bytes, float]:
+            fd = self.open_file(directory, name, os.O_RDONLY)
+            try:
+                return os.read(fd, limit), time.time() - os.fstat(fd).st_mtime
+            finally:
+                os.close(fd)
+
+        return unless_replaced(read, [errno.ESTALE])
+
+    def append_to_file(self, directory: str, name: str, content: bytes) -> bool:
+        """Appends to a regular file in a directory below, again if the file has been replaced meanwhile.
+
+        False if it has been replaced each time, so that it does not have the content.
         """
-        fd = self.open_file(directory, name, os.O_WRONLY | os.O_APPEND)
-        try:
-            with PathInErrors(f"{self.path_of(directory)}/{name}"):
-                write_all(fd, content)
-                return os.fstat(fd).st_nlink > 0
-        finally:
-            os.close(fd)
+
+        def append() -> bool:
+            fd = self.open_file(directory, name, os.O_WRONLY | os.O_APPEND)
+            try:
+                with PathInErrors(f"{self.path_of(directory)}/{name}"):
+                    write_all(fd, content)
+                    return os.fstat(fd).st_nlink > 0  # a file that has been replaced has no name
+            finally:
+                os.close(fd)
+
+        # While another host replaces a file, some file systems have none of that name.
+        return any(unless_replaced(append, [errno.ESTALE, errno.ENOENT]) for _ in range(FILE_TRIES))
 
     def add_file(self, directory: str, name: str, content: bytes) -> None:
         """Makes a file in a directory below, all at once, unless the name is taken. Only its content is synced."""
@@ -4468,7 +4497,6 @@ SUBSCRIPTIONS_PATIENCE = 2  # seconds to wait for its lock while mail waits
 QUOTA_FILE_LIMIT = 5120  # octets; a larger file is replaced by a new count
 QUOTA_STALE = 15 * 60  # seconds; if the file is older, a recount comes before a refusal
 RECOUNTS = 3  # counts of a Maildir that changes meanwhile
-APPENDS = 3  # appends to a file that is replaced meanwhile
 FLAG_LETTERS = {r"\draft": "D", r"\flagged": "F", r"\answered": "R", r"\seen": "S", r"\deleted": "T"}
 KEYWORD_ATOM = frozenset(map(chr, range(33, 127))) - frozenset('(){%*"\\]')  # RFC 3501 section 9, flag-keyword
 KEYWORD_LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -4650,16 +4678,11 @@ class QuotaFile:
         None if there is no quota, or another process counts.
         """
         try:
-            fd = self._directory.open_file(INBOX, QUOTA_FILE, os.O_RDONLY)
+            content, age = self._directory.read_file(INBOX, QUOTA_FILE, QUOTA_FILE_LIMIT)
         except FileNotFoundError:
             limits = self._limits or self._default
             self._no_quota = not any(limits)
             return None if self._no_quota else self.recount(limits)
-        try:
-            age = time.time() - os.fstat(fd).st_mtime
-            content = os.read(fd, QUOTA_FILE_LIMIT)
-        finally:
-            os.close(fd)
         try:
             usage = QuotaUsage.parse(content, age)
         except ValueError:
@@ -4670,19 +4693,8 @@ class QuotaFile:
 
     def add(self, octets: int, messages: int) -> None:
         """Adds to the usage, if there is a quota. If that fails, the next reader of the file counts anew."""
-        if self._no_quota:
-            return
-        line = f"{octets} {messages}\n".encode()
-        try:
-            for _ in range(APPENDS):
-                if self._directory.append_to_file(INBOX, QUOTA_FILE, line):
-                    return
-            self._invalidate()
-        except FileNotFoundError:
-            return  # there is no quota
-        except OSError:
-            self._invalidate()
-            raise
+        if not self._no_quota:
+            self._append(f"{octets} {messages}\n".encode())
 
     def recount(self, limits: tuple[int, int]) -> QuotaUsage | None:
         """Counts all messages and replaces the file, again if the Maildir has changed meanwhile.
@@ -4708,6 +4720,17 @@ class QuotaFile:
     def includes(self, folder: str, name: str) -> bool:
         """Whether a message in that folder counts. name: the end of its file's name, which has its flags."""
         return folder not in self._excluded and not (self._excludes_deleted and is_deleted(name))
+
+    def _append(self, lines: bytes) -> None:
+        """Appends to the file. If that fails, the next reader of it counts anew."""
+        try:
+            if not self._directory.append_to_file(INBOX, QUOTA_FILE, lines):
+                self._invalidate()
+        except FileNotFoundError:
+            return  # there is no quota
+        except OSError:
+            self._invalidate()
+            raise
 
     def _invalidate(self) -> None:
         """Makes the usage in the file unreadable but keeps the limits, which may stand nowhere else.
@@ -4768,11 +4791,7 @@ class QuotaFile:
         self._directory.replace_file(INBOX, QUOTA_FILE, usage.render())
         lines = os.pread(old, READ_SIZE, start).splitlines(keepends=True)
         if additions := b"".join(line for line in lines if b"-" not in line):
-            try:
-                self._directory.append_to_file(INBOX, QUOTA_FILE, additions)
-            except OSError:
-                self._invalidate()
-                raise
+            self._append(additions)
         return usage
 
     def _count(self, limits: tuple[int, int], directories: Iterable[str]) -> QuotaUsage:
@@ -4950,7 +4969,8 @@ class DovecotLock:
 
     def __exit__(self, *_: object) -> None:
         try:
-            if self._holder(self._name)[0] == str(os.getpid()):  # a stale lock may have another holder by now
+            # A stale lock may have another holder by now, perhaps one on another host with the same process id.
+            if self._holder(self._name)[:2] == (str(os.getpid()), socket.gethostname()):
                 os.unlink(self._name, dir_fd=self._place)
         finally:
             os.close(self._place)
