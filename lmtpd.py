@@ -5971,6 +5971,14 @@ LONGEST_RECORD = 10 * 366 * DAY  # seconds that a record of a script may last
 RECORD_LIMIT = 512  # characters of what a script remembers; of a longer one a hash is kept
 
 
+class Claim:
+    """A message that is about to be delivered to some mailboxes. delivered: those that have got it lately."""
+
+    def __init__(self, message_id: str = "", date: str = "", mailboxes: Sequence[str] = ()) -> None:
+        self.message_id, self.date, self.mailboxes = message_id, date, mailboxes
+        self.delivered: set[str] = set()
+
+
 class Records:
     """What has been done lately, in an SQLite database that all processes share.
 
@@ -5997,13 +6005,18 @@ class Records:
         except ImportError:
             return  # the first use logs it
 
-    def has_delivered(self, message_id: str, date: str, mailbox: str) -> bool:
-        """Whether a message with that Message-ID and Date has been delivered to the mailbox."""
+    def claim(self, claim: Claim) -> None:
+        """Finds out which of the mailboxes of a claim have the message already. A call of settle() must follow."""
         query = "SELECT 1 FROM deliveries WHERE message_id = ? AND date = ? AND mailbox = ? AND at >= ?"
-        return bool(self._execute([(query, (message_id, date, mailbox, time.time() - self._expiry))]))
+        since = time.time() - self._expiry
+        for mailbox in claim.mailboxes:
+            if self._execute([(query, (claim.message_id, claim.date, mailbox, since))]):
+                claim.delivered.add(mailbox)
 
-    def add_delivered(self, message_id: str, date: str, mailboxes: Sequence[str]) -> None:
-        """Records that a message has been delivered to the mailboxes, and deletes some expired records."""
+    def settle(self, claim: Claim, mailboxes: Sequence[str]) -> None:
+        """Records that a message has been delivered to these mailboxes of its claim; deletes some expired records."""
+        if not mailboxes:
+            return
         now = time.time()
         insert = "INSERT OR REPLACE INTO deliveries (message_id, date, mailbox, at) VALUES (?, ?, ?, ?)"
         # The oldest records have the lowest numbers.
@@ -6011,7 +6024,7 @@ class Records:
         self._execute(
             [
                 ("BEGIN IMMEDIATE", ()),
-                *((insert, (message_id, date, mailbox, now)) for mailbox in mailboxes),
+                *((insert, (claim.message_id, claim.date, mailbox, now)) for mailbox in mailboxes),
                 (
                     # A time in the future was written while the clock was wrong.
                     f"DELETE FROM deliveries WHERE at NOT BETWEEN ? AND ? AND rowid IN ({oldest})",
@@ -10801,13 +10814,11 @@ class DeliveryAgent:
                     outbox.withhold(delivery)
                 except Exception as error:
                     delivery.fail(reply_to(error, self._config, delivery.destination.mailbox.path))
-                placer.place(delivery, delivery is deliveries[-1])
             batch.append(delivery)
             waiting += len(delivery.placements)
             if waiting >= BATCH or delivery is deliveries[-1]:
-                placer.settle(batch)
+                placer.store(batch, is_last=delivery is deliveries[-1])
                 batch, waiting = [], 0
-        placer.record(deliveries)
         for delivery in deliveries:
             if delivery.outgoing and not delivery.failure:
                 outbox.send(delivery)
@@ -10821,8 +10832,43 @@ class Placer:
     def __init__(self, message: Message, config: Config, records: Records) -> None:
         self._message, self._config, self._records = message, config, records
         self._first_in: dict[str, Placement] = {}  # the first placement in each folder, by its key
+        self._claim = Claim()
 
-    def place(self, delivery: Delivery, is_last: bool) -> None:
+    def store(self, deliveries: Sequence[Delivery], is_last: bool) -> None:
+        """Stores the copies of some recipients, and records in the duplicate database which have been stored.
+
+        is_last: whether no other recipients follow.
+        """
+        self._claim = self._claimed(deliveries)
+        for delivery in deliveries:
+            with log.context(recipient=f"<{delivery.destination.recipient.address}>"):
+                self._place(delivery, is_last and delivery is deliveries[-1])
+        self._settle(deliveries)
+        if self._claim.mailboxes:
+            placements = [placement for delivery in deliveries for placement in delivery.placements]
+            stored = [placement.key for placement in placements if placement.is_stored]
+            self._records.settle(self._claim, stored)
+
+    def keep(self, delivery: Delivery) -> None:
+        """Stores the message where a keep does, for what was to be done with it has failed."""
+        delivery.placements.append(Placement(delivery.message, delivery.destination.mailbox, delivery.folder))
+        later = Delivery(delivery.destination, delivery.reverse_path, delivery.message)
+        later.placements = delivery.placements[-1:]
+        self.store([later], is_last=False)
+        if later.failure:
+            delivery.fail(later.failure)
+
+    def _claimed(self, deliveries: Sequence[Delivery]) -> Claim:
+        """A claim for the folders of these recipients; one for no folder if duplicates are not suppressed."""
+        if not self._config.duplicatesuppression or not is_identified(self._message):
+            return Claim()
+        keys = [placement.key for delivery in deliveries for placement in delivery.placements]
+        claim = Claim(self._message.message_id, self._message.date, list(dict.fromkeys(keys)))
+        if keys:
+            self._records.claim(claim)
+        return claim
+
+    def _place(self, delivery: Delivery, is_last: bool) -> None:
         """Puts a recipient's copies into the folders that do not have the message yet, until one of them fails.
 
         is_last: whether no other recipient follows.
@@ -10839,7 +10885,7 @@ class Placer:
                 del delivery.placements[number:]
                 return
 
-    def settle(self, deliveries: Sequence[Delivery]) -> None:
+    def _settle(self, deliveries: Sequence[Delivery]) -> None:
         """Makes the placements of each recipient durable; if one of them fails, takes that recipient's others back.
 
         Frees messages other than the one that was sent.
@@ -10858,40 +10904,17 @@ class Placer:
                 if placement.message is not self._message:
                     placement.message.discard()
 
-    def keep(self, delivery: Delivery) -> None:
-        """Stores the message where a keep does, for what was to be done with it has failed."""
-        delivery.placements.append(Placement(delivery.message, delivery.destination.mailbox, delivery.folder))
-        later = Delivery(delivery.destination, delivery.reverse_path, delivery.message)
-        later.placements = delivery.placements[-1:]
-        self.place(later, is_last=False)
-        self.settle([later])
-        self.record([later])
-        if later.failure:
-            delivery.fail(later.failure)
-
-    def record(self, deliveries: Sequence[Delivery]) -> None:
-        """Records what has been stored in the duplicate database."""
-        placements = [placement for delivery in deliveries for placement in delivery.placements]
-        stored = [placement.key for placement in placements if placement.is_stored]
-        if stored and self._config.duplicatesuppression and is_identified(self._message):
-            self._records.add_delivered(self._message.message_id, self._message.date, stored)
-
     def _place_one(self, placement: Placement, destination: Destination, may_move: bool) -> None:
         """Places the message unless the folder has it already. Raises StoreError, OSError and ValueError."""
         message, mailbox = placement.message, placement.mailbox
         placement.twin = self._first_in.get(placement.key) if self._config.duplicatesuppression else None
-        if placement.twin or self._has_got(placement.key, message):
+        if placement.twin or placement.key in self._claim.delivered:
             placement.event = "duplicate"
             return
         if self._config.lmtp_strict_quota and not destination.ignores_quota:
             mailbox.check_quota(placement.folder, message.size, 1)
         placement.placed = mailbox.place(message, placement.folder, placement.flags, may_move, placement.subscribes)
         self._first_in[placement.key] = placement
-
-    def _has_got(self, key: str, message: Message) -> bool:
-        if not self._config.duplicatesuppression or not is_identified(message):
-            return False
-        return self._records.has_delivered(message.message_id, message.date, key)
 
     def _sync(self, placement: Placement, delivery: Delivery) -> None:
         """Makes a placement durable; first places it anew if its twin has failed. An error becomes the failure."""
