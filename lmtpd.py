@@ -28,6 +28,7 @@ Options:
 # The file follows the path of a message. Helpers come first, main() last. A section
 # uses only the sections above it. The sections, and what each owns:
 #
+# Option types     what the values of options look like
 # Configuration    the table of options, the syntax of imapd.conf(5)
 # Logging          where a log line goes, and its form
 # Replies          replies, and their form on the wire
@@ -118,10 +119,11 @@ SERVING_OPTIONS = {"-C": True, "-U": True, "-T": True, "-D": False, "-H": False,
 
 
 # ======================================================================
-# Configuration
+# Option types
 #
-# Owns the table of options and the syntax of imapd.conf(5).
-# Must not know what the options do.
+# Owns what the values of options look like. Each type takes the text of a value
+# and returns the value, or raises ValueError with a text that continues "'value' ...".
+# Must not know the options.
 # ======================================================================
 
 SWITCHES = {
@@ -131,79 +133,8 @@ SWITCHES = {
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 OCTETS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 DECIMAL_DIGITS = frozenset("0123456789")
-FILES_LIMIT = 100  # the most files of a configuration
-OPTION_PUNCTUATION = str.maketrans("", "", "-_")
 SMTP_PORTS = {"smtp": "25", "submission": "587"}
-TLS_VERSIONS = ("tls1_0", "tls1_1", "tls1_2", "tls1_3")
-FACILITIES = {  # syslog(3)
-    **{name: number << 3 for number, name in enumerate(("kern", "user", "mail", "daemon", "auth", "syslog", "lpr"))},
-    **{name: number << 3 for number, name in enumerate(("news", "uucp", "cron", "authpriv", "ftp"), 7)},
-    **{f"local{number}": 16 + number << 3 for number in range(8)},
-}
 BRACKET_CLASSES = {"[:digit:]": "0-9", "[:alpha:]": "a-zA-Z", "[:alnum:]": "a-zA-Z0-9", "[:space:]": r"\s"}
-PROTECTED_FIELDS = "auto-submitted delivered-to received return-path"
-SCORE_TYPES = ("score", "strlen", "text")
-TEST_TEXTS = {"spam": 10, "virus": 5}  # the highest N of the options sieve_spamtest_text_valueN and the like
-XLIST = "xlist-"  # before the special use, in the name of an option
-# The options of Cyrus IMAP 3.6 to 3.10 that lmtpd does not implement. Those of the first group change what happens to
-# mail.
-CHANGING_OPTIONS = """
-    autocreate_sieve_compiled_script autocreate_sieve_folders autocreate_sieve_script
-    autocreate_sieve_script_compile autocreate_sieve_script_compiled mailbox_initial_flags mailnotifier
-    notifysocket proxyservers sendmail_auth_id sieve_allowreferrals sieve_folder sieve_maxscripts
-    sieve_sasl_send_unsolicited_capability sieve_utf8fileinto sievenotifier smtp_auth_realm userdeny_db
-    userdeny_db_path username_tolower
-"""
-OTHER_OPTIONS = """
-    acl_admin_implies_write afspts_localrealms afspts_mycell allowallsubscribe allowanonymouslogin allowapop
-    allowdeleted allownewnews allowsetacl allowusermoves altnamespace altprefix anyoneuseracl anysievefolder
-    auditlog auth_mech autocreate_acl autocreate_subscribe_sharedfolders autocreate_subscribe_sharedfolders_all
-    autocreateinboxfolders autocreatequota autocreatequotamsg autoexpunge autosievefolders
-    autosubscribe_all_sharedfolders autosubscribeinboxfolders autosubscribesharedfolders boundary_limit
-    client_bind client_bind_name client_timeout commandmintimer createonpost crossdomains crossdomains_onlyother
-    cyrus_group debug_log_sync_partition_choice debug_writefail_guid defaultacl defaultsearchtier defaultserver
-    delete_mode delete_unsubscribe deletedprefix deleteright disable_shared_namespace disable_user_namespace
-    disconnect_on_vanished_mailbox duplicate_db expunge_mode failedloginpause flushseenstate foolstupidclients
-    force_sasl_client_mech fulldirhash generate_compiled_sieve_script hashimapspool hostname_mechs
-    hostname_password idlesocket ignorereference imapidlepoll imapidletimeout imapidresponse imapmagicplus
-    imipnotifier implicit_owner_rights improved_mboxlist_sort iolog literalminus lmtp_preparse lmtpsocket
-    lmtptxn_timeout lock_debugtime loginrealms loginuseacl logtimestamps mailbox_default_options
-    mailbox_legacy_dirs mailbox_maxmessages_addressbook mailbox_maxmessages_calendar mailbox_maxmessages_email
-    master_bind_errors_fatal master_pid_file master_ready_file maxargssize maxheaderlines maxliteral
-    maxlogins_per_host maxlogins_per_user maxquoted maxword mboxkey_db mboxlist_db mboxlist_db_path
-    metapartition_files netscapeurl notesmailbox notify_external plaintextloginalert plaintextloginpause
-    proc_path ptloader_sock qosmarking quota_db quota_db_path quota_use_conversations quotawarn quotawarnkb
-    quotawarnmsg quotawarnpercent quotawarnsize readonly restore_authname restore_password restore_realm
-    reverseacls reverseuniqueids rfc2046_strict rfc2047_utf8 rfc3028_strict seenstate_db sharedprefix
-    skiplist_always_checkpoint skiplist_unsafe sortcache_db specialuse_extra specialuse_nochildren
-    specialuse_protect specialusealways srvtab statuscache statuscache_db statuscache_db_path submitservers
-    subscription_db suppress_capabilities telemetry_bysessionid temp_path timeout tls_ca_file tls_ca_path
-    tls_cert_file tls_cipher_list tls_client_cert tls_client_key tls_eccurve tls_key_file
-    tls_prefer_server_ciphers tls_server_ca_dir tls_server_ca_file tls_server_dhparam tls_session_timeout
-    tls_sessions_db tls_sessions_db_path tlscache_db tlscache_db_path uidl_format unix_group_enable userprefix
-    webdav_attachments_baseurl webdav_attachments_max_binary_attach_size websocket_timeout
-"""
-# Options of Cyrus in every version begin so. They do not concern lmtpd.
-OPTION_FAMILIES = """
-    addressbook annotation_ aps_ archive_ backup_ caldav_ calendar carddav_ caringo_ conversations dav event_
-    fastmail http icalendar_ ischedule_ jmap ldap_ mboxname_ mupdate_ news nntp object_storage_ openio_
-    partition_select_ pop prometheus_ proxyd_ proxy_ pts rss_ sasl_ search_ serverlist sync_ sql_ srs_ vcard_
-    virusscan_ xbackup_ zoneinfo_
-"""
-SIMILARITY_MINIMUM = 0.8  # how similar the name of an option is to a misspelt one, by difflib
-
-
-class ConfigError(Exception):
-    """The configuration cannot be used. texts: each error, where it is, and what to do."""
-
-    def __init__(self, *texts: str) -> None:
-        more = f" (and {len(texts) - 1} more: see lmtpd --check)" if len(texts) > 1 else ""
-        super().__init__(texts[0] + more)
-        self.texts = texts
-
-
-# The types of options. Each takes the text of a value and returns the value, or
-# raises ValueError with a text that continues "'value' ...".
 
 
 def as_text(value: str) -> str:
@@ -439,6 +370,82 @@ def debug_command(template: str, program: str, pid: int, service: str) -> str | 
             return None
         literal += argument + place[1:]
     return literal.replace("\0", "%")
+
+
+# ======================================================================
+# Configuration
+#
+# Owns the table of options and the syntax of imapd.conf(5).
+# Must not know what the options do.
+# ======================================================================
+
+FILES_LIMIT = 100  # the most files of a configuration
+OPTION_PUNCTUATION = str.maketrans("", "", "-_")
+TLS_VERSIONS = ("tls1_0", "tls1_1", "tls1_2", "tls1_3")
+FACILITIES = {  # syslog(3)
+    **{name: number << 3 for number, name in enumerate(("kern", "user", "mail", "daemon", "auth", "syslog", "lpr"))},
+    **{name: number << 3 for number, name in enumerate(("news", "uucp", "cron", "authpriv", "ftp"), 7)},
+    **{f"local{number}": 16 + number << 3 for number in range(8)},
+}
+PROTECTED_FIELDS = "auto-submitted delivered-to received return-path"
+SCORE_TYPES = ("score", "strlen", "text")
+TEST_TEXTS = {"spam": 10, "virus": 5}  # the highest N of the options sieve_spamtest_text_valueN and the like
+XLIST = "xlist-"  # before the special use, in the name of an option
+# The options of Cyrus IMAP 3.6 to 3.10 that lmtpd does not implement. Those of the first group change what happens to
+# mail.
+CHANGING_OPTIONS = """
+    autocreate_sieve_compiled_script autocreate_sieve_folders autocreate_sieve_script
+    autocreate_sieve_script_compile autocreate_sieve_script_compiled mailbox_initial_flags mailnotifier
+    notifysocket proxyservers sendmail_auth_id sieve_allowreferrals sieve_folder sieve_maxscripts
+    sieve_sasl_send_unsolicited_capability sieve_utf8fileinto sievenotifier smtp_auth_realm userdeny_db
+    userdeny_db_path username_tolower
+"""
+OTHER_OPTIONS = """
+    acl_admin_implies_write afspts_localrealms afspts_mycell allowallsubscribe allowanonymouslogin allowapop
+    allowdeleted allownewnews allowsetacl allowusermoves altnamespace altprefix anyoneuseracl anysievefolder
+    auditlog auth_mech autocreate_acl autocreate_subscribe_sharedfolders autocreate_subscribe_sharedfolders_all
+    autocreateinboxfolders autocreatequota autocreatequotamsg autoexpunge autosievefolders
+    autosubscribe_all_sharedfolders autosubscribeinboxfolders autosubscribesharedfolders boundary_limit
+    client_bind client_bind_name client_timeout commandmintimer createonpost crossdomains crossdomains_onlyother
+    cyrus_group debug_log_sync_partition_choice debug_writefail_guid defaultacl defaultsearchtier defaultserver
+    delete_mode delete_unsubscribe deletedprefix deleteright disable_shared_namespace disable_user_namespace
+    disconnect_on_vanished_mailbox duplicate_db expunge_mode failedloginpause flushseenstate foolstupidclients
+    force_sasl_client_mech fulldirhash generate_compiled_sieve_script hashimapspool hostname_mechs
+    hostname_password idlesocket ignorereference imapidlepoll imapidletimeout imapidresponse imapmagicplus
+    imipnotifier implicit_owner_rights improved_mboxlist_sort iolog literalminus lmtp_preparse lmtpsocket
+    lmtptxn_timeout lock_debugtime loginrealms loginuseacl logtimestamps mailbox_default_options
+    mailbox_legacy_dirs mailbox_maxmessages_addressbook mailbox_maxmessages_calendar mailbox_maxmessages_email
+    master_bind_errors_fatal master_pid_file master_ready_file maxargssize maxheaderlines maxliteral
+    maxlogins_per_host maxlogins_per_user maxquoted maxword mboxkey_db mboxlist_db mboxlist_db_path
+    metapartition_files netscapeurl notesmailbox notify_external plaintextloginalert plaintextloginpause
+    proc_path ptloader_sock qosmarking quota_db quota_db_path quota_use_conversations quotawarn quotawarnkb
+    quotawarnmsg quotawarnpercent quotawarnsize readonly restore_authname restore_password restore_realm
+    reverseacls reverseuniqueids rfc2046_strict rfc2047_utf8 rfc3028_strict seenstate_db sharedprefix
+    skiplist_always_checkpoint skiplist_unsafe sortcache_db specialuse_extra specialuse_nochildren
+    specialuse_protect specialusealways srvtab statuscache statuscache_db statuscache_db_path submitservers
+    subscription_db suppress_capabilities telemetry_bysessionid temp_path timeout tls_ca_file tls_ca_path
+    tls_cert_file tls_cipher_list tls_client_cert tls_client_key tls_eccurve tls_key_file
+    tls_prefer_server_ciphers tls_server_ca_dir tls_server_ca_file tls_server_dhparam tls_session_timeout
+    tls_sessions_db tls_sessions_db_path tlscache_db tlscache_db_path uidl_format unix_group_enable userprefix
+    webdav_attachments_baseurl webdav_attachments_max_binary_attach_size websocket_timeout
+"""
+# Options of Cyrus in every version begin so. They do not concern lmtpd.
+OPTION_FAMILIES = """
+    addressbook annotation_ aps_ archive_ backup_ caldav_ calendar carddav_ caringo_ conversations dav event_
+    fastmail http icalendar_ ischedule_ jmap ldap_ mboxname_ mupdate_ news nntp object_storage_ openio_
+    partition_select_ pop prometheus_ proxyd_ proxy_ pts rss_ sasl_ search_ serverlist sync_ sql_ srs_ vcard_
+    virusscan_ xbackup_ zoneinfo_
+"""
+SIMILARITY_MINIMUM = 0.8  # how similar the name of an option is to a misspelt one, by difflib
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used. texts: each error, where it is, and what to do."""
+
+    def __init__(self, *texts: str) -> None:
+        more = f" (and {len(texts) - 1} more: see lmtpd --check)" if len(texts) > 1 else ""
+        super().__init__(texts[0] + more)
+        self.texts = texts
 
 
 class Option:

@@ -105,7 +105,8 @@ def test_the_rule_finds_uses_of_every_kind(code: str) -> None:
     for node in (part for statement in probe for part in ast.walk(statement) if hasattr(part, "lineno")):
         node.lineno = first
     tree.body[:0] = probe
-    assert uses_of_later_sections(tree) == [f"line {first}: Configuration uses Session of Session"]
+    name = next(iter(sections()))
+    assert uses_of_later_sections(tree) == [f"line {first}: {name} uses Session of Session"]
 
 
 def test_no_name_has_two_definitions() -> None:
