@@ -80,13 +80,16 @@ TYPE_CHECKING = False  # type checkers take a constant of this name for True
 if TYPE_CHECKING:
     import signal
     import socket
-    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
     from smtplib import SMTP
     from sqlite3 import Connection as Database
     from ssl import SSLContext
     from typing import Any, ClassVar, NoReturn, Protocol, TypeVar, Union
 
+    import psycopg
+
     T = TypeVar("T")
+    Statement = tuple[str, Sequence[object]]  # in SQL, and the values of its parameters
     Mechanism = Generator[bytes, bytes, str]
     Text = Union[str, "Template"]  # an argument of a script
     Check = Callable[["Run"], bool]  # what runs a test
@@ -312,16 +315,26 @@ def as_words(*allowed: str) -> Callable[[str], tuple[str, ...]]:
 
 def as_smtp_host(value: str) -> tuple[str, int, frozenset[str]]:
     """A host, perhaps with a port, and /tls or /noauth: mx.example.com:25/tls. The host, the port, and the words."""
-    place, *words = value.split("/")
-    host, colon, port = place.rpartition(":")
-    if not colon or port.endswith("]"):  # an IPv6 address in brackets
-        host, port = place, "submission"
-    number = SMTP_PORTS.get(port.lower(), port)
-    if not host or not DECIMAL_DIGITS.issuperset(number) or not 0 < int(number or 0) < 65536:
-        raise ValueError("must be a host and perhaps a port, such as localhost:25")
-    if not {"tls", "noauth"}.issuperset(map(str.lower, words)):
+    place, *words = value.lower().split("/")
+    if not {"tls", "noauth"}.issuperset(words):
         raise ValueError("may have /tls and /noauth at its end")
-    return host.strip("[]"), int(number), frozenset(map(str.lower, words))
+    return *parse_server(place, "587"), frozenset(words)
+
+
+def as_servers(value: str) -> tuple[tuple[str, int], ...]:
+    """PostgreSQL servers with commas between them: hosts, perhaps with ports, or directories of unix sockets."""
+    return tuple(parse_server(server.strip(), "5432") for server in value.split(",") if server.strip())
+
+
+def parse_server(server: str, port: str) -> tuple[str, int]:
+    """The host and the port, or the port that is given, of a server such as [::1]:25. Raises ValueError."""
+    host, colon, number = server.rpartition(":")
+    if not colon or number.endswith("]"):  # an IPv6 address in brackets
+        host, number = server, port
+    number = SMTP_PORTS.get(number.lower(), number)
+    if not host or not DECIMAL_DIGITS.issuperset(number) or not 0 < int(number or 0) < 65536:
+        raise ValueError(f"must be a host and perhaps a port, such as localhost:{port}")
+    return host.strip("[]"), int(number)
 
 
 def as_template(variables: str) -> Callable[[str], str]:
@@ -389,6 +402,11 @@ FACILITIES = {  # syslog(3)
 }
 PROTECTED_FIELDS = "auto-submitted delivered-to received return-path"
 SCORE_TYPES = ("score", "strlen", "text")
+CA_CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
+DUPLICATE_DATABASES = (  # those of Cyrus besides sql are files, and so is ours
+    *("sqlite", "sql", "twoskip", "skiplist", "zeroskip", "lmdb", "flat"),
+    *("berkeley", "berkeley-nosync", "berkeley-hash", "berkeley-hash-nosync"),
+)
 TEST_TEXTS = {"spam": 10, "virus": 5}  # the highest N of the options sieve_spamtest_text_valueN and the like
 XLIST = "xlist-"  # before the special use, in the name of an option
 # The options of Cyrus IMAP 3.6 to 3.10 that lmtpd does not implement. Those of the first group change what happens to
@@ -409,7 +427,7 @@ OTHER_OPTIONS = """
     client_bind client_bind_name client_timeout commandmintimer createonpost crossdomains crossdomains_onlyother
     cyrus_group debug_log_sync_partition_choice debug_writefail_guid defaultacl defaultsearchtier defaultserver
     delete_mode delete_unsubscribe deletedprefix deleteright disable_shared_namespace disable_user_namespace
-    disconnect_on_vanished_mailbox duplicate_db expunge_mode failedloginpause flushseenstate foolstupidclients
+    disconnect_on_vanished_mailbox expunge_mode failedloginpause flushseenstate foolstupidclients
     force_sasl_client_mech fulldirhash generate_compiled_sieve_script hashimapspool hostname_mechs
     hostname_password idlesocket ignorereference imapidlepoll imapidletimeout imapidresponse imapmagicplus
     imipnotifier implicit_owner_rights improved_mboxlist_sort iolog literalminus lmtp_preparse lmtpsocket
@@ -433,7 +451,7 @@ OTHER_OPTIONS = """
 OPTION_FAMILIES = """
     addressbook annotation_ aps_ archive_ backup_ caldav_ calendar carddav_ caringo_ conversations dav event_
     fastmail http icalendar_ ischedule_ jmap ldap_ mboxname_ mupdate_ news nntp object_storage_ openio_
-    partition_select_ pop prometheus_ proxyd_ proxy_ pts rss_ sasl_ search_ serverlist sync_ sql_ srs_ vcard_
+    partition_select_ pop prometheus_ proxyd_ proxy_ pts rss_ sasl_ search_ serverlist sync_ srs_ vcard_
     virusscan_ xbackup_ zoneinfo_
 """
 SIMILARITY_MINIMUM = 0.8  # how similar the name of an option is to a misspelt one, by difflib
@@ -481,9 +499,8 @@ class Config:
     default_quota_messages = option(as_number, "0", "the most messages of such a Maildir; 0: no limit")
     defaultdomain = option(as_text, "", "the domain that userids leave out")
     defaultpartition = option(as_text, "", "the partition of the Maildirs; needed only when there are several")
-    duplicate_db_path = option(
-        optional(as_path), "", "the database of delivered messages; by default deliver.db in configdirectory"
-    )
+    duplicate_db = option(as_choice(*DUPLICATE_DATABASES), "sqlite", "where delivered messages are recorded")
+    duplicate_db_path = option(optional(as_path), "", "the SQLite file of them; by default configdirectory/deliver.db")
     duplicate_expiry = option(as_duration, "3d", "how long a delivered message is remembered")
     duplicatesuppression = option(as_switch, "yes", "do not store a message that the mailbox already has")
     lmtp_auth_timeout = option(
@@ -517,9 +534,7 @@ class Config:
     )
     lmtp_prefork = option(as_number, "0", "idle workers that a listening lmtpd keeps")
     lmtp_session_timeout = option(as_duration, "0", "the longest time of a session; 0: no limit")
-    lmtp_strict_quota = option(
-        as_switch, "no", "refuse a message that would not fit into the quota, not only mail for a full mailbox"
-    )
+    lmtp_strict_quota = option(as_switch, "no", "refuse a message that would not fit, not only mail for a full mailbox")
     lmtp_strict_rfc2821 = option(as_switch, "yes", "refuse non-ASCII addresses without SMTPUTF8")
     maildir_path = option(as_template("pundh"), "%p/%u", "the path of a user's Maildir")
     maxmessagesize = option(as_octets, "0", "the largest message accepted, in bytes; 0: no limit")
@@ -587,6 +602,13 @@ class Config:
     smtp_host = option(as_smtp_host, "localhost:587", "the server that sends mail")
     smtp_tls_ca_file = option(as_file, "", "the file of CA certificates that verify that of smtp_host")
     soft_noauth = option(as_switch, "yes", "refuse unauthenticated clients temporarily (430), not permanently (530)")
+    sql_database = option(as_text, "", "the PostgreSQL database of duplicate_db: sql")
+    sql_engine = option(as_text, "pgsql", "the kind of that database; pgsql is the only one")
+    sql_hostnames = option(as_servers, "", "the hosts of that database; the first that answers is used")
+    sql_passwd = option(as_text, "", "the password for that database")
+    sql_tls_ca_file = option(as_file, CA_CERTIFICATES, "the CA certificates that verify that of the database")
+    sql_user = option(as_text, "", "the user of that database")
+    sql_usessl = option(as_switch, "no", "use that database only by TLS, and verify its certificate")
     syslog_facility = option(as_choice(*FACILITIES), "mail", "the facility of lines sent to syslog")
     syslog_prefix = option(as_text, "", "a prefix of the name lmtpd in syslog, followed by a slash")
     tcp_keepalive = option(as_switch, "no", "probe silent internet connections")
@@ -2330,6 +2352,9 @@ UNSUPPORTED = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)  # errors of a syst
 THIS_LINK_ONLY = (errno.EMLINK, errno.EEXIST, errno.ENOENT, errno.ENOSPC, errno.EDQUOT)  # another link may succeed
 NO_FAST_COMMITS = b"\n0 commits\n0 ineligible\n"
 ORDERED_MODES = frozenset((b"data=ordered", b"data=journal"))  # of ext4
+SHARED_FILE_SYSTEMS = (  # besides those that begin with "fuse."
+    *("9p", "afs", "beegfs", "ceph", "cifs", "coda", "fuse", "glusterfs", "lustre", "nfs", "nfs4", "orangefs", "smb3"),
+)
 OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 NEW_UNNAMED_FILE = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC
@@ -2640,6 +2665,18 @@ def has_ordered_journal(device: int, sync_change: Callable[[], None]) -> bool:
         return False
     sync_change()
     return NO_FAST_COMMITS in system_file(f"/proc/fs/ext4/{name}/fc_info")
+
+
+def shared_file_system(path: str) -> str:
+    """The type of the file system with that path if other hosts may use it, too; "" if it is local, or unknown."""
+    try:
+        device = os.stat(path).st_dev
+    except OSError:
+        return ""
+    if os.major(device):  # a block device, or a part of one
+        return ""
+    name, _ = mount_of(f"0:{os.minor(device)}")
+    return name if name in SHARED_FILE_SYSTEMS or name.startswith("fuse.") else ""
 
 
 def name_of_device(number: str) -> str:
@@ -5979,41 +6016,103 @@ RECORD_LIMIT = 512  # characters of what a script remembers; of a longer one a h
 
 
 class Claim:
-    """A message that is about to be delivered to some mailboxes. delivered: those that have got it lately."""
+    """A message that is about to be delivered to some mailboxes.
+
+    delivered: those that have got it lately. busy: those to which another process delivers it at this moment.
+    """
 
     def __init__(self, message_id: str = "", date: str = "", mailboxes: Sequence[str] = ()) -> None:
         self.message_id, self.date, self.mailboxes = message_id, date, mailboxes
         self.delivered: set[str] = set()
+        self.busy: set[str] = set()
 
 
 class Records:
-    """What has been done lately, in an SQLite database that all processes share.
+    """What has been done lately, in a database that all processes share.
 
-    No method raises. While the database cannot be used, nothing has been done, and the log says why.
+    While the database cannot be used, nothing has been done, and the log says why: no method raises, but check().
+    name: what the log calls the database.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._path = config.duplicate_db_path or f"{config.configdirectory}/deliver.db"
-        self._expiry = config.duplicate_expiry
-        self._database: Database | None = None
-        self._read_only = config.read_only
+    def __init__(self, name: str, config: Config) -> None:
+        self._name, self._expiry, self._read_only = name, config.duplicate_expiry, config.read_only
         self._backoff = Backoff("" if config.read_only else f"{config.configdirectory}/deliver.backoff")
 
     def exists(self) -> bool:
         """Whether the database has been made already."""
-        return os.path.exists(self._path)
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises Unavailable if the database cannot be used."""
 
     def prepare(self) -> None:
         """Imports what is needed, before workers fork."""
         import hashlib  # noqa: F401
 
+    def claim(self, claim: Claim) -> None:
+        """Finds out which of the mailboxes of a claim have the message already. A call of settle() must follow.
+
+        If the database can keep other processes from delivering the message to the others meanwhile, it does.
+        """
+        raise NotImplementedError
+
+    def settle(self, claim: Claim, mailboxes: Sequence[str]) -> None:
+        """Records that a message has been delivered to these mailboxes of its claim; deletes some expired records."""
+        raise NotImplementedError
+
+    def has(self, mailbox: str, record: str) -> bool:
+        """Whether a script of the mailbox's owner has made the record, and it has not expired."""
+        raise NotImplementedError
+
+    def add(self, mailbox: str, records: dict[str, int]) -> None:
+        """Makes records that expire after so many seconds, and deletes some expired ones."""
+        raise NotImplementedError
+
+    def is_usable(self) -> bool:
+        """Whether the database can be written now."""
+        raise NotImplementedError
+
+    def lock(self, mailbox: str, record: str) -> RecordLock | AdvisoryLock:
+        """A "with" block for what is done at most once for a record: no other process is in one for the same.
+
+        record: "" for no lock.
+        """
+        raise NotImplementedError
+
+    def _give_up(self, error: Exception) -> None:
+        """Logs that the database cannot be used, and starts the back-off."""
+        log.error("duplicate-database-unavailable", database=self._name, cause=error)
+        self._backoff.start()
+
+
+class FileRecords(Records):
+    """The records in an SQLite database, for the processes of one host. It does not know of deliveries under way."""
+
+    def __init__(self, config: Config) -> None:
+        """Raises ConfigError."""
+        self._path = config.duplicate_db_path or f"{config.configdirectory}/deliver.db"
+        super().__init__(self._path, config)
+        self._database: Database | None = None
+        if shared := shared_file_system(os.path.dirname(self._path)):
+            raise ConfigError(
+                f"{self._path} would be on a file system of type {shared}, where hosts damage an SQLite database: "
+                "set duplicate_db_path to a local disk, or duplicate_db: sql"
+            )
+
+    def exists(self) -> bool:
+        """See Records.exists()."""
+        return os.path.exists(self._path)
+
+    def prepare(self) -> None:
+        """See Records.prepare()."""
+        super().prepare()
         try:
             import sqlite3  # noqa: F401
         except ImportError:
             return  # the first use logs it
 
     def claim(self, claim: Claim) -> None:
-        """Finds out which of the mailboxes of a claim have the message already. A call of settle() must follow."""
+        """See Records.claim()."""
         query = "SELECT 1 FROM deliveries WHERE message_id = ? AND date = ? AND mailbox = ? AND at >= ?"
         since = time.time() - self._expiry
         for mailbox in claim.mailboxes:
@@ -6021,7 +6120,7 @@ class Records:
                 claim.delivered.add(mailbox)
 
     def settle(self, claim: Claim, mailboxes: Sequence[str]) -> None:
-        """Records that a message has been delivered to these mailboxes of its claim; deletes some expired records."""
+        """See Records.settle()."""
         if not mailboxes:
             return
         now = time.time()
@@ -6042,14 +6141,14 @@ class Records:
         )
 
     def has(self, mailbox: str, record: str) -> bool:
-        """Whether a script of the mailbox's owner has made the record, and it has not expired."""
+        """See Records.has()."""
         query = "SELECT 1 FROM script_records WHERE mailbox = ? AND record = ? AND until BETWEEN ? AND ?"
         now = time.time()
         # What lasts longer was written while the clock was wrong.
         return bool(self._execute([(query, (mailbox, record, now, now + LONGEST_RECORD))]))
 
     def add(self, mailbox: str, records: dict[str, int]) -> None:
-        """Makes records that expire after so many seconds, and deletes some expired ones."""
+        """See Records.add()."""
         now = time.time()
         insert = "INSERT OR REPLACE INTO script_records (mailbox, record, until) VALUES (?, ?, ?)"
         oldest = "SELECT rowid FROM script_records ORDER BY until LIMIT ?"
@@ -6066,15 +6165,12 @@ class Records:
         )
 
     def is_usable(self) -> bool:
-        """Whether the database can be written now."""
+        """See Records.is_usable()."""
         probe = "INSERT OR REPLACE INTO script_records (mailbox, record, until) VALUES ('', '', 0)"
         return bool(self._execute([("BEGIN IMMEDIATE", ()), (probe, ()), ("COMMIT", ()), ("SELECT 1", ())]))
 
     def lock(self, mailbox: str, record: str) -> RecordLock:
-        """A "with" block for what is done at most once for a record: no other process is in one for the same.
-
-        record: "" for no lock.
-        """
+        """See Records.lock()."""
         return RecordLock(f"{self._path}.lock", f"{mailbox}\0{record}" if record else "")
 
     def _execute(self, statements: Sequence[tuple[str, Sequence[object]]]) -> list[object]:
@@ -6095,10 +6191,6 @@ class Records:
             self._give_up(error)
             self._close()
             return []
-
-    def _give_up(self, error: Exception) -> None:
-        log.error("duplicate-database-unavailable", database=self._path, cause=error)
-        self._backoff.start()
 
     def _open(self) -> Database:
         import sqlite3
@@ -6133,7 +6225,7 @@ class Records:
 
 
 class RecordLock:
-    """See Records.lock(). The lock is one octet of a file, and ends with the process. Source: fcntl_locking(2)."""
+    """See FileRecords.lock(). The lock is one octet of a file, and ends with the process. Source: fcntl_locking(2)."""
 
     def __init__(self, path: str, key: str) -> None:
         self._path, self._key = path, key
@@ -6173,6 +6265,414 @@ def make_tables(database: Database) -> None:
         database.execute(f"CREATE TABLE IF NOT EXISTS script_records ({scripts})")
         database.execute("CREATE INDEX IF NOT EXISTS script_records_until ON script_records (until)")
         database.execute("DROP TABLE IF EXISTS delivered")
+
+
+# What ServerRecords asks: SQL, with the times of the server.
+BEGIN, COMMIT, ROLLBACK = ("BEGIN", ()), ("COMMIT", ()), ("ROLLBACK", ())
+SAVEPOINT, ROLLBACK_TO_SAVEPOINT = ("SAVEPOINT one", ()), ("ROLLBACK TO one", ())
+BRIEF_LOCKS = "SET LOCAL lock_timeout = '20ms'", ()
+TABLES_EXIST = "SELECT 1 WHERE to_regclass('deliveries') IS NOT NULL AND to_regclass('script_records') IS NOT NULL", ()
+MAY_MAKE_TABLES = "SELECT 1 WHERE has_schema_privilege(current_schema(), 'CREATE')", ()
+DELIVERIES = "key bytea PRIMARY KEY, message_id text, date text, mailbox text, at timestamptz DEFAULT now()"
+SCRIPT_RECORDS = "key bytea PRIMARY KEY, mailbox text, record text, until timestamptz"
+MAKE_TABLES = [
+    # "IF NOT EXISTS" fails if two processes make a table at the same moment.
+    ("SELECT pg_advisory_xact_lock(0)", ()),
+    (f"CREATE TABLE IF NOT EXISTS deliveries ({DELIVERIES})", ()),
+    (f"CREATE TABLE IF NOT EXISTS script_records ({SCRIPT_RECORDS})", ()),
+    ("CREATE INDEX IF NOT EXISTS deliveries_at ON deliveries (at)", ()),
+    ("CREATE INDEX IF NOT EXISTS script_records_until ON script_records (until)", ()),
+]
+HAS_RECORD = "SELECT 1 FROM script_records WHERE key = $1 AND until BETWEEN now() AND now() + make_interval(secs => $2)"
+WRITE = "INSERT INTO script_records (key, until) VALUES ('', now()) ON CONFLICT (key) DO UPDATE SET until = now()", ()
+SESSION_SETTINGS = {  # of the server
+    "synchronous_commit": "off",  # if the server crashes, a lost record means a second copy, not a lost message
+    "lock_timeout": "5s",  # how long a claim waits for that of another process
+    # Whether a client is there whose host does not end its connection, for instance because it has crashed.
+    "tcp_keepalives_idle": "20",
+    "tcp_keepalives_interval": "10",
+    "tcp_keepalives_count": "3",
+}
+SERVER_PATIENCE = 10.0  # seconds to wait for the server's answer: more than lock_timeout
+ADVISORY_PATIENCE = 60.0  # seconds to wait while another process sends the same mail
+EXPIRED_INTERVAL = 100  # new records after which the expired ones are deleted
+LOCKED_STATES = (b"55P03", b"40P01")  # lock_not_available, deadlock_detected: PostgreSQL, appendix A
+
+
+class RecordLocked(Unavailable):
+    """Another process holds a lock for too long."""
+
+
+class ServerConnection:
+    """A connection to a PostgreSQL server. Source: libpq, by psycopg.pq, which waits no longer than it is told to.
+
+    The statements of a call are sent together, and each is prepared when it comes first: libpq, pipeline mode.
+    """
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        self._connection, self._libpq = connection, connection.pgconn
+        self._libpq.nonblocking = 1
+        self._libpq.enter_pipeline_mode()
+        self._prepared: dict[str, bytes] = {}
+
+    def is_lost(self) -> bool:
+        """Whether the server has closed the connection."""
+        return self._libpq.status != 0  # CONNECTION_OK
+
+    def close(self) -> None:
+        """Closes it. The server rolls a transaction back."""
+        self._connection.close()
+
+    def run(self, *statements: Statement) -> list[str]:
+        """The first column of the rows that the last statement returns. Raises Unavailable."""
+        from psycopg import Error
+
+        try:
+            for statement, values in statements:
+                if not (name := self._prepared.get(statement)):
+                    name = self._prepared[statement] = f"s{next(NAMES_MADE)}".encode()
+                    self._libpq.send_prepare(name, statement.encode())
+                self._libpq.send_query_prepared(name, [as_parameter(value) for value in values])
+            self._libpq.pipeline_sync()
+            return self._results()
+        except Error as error:
+            raise Unavailable(" ".join(str(error).split())) from None
+        except Unavailable:
+            self._prepared.clear()  # nobody knows which have been prepared
+            raise
+
+    def _results(self) -> list[str]:
+        """Reads all results. Raises Unavailable and psycopg.Error."""
+        import select
+
+        from psycopg.pq import DiagnosticField, ExecStatus
+
+        libpq = self._libpq
+        deadline = time.monotonic() + SERVER_PATIENCE
+        answers = select.poll()
+
+        def wait(events: int) -> None:
+            answers.register(libpq.socket, events)
+            if not answers.poll(max(deadline - time.monotonic(), 0) * 1000):
+                raise Unavailable(f"no answer within {SERVER_PATIENCE:.0f} seconds")
+            libpq.consume_input()
+
+        while libpq.flush():
+            wait(select.POLLIN | select.POLLOUT)
+        rows: list[str] = []
+        failure: Unavailable | None = None
+        while True:
+            while libpq.is_busy():
+                wait(select.POLLIN)
+            result = libpq.get_result()
+            if result is None:  # the results of one statement have ended
+                if self.is_lost():
+                    raise failure or Unavailable("the server has closed the connection")
+            elif result.status == ExecStatus.PIPELINE_SYNC:
+                break
+            elif result.status in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
+                rows = [(result.get_value(row, 0) or b"").decode() for row in range(result.ntuples)]
+            elif not failure:
+                kind = RecordLocked if result.error_field(DiagnosticField.SQLSTATE) in LOCKED_STATES else Unavailable
+                failure = kind(" ".join(result.error_message.decode(errors="replace").split()))
+        if failure:
+            raise failure
+        return rows
+
+
+class Servers:
+    """The PostgreSQL servers that may have the records. str() is their name for the log."""
+
+    def __init__(self, config: Config) -> None:
+        self._config, self._places = config, config.sql_hostnames or (("", 5432),)
+
+    def __str__(self) -> str:
+        hosts = ",".join(host for host, _ in self._places) or "localhost"
+        return f"{self._config.sql_database or self._config.sql_user}@{hosts}"
+
+    def connect(self, read_only: bool) -> ServerConnection:
+        """A connection to the first server that answers; to one that can be written, unless read_only.
+
+        Raises Unavailable.
+        """
+        try:
+            import psycopg
+        except ImportError:
+            raise Unavailable("duplicate_db: sql needs the Python package psycopg") from None
+        causes = []
+        for host, port in self._places:
+            try:
+                connection = psycopg.connect(**self._settings(host, port, read_only))
+            except (psycopg.Error, ValueError) as error:
+                causes.append(" ".join(str(error).split()))
+                continue
+            encoding = connection.info.parameter_status("server_encoding")
+            if encoding in ("UTF8", "SQL_ASCII"):
+                return ServerConnection(connection)
+            connection.close()
+            causes.append(f"the database has the encoding {encoding}: make one with the encoding UTF8")
+        raise Unavailable("; ".join(causes))
+
+    def _settings(self, host: str, port: int, read_only: bool) -> dict[str, Any]:
+        """The parameters of a connection, as libpq has them."""
+        config = self._config
+        given = {
+            "host": host,
+            "user": config.sql_user,
+            "password": config.sql_passwd,
+            "dbname": config.sql_database,
+            "sslmode": "verify-full" if config.sql_usessl else "",
+            "sslrootcert": config.sql_tls_ca_file if config.sql_usessl else "",
+        }
+        settings: dict[str, Any] = {name: value for name, value in given.items() if value}
+        return settings | {
+            "port": port,
+            "application_name": "lmtpd",
+            "autocommit": True,
+            "client_encoding": "UTF8",
+            "connect_timeout": round(DATABASE_PATIENCE),
+            "options": " ".join(f"-c {name}={value}" for name, value in SESSION_SETTINGS.items()),
+            "target_session_attrs": "any" if read_only else "read-write",
+        }
+
+
+class ServerRecords(Records):
+    """The records in a PostgreSQL database, for the processes of several hosts. The times are those of its clock.
+
+    A claim is a transaction that adds the records of a message before it is stored. Another process that wants to add
+    the same waits for its end. If the process or its connection ends, the server takes the records back.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Raises ConfigError."""
+        if config.sql_engine != "pgsql":
+            raise ConfigError(f"sql_engine: '{config.sql_engine}' is not possible: set sql_engine: pgsql")
+        self._servers = Servers(config)
+        super().__init__(str(self._servers), config)
+        self._connection: ServerConnection | None = None
+        self._is_claiming = False
+        self._new = EXPIRED_INTERVAL
+
+    def exists(self) -> bool:
+        """See Records.exists()."""
+        return bool(self._try(TABLES_EXIST))
+
+    def check(self) -> None:
+        """See Records.check()."""
+        if not self._run(TABLES_EXIST) and not self._run(MAY_MAKE_TABLES):
+            raise Unavailable(f"{self._servers}: there are no tables, and the user may not make them")
+
+    def prepare(self) -> None:
+        """See Records.prepare()."""
+        super().prepare()
+        try:
+            import psycopg  # noqa: F401
+        except ImportError:
+            return  # the first use logs it
+
+    def claim(self, claim: Claim) -> None:
+        """See Records.claim()."""
+        if self._is_claiming:  # the delivery before has not come to its end
+            self._close()
+        wanted = {key_of(claim.message_id, claim.date, mailbox): mailbox for mailbox in claim.mailboxes}
+        if self._is_given_up():
+            return
+        try:
+            try:
+                claimed = self._run(BEGIN, self._insertion(claim, wanted))
+            except RecordLocked:
+                claimed = self._claim_each(claim, wanted)
+        except Unavailable as error:
+            self._fail(error)
+            return
+        self._is_claiming = True
+        claim.delivered = {wanted[key] for key in wanted.keys() - set(claimed)} - claim.busy
+
+    def settle(self, claim: Claim, mailboxes: Sequence[str]) -> None:
+        """See Records.settle()."""
+        is_claiming, self._is_claiming = self._is_claiming, False
+        stored = {key_of(claim.message_id, claim.date, mailbox): mailbox for mailbox in mailboxes}
+        failed = set(claim.mailboxes) - claim.delivered - claim.busy - set(mailboxes)
+        if is_claiming and self._connection:
+            keys = [key_of(claim.message_id, claim.date, mailbox) for mailbox in failed]
+            give_back = f"DELETE FROM deliveries WHERE key IN ({parameters(len(keys))})", keys
+            end = [*([give_back] if failed else ()), COMMIT] if stored else [ROLLBACK]
+            try:
+                self._connection.run(*end, *self._deletion(len(stored)))
+                return
+            except Unavailable:
+                self._close()
+        if stored:  # the server has lost the claim, or could not be asked for one
+            self._try(self._insertion(claim, stored))
+
+    def has(self, mailbox: str, record: str) -> bool:
+        """See Records.has()."""
+        # What lasts longer was written while the clock was wrong.
+        return bool(self._try((HAS_RECORD, (key_of(mailbox, record), LONGEST_RECORD))))
+
+    def add(self, mailbox: str, records: dict[str, int]) -> None:
+        """See Records.add()."""
+        if not records:
+            return
+        rows = {key_of(mailbox, record): (mailbox, record, seconds) for record, seconds in records.items()}
+        places = [f"(${n}, ${n + 1}, ${n + 2}, now() + make_interval(secs => ${n + 3}))" for n in every(4, rows)]
+        insert = (
+            f"INSERT INTO script_records (key, mailbox, record, until) VALUES {', '.join(places)} "
+            "ON CONFLICT (key) DO UPDATE SET until = excluded.until"
+        )
+        values = [value for key in sorted(rows) for value in (key, *rows[key])]
+        self._try((insert, values), deletion_of("script_records", "until", 0, EXPIRED_AT_ONCE + len(records)))
+
+    def is_usable(self) -> bool:
+        """See Records.is_usable()."""
+        return self._try(WRITE) is not None
+
+    def lock(self, mailbox: str, record: str) -> AdvisoryLock:
+        """See Records.lock()."""
+        return AdvisoryLock(self, int(key_of(mailbox, record)[-15:], 16) if record else 0)
+
+    def take(self, number: int) -> bool:
+        """Takes a lock that only one process of all hosts can have; whether that was possible."""
+        deadline = time.monotonic() + ADVISORY_PATIENCE
+        while not self._is_given_up():
+            try:
+                self._run(("SELECT pg_advisory_lock($1)", (number,)))
+                return True
+            except RecordLocked as error:
+                if time.monotonic() > deadline:
+                    log.warning("record-not-locked", cause=error)
+                    return False
+            except Unavailable as error:
+                self._fail(error)
+        return False
+
+    def give_back(self, number: int) -> None:
+        """Gives a lock back that take() has taken."""
+        self._try(("SELECT pg_advisory_unlock($1)", (number,)))
+
+    def _claim_each(self, claim: Claim, wanted: dict[str, str]) -> list[str]:
+        """The same as claim(), one mailbox after the other, so that only those are busy that others have claimed."""
+        claimed: list[str] = []
+        connection = self._connection or self._open()
+        connection.run(ROLLBACK, BEGIN, BRIEF_LOCKS)
+        for key, mailbox in sorted(wanted.items()):
+            try:
+                claimed += connection.run(SAVEPOINT, self._insertion(claim, {key: mailbox}))
+            except RecordLocked:
+                connection.run(ROLLBACK_TO_SAVEPOINT)
+                claim.busy.add(mailbox)
+        return claimed
+
+    def _insertion(self, claim: Claim, wanted: dict[str, str]) -> Statement:
+        """What adds records of deliveries, given by their keys, and returns the keys of those that were not there."""
+        places = [f"(${n}, $1, $2, ${n + 1})" for n in every(2, wanted, 3)]
+        # A time in the future was written while the clock was wrong.
+        statement = (
+            f"INSERT INTO deliveries (key, message_id, date, mailbox) VALUES {', '.join(places)} "
+            "ON CONFLICT (key) DO UPDATE SET at = now() WHERE deliveries.at "
+            f"NOT BETWEEN now() - interval '{self._expiry} seconds' AND now() + interval '1 day' RETURNING key"
+        )
+        # All processes add records in the same order, so that no two wait for each other.
+        values = [value for key in sorted(wanted) for value in (key, wanted[key])]
+        return statement, (claim.message_id, claim.date, *values)
+
+    def _deletion(self, new: int) -> list[Statement]:
+        """What deletes expired records of deliveries, now and then. new: how many records are added."""
+        self._new += new
+        if self._new < EXPIRED_INTERVAL:
+            return []
+        limit, self._new = EXPIRED_AT_ONCE + 2 * self._new, 0
+        return [deletion_of("deliveries", "at", self._expiry, limit)]
+
+    def _is_given_up(self) -> bool:
+        return not self._connection and self._backoff.is_active()
+
+    def _try(self, *statements: Statement) -> list[str] | None:
+        """As run(); None if the database cannot be used."""
+        if self._is_given_up():
+            return None
+        try:
+            return self._run(*statements)
+        except Unavailable as error:
+            self._fail(error)
+            return None
+
+    def _run(self, *statements: Statement) -> list[str]:
+        """As ServerConnection.run(), on another connection if the server has closed the one before."""
+        if connection := self._connection:
+            try:
+                return connection.run(*statements)
+            except Unavailable:
+                if not connection.is_lost():
+                    raise
+                self._close()
+        return self._open().run(*statements)
+
+    def _fail(self, error: Unavailable) -> None:
+        self._give_up(error)
+        self._close()
+
+    def _open(self) -> ServerConnection:
+        """Connects, and makes the tables if they are missing. Raises Unavailable."""
+        self._connection = connection = self._servers.connect(self._read_only)
+        if not self._read_only and not connection.run(TABLES_EXIST):
+            connection.run(BEGIN, *MAKE_TABLES, COMMIT)
+        return connection
+
+    def _close(self) -> None:
+        connection, self._connection = self._connection, None
+        self._is_claiming = False
+        if connection:
+            connection.close()
+
+
+class AdvisoryLock:
+    """See Records.lock(). number: 0 for no lock. The lock ends with the connection. Source: PostgreSQL, 13.3.5."""
+
+    def __init__(self, records: ServerRecords, number: int) -> None:
+        self._records, self._number = records, number
+        self._is_held = False
+
+    def __enter__(self) -> None:
+        self._is_held = bool(self._number) and self._records.take(self._number)
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_held:
+            self._records.give_back(self._number)
+
+
+def records_of(config: Config) -> Records:
+    """The records that the configuration wants. Raises ConfigError."""
+    return ServerRecords(config) if config.duplicate_db == "sql" else FileRecords(config)
+
+
+def key_of(*parts: str) -> str:
+    """The key of a record, as PostgreSQL writes octets: a hash, for an index takes no long texts."""
+    import hashlib
+
+    text = "\0".join(parts).encode("utf-8", "surrogateescape")
+    return rf"\x{hashlib.sha256(text).hexdigest()}"
+
+
+def as_parameter(value: object) -> bytes:
+    """A parameter of a statement, as text without what PostgreSQL's texts cannot have."""
+    return str(value).encode("utf-8", "backslashreplace").replace(b"\0", b"\\0")
+
+
+def parameters(count: int) -> str:
+    """The places of so many parameters in a statement."""
+    return ", ".join(f"${number}" for number in range(1, count + 1))
+
+
+def every(step: int, rows: Sized, first: int = 1) -> range:
+    """The numbers of the first parameter of each row, if a row has so many."""
+    return range(first, first + step * len(rows), step)
+
+
+def deletion_of(table: str, column: str, age: int, limit: int) -> Statement:
+    """What deletes so many of the oldest records whose time has passed by so many seconds."""
+    expired = f"SELECT key FROM {table} WHERE {column} < now() - interval '{age} seconds' ORDER BY {column} LIMIT $1"
+    return f"DELETE FROM {table} WHERE key IN ({expired} FOR UPDATE SKIP LOCKED)", (limit,)
 
 
 def shortened(record: str) -> str:
@@ -10480,6 +10980,7 @@ MAILBOX_FULL_PERMANENT = Reply(552, "5.2.2", "Mailbox is full")
 MAILBOX_UNUSABLE = Reply(550, "5.2.1", "Mailbox does not accept messages")
 STORAGE_FULL = Reply(452, "4.3.1", "Mail storage is full, try again later")
 STORAGE_FAILED = Reply(451, "4.3.0", "Mail storage failed, try again later")
+DELIVERED_ELSEWHERE = Reply(451, "4.2.0", "The message is being delivered by another process, try again later")
 SENDING_FAILED = Reply(451, "4.4.0", "The message could not be sent on, try again later")
 SENT_EXPIRY = (
     7 * DAY
@@ -10705,7 +11206,7 @@ class DeliveryAgent:
         self.router = Router(config)
         self.count: Callable[[Reply, int], None] | None = None
         self._identity = Identity.of_process()
-        self._records = Records(config)
+        self._records = records_of(config)
         self._submission = Submission(config)
         self._filters = Filters(config, self._records, report_test if config.debug else None)
         self._pending: set[tuple[str, str]] = set()
@@ -10918,6 +11419,8 @@ class Placer:
         if placement.twin or placement.key in self._claim.delivered:
             placement.event = "duplicate"
             return
+        if placement.key in self._claim.busy:
+            raise LmtpError(DELIVERED_ELSEWHERE)
         if self._config.lmtp_strict_quota and not destination.ignores_quota:
             mailbox.check_quota(placement.folder, message.size, 1)
         placement.placed = mailbox.place(message, placement.folder, placement.flags, may_move, placement.subscribes)
@@ -13054,7 +13557,7 @@ def socket_from_inetd() -> Socket:
 # Must not know the wire.
 # ======================================================================
 
-SECRETS = ("smtp_auth_password",)
+SECRETS = ("smtp_auth_password", "sql_passwd")
 CHECK_PATIENCE = 5  # seconds to connect to an address of smtp_host
 
 
@@ -13145,6 +13648,7 @@ class Checkup:
             self.errors += error.texts
         self._check_options()
         self._check_directories()
+        self._check_records()
         self._check_services()
         self._check_scripts()
         self._check_sending()
@@ -13180,6 +13684,14 @@ class Checkup:
         except OSError as missing:
             error = missing
         self.errors.append(f"{name}: {text_of(error)}")
+
+    def _check_records(self) -> None:
+        try:
+            records_of(self._config).check()
+        except ConfigError as error:
+            self.errors += error.texts
+        except Unavailable as error:
+            self.errors.append(f"duplicate_db: sql: {error}")
 
     def _check_services(self) -> None:
         """The user database, and what checks passwords."""
@@ -13376,7 +13888,7 @@ def explain_message(
     message: Message, destination: Destination, folder: str, reverse_path: Address | None, config: Config
 ) -> None:
     """Prints each test of the Sieve scripts, their errors, and the actions."""
-    known, records = destination.recipient, Records(config)
+    known, records = destination.recipient, records_of(config)
     kept_in = folder if config.sieve_subaddress_folder else INBOX
     occasion = Occasion(destination.mailbox, known, reverse_path, kept_in, config)
     filters = Filters(config, records if records.exists() else None, print_test)

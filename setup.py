@@ -22,8 +22,13 @@ setup(
     python_requires=">=3.10",
     install_requires=["docopt", 'systemd-python; sys_platform == "linux"'],
     # auth: for the option sasl_pwcheck_method: file. idna: for domains beyond ASCII with the option virtdomains.
-    # regex: for regular expressions in Sieve scripts.
-    extras_require={"auth": ["scramp", "argon2-cffi"], "idna": ["idna"], "regex": ["google-re2"]},
+    # regex: for regular expressions in Sieve scripts. sql: for duplicate_db: sql.
+    extras_require={
+        "auth": ["scramp", "argon2-cffi"],
+        "idna": ["idna"],
+        "regex": ["google-re2"],
+        "sql": ["psycopg[binary]"],
+    },
     # Our own, because one that pip makes of an entry point imports more than it takes to deliver a message.
     scripts=["units/lmtpd"],
     data_files=[

@@ -40,7 +40,7 @@ need_venv() {
     done
     [[ $(readlink -f "$venv/bin/python") == $(readlink -f "$python") ]] || "$python" -m venv --clear "$venv"
     # Not in place: what is tested is what an administrator gets.
-    "$venv/bin/pip" install --quiet --disable-pip-version-check --use-pep517 "$@" "$top[auth,idna]"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check --use-pep517 "$@" "$top[auth,idna,sql]"
 }
 
 # Packages that conflict with installed ones, or would change the system, are only unpacked, each in a cache folder of

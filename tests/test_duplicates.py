@@ -606,7 +606,7 @@ def test_a_python_without_a_database_keeps_no_mail_out(site: Site, monkeypatch: 
 
 def test_a_path_that_is_no_text_keeps_no_mail_out(site: Site) -> None:
     """As that of a home whose name is not UTF-8; what is raised after a message is stored would bring it once more."""
-    records = lmtpd.Records(lmtpd.Config.load(str(site.conf)))
+    records = lmtpd.records_of(lmtpd.Config.load(str(site.conf)))
     claim = lmtpd.Claim("<1@example.com>", "", ["/home/\udcff"])
     records.settle(claim, claim.mailboxes)
     records.claim(claim)
