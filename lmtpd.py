@@ -1027,7 +1027,8 @@ def text_of(value: object) -> str:
     """
     if not isinstance(value, OSError) or not value.strerror:
         return str(value)
-    names = [os.fsdecode(name) for name in (value.filename, value.filename2) if name]
+    # A call with a descriptor gives that as the name.
+    names = [os.fsdecode(name) for name in (value.filename, value.filename2) if name and not isinstance(name, int)]
     path = f"{' to '.join(names)}: " if names else ""
     user = getattr(value, "uid", None)
     return f"{path}{value.strerror}" + ("" if user is None else f" (as uid {user})") + hint_at_paths(value)
@@ -1580,10 +1581,10 @@ class Wire:
     def _wait(self, poll: select.poll, timeout: float) -> bool:
         """Whether the descriptor is ready within timeout seconds. A signal calls on_wakeup(), which may raise."""
         deadline = time.monotonic() + timeout
-        events = poll.poll(max(timeout, 0) * 1000)
+        events = polled(poll, timeout)
         if len(events) == 1 and events[0][0] != self._wakeup:
             return True  # the usual case
-        while ready := {fd for fd, _ in poll.poll(max(deadline - time.monotonic(), 0) * 1000)}:
+        while ready := {fd for fd, _ in polled(poll, deadline - time.monotonic())}:
             if poll is self._writable and self._sink in ready:
                 return True  # the reply to finished work comes before the signal
             if self._wakeup in ready:
@@ -1591,6 +1592,14 @@ class Wire:
             if ready - {self._wakeup}:
                 return True
         return False
+
+
+def polled(poll: select.poll, timeout: float) -> list[tuple[int, int]]:
+    """The events that happen within timeout seconds. Raises Disconnected if the system cannot tell them."""
+    try:
+        return poll.poll(max(timeout, 0) * 1000)
+    except OSError as error:
+        raise Disconnected(f"poll: {error.strerror}") from None
 
 
 class Tls:
@@ -2786,7 +2795,7 @@ class Directory:
         """The names of all directories in it."""
         fd = self.open("")
         try:
-            with os.scandir(fd) as entries:
+            with PathInErrors(self.path), os.scandir(fd) as entries:
                 return [entry.name for entry in entries if entry.is_dir(follow_symlinks=not self.guarded)]
         finally:
             close_synced(fd)
@@ -2803,9 +2812,12 @@ class Directory:
                     close_synced(place)
             else:
                 fd = os.open(path, flags | EXISTING_FILE, 0o666)
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+            try:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise OSError(errno.EINVAL, "not a regular file")
+            except OSError:
                 os.close(fd)
-                raise OSError(errno.EINVAL, "not a regular file")
+                raise
         return fd
 
     def read_file(self, directory: str, name: str, limit: int) -> tuple[bytes, float]:
@@ -4855,15 +4867,17 @@ class QuotaFile:
                 fd = self._directory.open(directory)
             except (FileNotFoundError, NotADirectoryError):
                 continue  # no folder of messages
-            changed[directory] = os.fstat(fd).st_mtime_ns
-            os.close(fd)
+            try:
+                changed[directory] = os.fstat(fd).st_mtime_ns
+            finally:
+                close_synced(fd)
         return changed
 
     def _sizes_in(self, directory: str) -> Iterator[int]:
         """The octets of each message in the directory that counts in the quota."""
         fd = self._directory.open(directory)
         try:
-            with os.scandir(fd) as entries:
+            with PathInErrors(self._directory.path_of(directory)), os.scandir(fd) as entries:
                 for entry in entries:
                     if entry.name.startswith(".") or (self._excludes_deleted and is_deleted(entry.name)):
                         continue
@@ -5001,6 +5015,7 @@ class DovecotLock:
     def __init__(self, directory: Directory, folder: str, name: str, patience: float) -> None:
         self._directory, self._folder, self._name, self._patience = directory, folder, name, patience
         self._place = -1
+        self._made: os.stat_result
 
     def __enter__(self) -> None:
         self._place = self._directory.open(self._folder)
@@ -5013,11 +5028,20 @@ class DovecotLock:
 
     def __exit__(self, *_: object) -> None:
         try:
-            # A stale lock may have another holder by now, perhaps one on another host with the same process id.
-            if self._holder(self._name)[:2] == (str(os.getpid()), socket.gethostname()):
+            if self._is_held():
                 os.unlink(self._name, dir_fd=self._place)
         finally:
-            os.close(self._place)
+            close_synced(self._place)
+
+    def _is_held(self) -> bool:
+        """Whether the lock file is still this process's: another one may have taken a stale lock away."""
+        try:
+            found = os.stat(self._name, dir_fd=self._place, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True  # as it is most likely; a lock that stays keeps others waiting
+        return os.path.samestat(found, self._made)
 
     def _take(self) -> None:
         """Makes the lock file. Raises TimeoutError if another process holds the lock for too long."""
@@ -5032,12 +5056,13 @@ class DovecotLock:
                 time.sleep(0.02)
             else:
                 try:
+                    self._made = os.fstat(fd)
                     write_all(fd, f"{os.getpid()}:{socket.gethostname()}".encode())
                 except OSError:
                     os.unlink(self._name, dir_fd=self._place)
                     raise
                 finally:
-                    os.close(fd)
+                    close_synced(fd)
                 return
 
     def _holder(self, name: str) -> tuple[str, str, float]:
@@ -5213,16 +5238,18 @@ class Folders:
         """Makes the folder, durably. subscribes: whether the user is subscribed to it in any case."""
         self._directory.make(folder)
         self._directory.add_file(folder, "maildirfolder", b"")
-        for name in ("tmp", "new", "cur"):  # cur/ last: exists() looks for it
+        for name in ("tmp", "new"):
             self._directory.make(f"{folder}/{name}")
-        if self._by_similar_name is not None:
-            self._by_similar_name.setdefault(similar_name(folder), []).append(folder)
         if self._can_subscribe and (subscribes or self._config.lmtp_autosubscribe):
             try:
                 self._subscriptions.add(folder)
             except OSError as error:
                 log.warning("not-subscribed", mailbox=self._directory.path_of(folder), cause=error)
                 self._can_subscribe = False  # mail need not wait for the same again
+        # Last, for exists() looks for it: if something fails, the next try makes the rest.
+        self._directory.make(f"{folder}/cur")
+        if self._by_similar_name is not None:
+            self._by_similar_name.setdefault(similar_name(folder), []).append(folder)
 
     def subscribe(self, names: Sequence[str]) -> None:
         """Subscribes the user of a new Maildir to folders, given their names as people write them."""
@@ -5555,7 +5582,7 @@ def is_in_group(user: str, group: str) -> bool:
 def account_error(name: str) -> int:
     """The errno of a failed look-up of an account, which the module pwd does not report; 0 if it has not failed.
 
-    Source: getpwnam_r(3).
+    If the account is found now, the look-up before has failed. Source: getpwnam_r(3).
     """
     import ctypes
 
@@ -5564,7 +5591,7 @@ def account_error(name: str) -> int:
     error: int = ctypes.CDLL(None).getpwnam_r(
         name.encode(), entry, strings, ctypes.c_size_t(len(strings)), ctypes.byref(result)
     )
-    return error
+    return error or (errno.EAGAIN if result.value else 0)
 
 
 class DovecotUsers:
@@ -6719,6 +6746,7 @@ class Submission:
     def prepare(self) -> None:
         """Imports what is needed, before workers fork."""
         if self._config.smtp_backend == "host":
+            import encodings.idna  # noqa: F401
             import smtplib  # noqa: F401
 
     def send(
@@ -11241,7 +11269,11 @@ class DeliveryAgent:
                     raise
                 log.warning("spooling-elsewhere", mailbox=mailbox.path, cause=error)
                 continue
-            device = draft.device()
+            try:
+                device = draft.device()
+            except OSError:
+                draft.discard()
+                raise
             if device in devices:
                 draft.discard()
                 continue
