@@ -48,6 +48,7 @@ need_venv() {
 cyrus=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests-cyrus
 exim=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests-exim
 node_exporter=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests-node-exporter
+postgresql=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests-postgresql
 
 # need_cyrus: the real Cyrus and lmtptest. Its package conflicts with Dovecot's.
 need_cyrus() {
@@ -66,6 +67,23 @@ need_exim() {
 need_node_exporter() {
     runs "$node_exporter" usr/bin/prometheus-node-exporter || unpack "$node_exporter" prometheus-node-exporter
     runs "$node_exporter" usr/bin/prometheus-node-exporter || { echo "node_exporter does not run" >&2; exit 1; }
+}
+
+# need_postgresql: the real PostgreSQL. Its package makes a database cluster and starts a server on it.
+need_postgresql() {
+    local version
+    has_postgresql && return
+    update_package_lists
+    # The package "postgresql" itself is empty: it depends on that of this release's version.
+    version=$(apt-cache depends --important postgresql | sed -nE 's/^ *Depends: postgresql-([0-9]+)$/\1/p')
+    unpack "$postgresql" postgresql-"$version" postgresql-client-"$version"
+    has_postgresql || { echo "PostgreSQL does not run" >&2; exit 1; }
+}
+
+# has_postgresql: whether it is unpacked, of whatever version.
+has_postgresql() {
+    local programs=("$postgresql"/usr/lib/postgresql/*/bin/{postgres,initdb,psql})
+    runs "$postgresql" "${programs[@]#"$postgresql/"}"
 }
 
 # runs FOLDER PROGRAM...: whether these are unpacked there with every library they need.
