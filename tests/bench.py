@@ -21,6 +21,7 @@ Works:
   recipients               messages to 100 recipients
   5mb, 50mb                large messages
   duplicates               "one" with and without duplicate suppression
+  sql, sql-ten             "one" and "ten-mailboxes" with duplicate_db: sql, against SQLite
   cold                     a process for one message, against one that does nothing
   sieve                    "one" with a script of ten tests, and lmtpd without a script
   sieve-large              the same with a script of 1,000 rules, of which the last one matches
@@ -75,6 +76,7 @@ set -euo pipefail
 . tests/setup.sh
 need_packages postfix dovecot-imapd dovecot-lmtpd dovecot-sieve systemd strace e2fsprogs
 need_cyrus
+need_postgresql
 need_venv
 LMTPD_BENCH=ready exec "$venv/bin/python" tests/bench.py "$@"
 """
@@ -89,6 +91,7 @@ if __name__ == "__main__" and "LMTPD_BENCH" not in os.environ:
 from docopt import docopt  # noqa: E402
 from harness import PATIENCE, STORE_USER, Client, Site, connect, free_port, wait_for  # noqa: E402
 from peers import Cyrus, Dovecot, Peer, program  # noqa: E402
+from postgres import Postgres  # noqa: E402
 
 import lmtpd  # noqa: E402
 from lmtpd import Config, write_data  # noqa: E402
@@ -513,7 +516,7 @@ class Bench:
 
     def __init__(self, folder: Path, stack: contextlib.ExitStack, rounds: int, divisor: int) -> None:
         self.rounds, self.divisor = rounds, divisor
-        self._stack = stack
+        self._folder, self._stack = folder, stack
         self.suppressing: Contestant | None = None
         plain: dict[str, str] = {}
         if "duplicatesuppression" in Config.table():
@@ -565,6 +568,15 @@ class Bench:
         """A site for processes that are started by hand, with a script for everybody."""
         script.chmod(0o644)
         return self._site({"duplicatesuppression": "no", "sieve_default": str(script)})
+
+    def recording(self) -> list[Contestant]:
+        """lmtpd with its records in PostgreSQL, and in SQLite."""
+        postgres = self._stack.enter_context(Postgres(Path(tempfile.mkdtemp(dir=self._folder))))
+        for setting in ("fsync", "full_page_writes"):  # off in tests
+            postgres.execute(f"ALTER SYSTEM SET {setting} = on")
+        postgres.execute("SELECT pg_reload_conf()")
+        database = self._stack.enter_context(postgres.database())
+        return [self._lmtpd("PostgreSQL", database.options), self._lmtpd("SQLite", {})]
 
     def _cyrus(self) -> Server:
         peer = Cyrus(self._site({}).root / "cyrus", users=(), autocreate_users="anyone")
@@ -775,6 +787,12 @@ def duplicates(bench: Bench) -> None:
     report_race(
         "duplicates", work, race(bench, [bench.suppressing, bench.pool], "duplicates", work), bench.suppressing.name
     )
+
+
+def records(bench: Bench, name: str, work: Work, factor: float) -> None:
+    """What it costs to have the records in PostgreSQL. factor: the goal."""
+    work = work._replace(title=f"{work.title}, with duplicate_db: sql", goals=(Goal("SQLite", factor),))
+    report_race(name, work, race(bench, bench.recording(), name, work), "PostgreSQL")
 
 
 COLD_MESSAGE = b"From: sender@example.com\r\nSubject: a cold start\r\n\r\n" + (b"x" * 68 + b"\r\n") * 28
@@ -1058,6 +1076,8 @@ def growth_of_recipients(bench: Bench) -> None:
 TRIALS: dict[str, Callable[[Bench], None]] = {
     "sync": sync_calls,
     "duplicates": duplicates,
+    "sql": lambda bench: records(bench, "sql", ONE, 0.8),
+    "sql-ten": lambda bench: records(bench, "sql-ten", WORKS["ten-mailboxes"], 0.9),
     "cold": cold,
     "sieve": small_filter,
     "sieve-large": large_filter,
