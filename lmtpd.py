@@ -2349,6 +2349,7 @@ def composed(text: str) -> str:
 NAME_LIMIT = 255  # octets of a name in a file system
 LINK_LIMIT = 40  # symbolic links in a path, as many as the system follows: path_resolution(7)
 NAMES_MADE = itertools.count(1)
+RANDOM_NUMBERS: dict[int, str] = {}  # by process id, for a worker does not go on with that of its parent
 HOST = socket.gethostname().replace("/", "\\057").replace(":", "\\072")  # escaped as in maildir(5)
 WRITEBACK_SIZE = 1 << 20  # octets after which the disk starts to write
 FILE_TRIES = 3  # times that a file is opened which is replaced meanwhile
@@ -3022,9 +3023,16 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def unique_name() -> str:
-    """A name that no other message on this host has or will have: time, process, count, host. Source: maildir(5)."""
+    """A name that no other message has or will have: time, process, random number, count, host.
+
+    The random number differs where the others do not: if the clock is set back and a process id comes again, or if two
+    hosts have one name. Source: maildir(5), and D. J. Bernstein's text on the format.
+    """
     seconds, microseconds = divmod(time.time_ns() // 1000, 1_000_000)
-    return f"{seconds}.M{microseconds:06d}P{os.getpid()}Q{next(NAMES_MADE)}.{HOST}"
+    process = os.getpid()
+    if process not in RANDOM_NUMBERS:
+        RANDOM_NUMBERS[process] = os.urandom(6).hex()
+    return f"{seconds}.M{microseconds:06d}P{process}R{RANDOM_NUMBERS[process]}Q{next(NAMES_MADE)}.{HOST}"
 
 
 # ======================================================================

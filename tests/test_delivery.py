@@ -105,7 +105,7 @@ def test_the_file_is_named_by_the_rules_of_maildir(client: Client, site: Site, c
     before = time.time()
     client.deliver(content, "jane")
     (file,) = site.files("jane")
-    match = re.fullmatch(r"(\d+)\.M(\d{6})P(\d+)Q\d+\.([^/:,]+),S=(\d+),W=(\d+)", file.name)
+    match = re.fullmatch(r"(\d+)\.M(\d{6})P(\d+)R[0-9a-f]{12}Q\d+\.([^/:,]+),S=(\d+),W=(\d+)", file.name)
     assert match
     assert before - 1 <= int(match[1]) + int(match[2]) / 1e6 <= time.time()
     assert int(match[3]) == site.child.pid
