@@ -6423,7 +6423,8 @@ class Servers:
 
     def __str__(self) -> str:
         hosts = ",".join(host for host, _ in self._places) or "localhost"
-        return f"{self._config.sql_database or self._config.sql_user}@{hosts}"
+        database = self._config.sql_database or self._config.sql_user
+        return f"{database}@{hosts}" if database else hosts
 
     def connect(self, read_only: bool) -> ServerConnection:
         """A connection to the first server that answers; to one that can be written, unless read_only.
@@ -6432,8 +6433,8 @@ class Servers:
         """
         try:
             import psycopg
-        except ImportError:
-            raise Unavailable("duplicate_db: sql needs the Python package psycopg") from None
+        except ImportError as error:
+            raise Unavailable(f"the Python package psycopg is needed: {' '.join(str(error).split())}") from None
         causes = []
         for host, port in self._places:
             try:
