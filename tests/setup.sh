@@ -47,6 +47,7 @@ need_venv() {
 # its own with those of its libraries that are not installed.
 cyrus=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests-cyrus
 exim=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests-exim
+moosefs=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests-moosefs
 node_exporter=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests-node-exporter
 postgresql=${XDG_CACHE_HOME:-$HOME/.cache}/lmtpd-tests-postgresql
 
@@ -84,6 +85,13 @@ need_postgresql() {
 has_postgresql() {
     local programs=("$postgresql"/usr/lib/postgresql/*/bin/{postgres,initdb,psql})
     runs "$postgresql" "${programs[@]#"$postgresql/"}"
+}
+
+# need_moosefs: the servers and the FUSE client of MooseFS. Its packages would start servers.
+need_moosefs() {
+    local programs=(usr/sbin/mfsmaster usr/sbin/mfschunkserver usr/bin/mfsmount)
+    runs "$moosefs" "${programs[@]}" || unpack "$moosefs" moosefs-master moosefs-chunkserver moosefs-client
+    runs "$moosefs" "${programs[@]}" || { echo "MooseFS does not run" >&2; exit 1; }
 }
 
 # runs FOLDER PROGRAM...: whether these are unpacked there with every library they need.

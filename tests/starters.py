@@ -36,14 +36,17 @@ USER = pwd.getpwuid(os.geteuid()).pw_name
 Address = Union[int, str]
 
 
-def listening(address: Address) -> bool:
-    """Whether somebody listens there. Asks the kernel: to try it would be a connection, and start lmtpd."""
+def listening(address: Address, process: int | str = "self") -> bool:
+    """Whether somebody listens there. Asks the kernel: to try it would be a connection, and start lmtpd.
+
+    process: one that has the network in which a port is meant.
+    """
     if isinstance(address, str):
         # Flags with __SO_ACCEPTCON, then the path.
         sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
         return any(fields[-1] == address and fields[3] == "00010000" for fields in sockets)
     wanted = f":{address:04X}"
-    tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
+    tables = [Path(f"/proc/{process}/net/tcp"), Path(f"/proc/{process}/net/tcp6")]
     sockets = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()]
     return any(fields[1].endswith(wanted) and fields[3] == "0A" for fields in sockets)
 

@@ -1,0 +1,159 @@
+"""Several hosts that have one store, on a cluster file system whose servers come and go."""
+
+from __future__ import annotations
+
+import random
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from cluster import Host, MooseFS
+from harness import Client, wait_for
+
+USERS = ("jane", "joe", "ann", "bob", "eve")
+NUMBER = re.compile(rb"^Message-ID: <(\d+)@example\.com>$", re.MULTILINE)
+NAME = re.compile(r"(\d+\.M\d+P\d+[^.,:]*)\.([^.,:]+),S=(\d+),W=(\d+)(?::2,)?")
+CONNECTIONS = 4  # to each host
+MESSAGES = 1000  # of each test
+TRIES = 100
+PATIENT = 300.0  # seconds that a reply may take, as with the mail servers that wait longest
+
+
+class Letter:
+    """A numbered message and its recipients. The same numbers have the same messages."""
+
+    def __init__(self, number: int) -> None:
+        dice = random.Random(number)
+        self.number = number
+        users = dice.sample(USERS, dice.choice((1, 1, 1, 2, 3)))
+        self.recipients = [f"{user}+lists" if dice.random() < 0.3 else user for user in users]
+        text = dice.randbytes(dice.choice((200, 1000, 2000, 4000, 20_000))).hex()
+        lines = "".join(f"{text[start : start + 72]}\n" for start in range(0, len(text), 72))
+        self.stored = f"Message-ID: <{number}@example.com>\n\n{lines}".encode()
+
+    @property
+    def sent(self) -> bytes:
+        return self.stored.replace(b"\n", b"\r\n")
+
+
+class Queue:
+    """Delivers letters as a mail server with a queue does: what has been deferred is tried again."""
+
+    def __init__(self, letters: list[Letter], wait: float = 0.2) -> None:
+        self.letters = letters
+        self._left = iter(letters)
+        self._lock = threading.Lock()
+        self._wait = wait
+        self.deferred: Counter[str] = Counter()
+        self.times: list[float] = []
+        self.done = 0
+
+    def _next(self) -> Letter | None:
+        with self._lock:
+            return next(self._left, None)
+
+    def deliver(self, client: Client) -> None:
+        """Delivers letters over this connection until none is left."""
+        client.hello()
+        client.sock.settimeout(PATIENT)
+        while letter := self._next():
+            began = time.monotonic()
+            recipients = letter.recipients
+            for _ in range(TRIES):
+                replies = client.deliver(letter.sent, *recipients)
+                refused = [reply for reply in replies if not reply.startswith("250")]
+                assert all(reply.startswith("4") for reply in refused), refused
+                self.deferred.update(refused)
+                recipients = [recipient for recipient, reply in zip(recipients, replies) if not reply.startswith("250")]
+                if not recipients:
+                    break
+                time.sleep(self._wait)
+            assert not recipients, f"{letter.number} is still deferred for {recipients}"
+            with self._lock:
+                self.done += 1
+                self.times.append(time.monotonic() - began)
+        client.leave()
+
+
+@pytest.fixture
+def cluster() -> Iterator[MooseFS]:
+    """With the settings with which what has been answered survives the loss of a server."""
+    with MooseFS(master="CHANGELOG_SAVE_MODE = 2\n", chunk_server="HDD_FSYNC_BEFORE_CLOSE = 1\n") as cluster:
+        yield cluster
+
+
+def two_hosts(cluster: MooseFS, **options: str) -> tuple[Host, Host]:
+    """Hosts that deliver to the same users, all of whom have a quota."""
+    hosts = cluster.host("one"), cluster.host("two")
+    for host in hosts:
+        host.configure(lmtp_detail_create="yes", lmtp_prefork=str(CONNECTIONS), **options)
+    hosts[0].add_user(*USERS)
+    for user in USERS:
+        quota = hosts[0].spool / user / "maildirsize"
+        quota.write_text("100000000000S\n0 0\n")
+        hosts[0].give(quota)
+    return hosts
+
+
+def faults(spool: Path, letters: list[Letter]) -> list[str]:
+    """What is wrong with a store in which these letters, and no others, must be once."""
+    found: Counter[tuple[int, str]] = Counter()
+    names: Counter[str] = Counter()
+    wrong = []
+    by_number = {letter.number: letter for letter in letters}
+    for path in [path for kind in ("new", "cur") for path in spool.glob(f"*/**/{kind}/*")]:
+        content = path.read_bytes()
+        number, name = NUMBER.search(content), NAME.fullmatch(path.name)
+        letter = by_number.get(int(number[1])) if number else None
+        if not letter or not name or not content.endswith(letter.stored) or int(name[3]) != len(content):
+            wrong.append(f"{path} is not a letter: {content[:500]!r}")
+            continue
+        user, *folder = path.parent.parent.relative_to(spool).parts
+        found[letter.number, "+".join([user, *(part[1:] for part in folder)])] += 1
+        names[f"{user}: {name[1]}.{name[2]}"] += 1
+    expected = {(letter.number, recipient) for letter in letters for recipient in letter.recipients}
+    wrong += [f"{copy} is lost" for copy in expected - set(found)]
+    wrong += [f"{copy} is there {count} times" for copy, count in found.items() if count > 1]
+    wrong += [f"{copy} is too much" for copy in set(found) - expected]
+    wrong += [f"{name} is the name of {count}" for name, count in names.items() if count > 1]
+    return wrong
+
+
+def kill_a_chunk_server(cluster: MooseFS, queue: Queue) -> None:
+    """Kills one and starts it again when the other has gone on alone."""
+    [server, _] = cluster.chunk_servers
+    server.kill()
+    seen = queue.done
+    wait_for(lambda: queue.done > seen + MESSAGES // 5, "deliveries with one chunk server", patience=PATIENT)
+    server.start()
+
+
+def kill_the_master(cluster: MooseFS, _: Queue) -> None:
+    """Kills it, so that no server is left that knows the names of files, and starts it again."""
+    cluster.master.kill()
+    cluster.master.start()
+
+
+@pytest.mark.parametrize("disturb", [kill_a_chunk_server, kill_the_master])
+def test_nothing_is_lost_when_a_server_of_the_store_dies(
+    cluster: MooseFS, disturb: Callable[[MooseFS, Queue], None]
+) -> None:
+    """Each message is there once, though two hosts whose processes have the same ids deliver to the same users."""
+    hosts = two_hosts(cluster)
+    queue = Queue([Letter(number) for number in range(MESSAGES)])
+    addresses = [host.serve() for host in hosts]
+    clients = [host.connect_to(address) for host, address in zip(hosts, addresses) for _ in range(CONNECTIONS)]
+    with ThreadPoolExecutor(len(clients)) as threads:
+        deliveries = [threads.submit(queue.deliver, client) for client in clients]
+        wait_for(lambda: queue.done > MESSAGES // 4, "deliveries", patience=PATIENT)
+        disturb(cluster, queue)
+        for delivery in deliveries:
+            delivery.result()
+    for host in hosts:
+        assert not faults(host.spool, queue.letters)
+        assert not list(host.spool.glob("**/tmp/*"))
