@@ -332,7 +332,7 @@ def parse_server(server: str, port: str) -> tuple[str, int]:
     if not colon or number.endswith("]"):  # an IPv6 address in brackets
         host, number = server, port
     number = SMTP_PORTS.get(number.lower(), number)
-    if not host or not DECIMAL_DIGITS.issuperset(number) or not 0 < int(number or 0) < 65536:
+    if len(host.split()) != 1 or not DECIMAL_DIGITS.issuperset(number) or not 0 < int(number or 0) < 65536:
         raise ValueError(f"must be a host and perhaps a port, such as localhost:{port}")
     return host.strip("[]"), int(number)
 
@@ -6467,7 +6467,9 @@ class Servers:
             "autocommit": True,
             "client_encoding": "UTF8",
             "connect_timeout": round(DATABASE_PATIENCE),
+            "gssencmode": "disable",
             "options": " ".join(f"-c {name}={value}" for name, value in SESSION_SETTINGS.items()),
+            "sslcert": "/nonexistent",  # not that in a home which this account perhaps may not enter
             "target_session_attrs": "any" if read_only else "read-write",
         }
 
