@@ -80,7 +80,6 @@ NSPAWN_OPTIONS = [
     "--link-journal=no",
     "--resolv-conf=off",
     "--timezone=off",
-    "--hostname=mx.example.com",
 ]
 
 
@@ -94,7 +93,7 @@ class Machine:
     kept: where to keep, after its end, what this one has changed.
     """
 
-    def __init__(self, base: Path, *layers: Path, kept: Path | None = None) -> None:
+    def __init__(self, base: Path, *layers: Path, kept: Path | None = None, hostname: str = "mx.example.com") -> None:
         if not base.is_dir():
             raise RuntimeError(f"{base} is missing: run tests/run, or need_container of tests/setup.sh")
         # Keeps need_container of another test run from making the root anew meanwhile.
@@ -105,6 +104,7 @@ class Machine:
         self._top.mkdir(0o700)
         self._layers = [*map(str, layers), str(base)]
         self._kept = str(kept or "")
+        self._hostname = hostname
         self.console = self._top.with_suffix(".console")
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as status:
             name = f"\0{self._top.name}"
@@ -120,7 +120,7 @@ class Machine:
 
     def _start(self, notify_socket: str) -> subprocess.Popen[bytes]:
         around = ["setpriv", "--pdeathsig", "TERM", "unshare", "--mount", "sh", "-c", AROUND_NSPAWN, "sh"]
-        machine = ["--machine", self._top.name, *NSPAWN_OPTIONS]
+        machine = ["--machine", self._top.name, f"--hostname={self._hostname}", *NSPAWN_OPTIONS]
         with self.console.open("wb") as console:
             return subprocess.Popen(
                 [*around, ":".join(self._layers), str(self._top), self._kept, *machine],
@@ -144,6 +144,16 @@ class Machine:
             if fields.get("READY") == "1" and leader:
                 return leader
         raise RuntimeError("The machine does not boot:\n" + self.console.read_text(errors="replace"))
+
+    def network(self, *command: str) -> str:
+        """Runs a program of the host in the machine's network namespace; what it prints."""
+        inside = ["nsenter", f"--net={self.root.parent}/ns/net"]
+        return subprocess.run([*inside, *command], capture_output=True, text=True, check=True).stdout
+
+    def join(self, other: Machine) -> None:
+        """Joins this machine to another one by a cable: each has an interface "lan", which is down."""
+        pair = ["lan", "type", "veth", "peer", "name", "lan", "netns", other.root.parent.name]
+        self.network("ip", "link", "add", *pair)
 
     def start(self, *command: str, **popen: Any) -> subprocess.Popen[str]:
         """A command in the machine, as root, not waited for."""
