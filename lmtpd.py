@@ -323,7 +323,7 @@ def as_smtp_host(value: str) -> tuple[str, int, frozenset[str]]:
 
 def as_servers(value: str) -> tuple[tuple[str, int], ...]:
     """PostgreSQL servers with commas between them: hosts, perhaps with ports, or directories of unix sockets."""
-    return tuple(parse_server(server.strip(), "5432") for server in value.split(",") if server.strip())
+    return tuple(parse_server(server.strip(), "5432") for server in value.split(",")) if value else ()
 
 
 def parse_server(server: str, port: str) -> tuple[str, int]:
