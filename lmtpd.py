@@ -2570,6 +2570,8 @@ class NamedDraft(Draft):
             if self._name:
                 with self.identity, self._path_in_errors:
                     os.unlink(self._name, dir_fd=self._directory)
+        except FileNotFoundError:
+            pass
         except OSError as error:
             log.warning("draft-left-behind", file=self._name, cause=error)
         super().discard()
@@ -4564,6 +4566,7 @@ RECOUNTS = 3  # counts of a Maildir that changes meanwhile
 FLAG_LETTERS = {r"\draft": "D", r"\flagged": "F", r"\answered": "R", r"\seen": "S", r"\deleted": "T"}
 KEYWORD_ATOM = frozenset(map(chr, range(33, 127))) - frozenset('(){%*"\\]')  # RFC 3501 section 9, flag-keyword
 KEYWORD_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+FOREIGN_DIGITS = 10  # digits of a number in a file that others write
 LOCK_PATIENCE, LOCK_STALE = 30, 120  # seconds to wait for a lock; the age at which a lock is stale
 
 
@@ -4853,6 +4856,7 @@ class QuotaFile:
         start = os.fstat(old).st_size
         usage = self._count(limits, directories)
         self._directory.replace_file(INBOX, QUOTA_FILE, usage.render())
+        refresh_attributes(old)
         lines = os.pread(old, READ_SIZE, start).splitlines(keepends=True)
         if additions := b"".join(line for line in lines if b"-" not in line):
             self._append(additions)
@@ -4895,6 +4899,14 @@ class QuotaFile:
                         continue  # it has been removed or renamed meanwhile
         finally:
             os.close(fd)
+
+
+def refresh_attributes(fd: int) -> None:
+    """Has the system ask a file system of several hosts for the size of a file: its own answer may be a second old."""
+    try:
+        os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode))  # a change makes it ask
+    except OSError:
+        return
 
 
 def is_deleted(name: str) -> bool:
@@ -4960,7 +4972,8 @@ class KeywordFile:
         finally:
             os.close(fd)
         lines = [line.partition(" ") for line in content.split("\n")]
-        numbered = [(int(number), name) for number, _, name in lines if number and name and DECIMAL.issuperset(number)]
+        short = [(number, name) for number, _, name in lines if name and 0 < len(number) <= FOREIGN_DIGITS]
+        numbered = [(int(number), name) for number, name in short if DECIMAL.issuperset(number)]
         return {name.lower(): (number, name) for number, name in numbered if number < len(KEYWORD_LETTERS)}, changed
 
 
@@ -5089,7 +5102,10 @@ class DovecotLock:
     def _is_stale(self, name: str) -> bool:
         """Whether the process that holds the lock has ended, or has held it for too long."""
         process, host, age = self._holder(name)
-        return age > LOCK_STALE or (host == socket.gethostname() and process.isdigit() and has_ended(int(process)))
+        if age > LOCK_STALE:
+            return True
+        is_number = 0 < len(process) <= FOREIGN_DIGITS and DECIMAL.issuperset(process)
+        return is_number and host == socket.gethostname() and has_ended(int(process))
 
     def _break_if_stale(self) -> None:
         """Removes a stale lock. It is moved aside first: another process may have replaced it meanwhile."""
@@ -5672,7 +5688,7 @@ class DovecotUsers:
                     raise ServiceTimeout(f"{self._path}: does not answer")
                 verdict, *words = service.hear()
                 if verdict == "VERSION":
-                    self._version = as_number(words[-1])
+                    self._version = as_number("".join(words[-1:]))
                 if words and words[0] == identity and verdict in ("USER", "NOTFOUND", "FAIL"):
                     break
         except ServiceTimeout:
@@ -11921,11 +11937,12 @@ def check_with_saslauthd(path: str, service: str, user: str, password: str) -> N
     with connect_to_service(path) as sock, sock.makefile("rb") as answers:
         try:
             sock.sendall(b"".join(len(field).to_bytes(2, "big") + field for field in fields))
-            answer = answers.read(int.from_bytes(answers.read(2), "big"))
+            length = int.from_bytes(answers.read(2), "big")
+            answer = answers.read(length)
         except OSError as error:
             raise Unavailable(with_path(path, error)) from None
-    if not answer:
-        raise Unavailable(f"{path}: no answer")
+    if not answer or len(answer) < length:
+        raise Unavailable(f"{path}: no answer, or not all of it")
     if not answer.startswith(b"OK"):
         raise AuthenticationFailed(f"saslauthd: {answer.decode('utf-8', 'replace')}", user)
 
@@ -11946,10 +11963,11 @@ class DovecotAuth:
         self._service.say("VERSION", "1", "1")
         self._service.say("CPID", str(os.getpid()))
         while (words := self._service.hear())[0] != "DONE":
-            if words[0] == "MECH" and "private" not in words:
-                self.mechanisms.append(words[1].upper())
+            name = "".join(words[1:2]).upper()
+            if words[0] == "MECH" and name and "private" not in words:
+                self.mechanisms.append(name)
                 if "plaintext" in words:
-                    self.plaintext.append(words[1].upper())
+                    self.plaintext.append(name)
 
     def mechanism(self, name: str, service: str, address: str, secured: bool, has_initial: bool) -> Mechanism:
         """The mechanism of that name. Without an initial response, Dovecot sends the first challenge.
@@ -11970,7 +11988,11 @@ class DovecotAuth:
                 continue
             if verdict == "CONT":
                 try:
-                    answer = yield from_base64("".join(words[1:2]).encode())
+                    challenge = from_base64("".join(words[1:2]).encode())
+                except ValueError:
+                    raise Unavailable(f"{self._service.path}: a challenge that is not base64") from None
+                try:
+                    answer = yield challenge
                 except GeneratorExit:
                     self._cancel(identity)
                     raise
