@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from cluster import Host, MooseFS
+from cluster import Host, MooseFS, Namespaces
 from harness import Client, wait_for
+
+from lmtpd import LOCK_STALE
 
 USERS = ("jane", "joe", "ann", "bob", "eve")
 NUMBER = re.compile(rb"^Message-ID: <(\d+)@example\.com>$", re.MULTILINE)
@@ -178,3 +183,48 @@ def test_nothing_is_lost_when_a_server_of_the_store_dies(
     for host in hosts:
         assert not faults(host.spool, queue.letters)
         assert not list(host.spool.glob("**/tmp/*"))
+
+
+class LockHolder:
+    """A process on a host of that name that holds Dovecot's lock of a folder until it is told to give it back."""
+
+    PROGRAM = """\
+import os, sys
+from lmtpd import DovecotLock, Directory, Identity
+with DovecotLock(Directory(sys.argv[1], Identity.of_process()), "", "dovecot-uidlist.lock", 5):
+    print(os.getpid(), flush=True)
+    sys.stdin.readline()
+"""
+
+    def __init__(self, host: str, folder: Path) -> None:
+        self._namespaces = Namespaces("--uts", prepare=f"hostname {host}")
+        command = self._namespaces.inside(sys.executable, "-c", self.PROGRAM, str(folder))
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout
+        self.pid = int(self._process.stdout.readline())
+
+    def give_back(self) -> None:
+        self._process.communicate("\n", timeout=PATIENT)
+        assert self._process.returncode == 0
+
+    def close(self) -> None:
+        self._namespaces.close()
+        self._process.communicate()
+
+
+def test_a_host_does_not_remove_the_lock_of_another(tmp_path: Path) -> None:
+    """One has held it for too long, the other has taken it from there, and both processes have the same id."""
+    lock = tmp_path / "dovecot-uidlist.lock"
+    with ExitStack() as stack:
+        first = LockHolder("one", tmp_path)
+        stack.callback(first.close)
+        long_ago = time.time() - LOCK_STALE - 10
+        os.utime(lock, (long_ago, long_ago))
+        second = LockHolder("two", tmp_path)
+        stack.callback(second.close)
+        assert first.pid == second.pid
+        assert lock.read_text() == f"{second.pid}:two"
+        first.give_back()
+        assert lock.read_text() == f"{second.pid}:two"
+        second.give_back()
+        assert not lock.exists()
