@@ -216,8 +216,9 @@ class Host(Site):
     def __init__(self, name: str, folder: Path, network: Namespaces) -> None:
         self.name = name
         programs = unpacked("moosefs")
-        self.mountpoint = folder / name
-        self.mountpoint.mkdir()
+        # One path on all hosts, as on a site: records of deliveries have the path of the Maildir.
+        self.mountpoint = folder / "store"
+        self.mountpoint.mkdir(exist_ok=True)
         owner = pwd.getpwnam(STORE_USER)
         mount = (
             f"hostname {name} && {programs}/usr/bin/mfsmount -H {ADDRESS} {self.mountpoint} >{folder}/{name}.log 2>&1"
@@ -239,6 +240,7 @@ class Host(Site):
         address = str(self.root / "lmtp")
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(address)
+        os.chmod(address, 0o666)  # Postfix comes as another user
         listener.listen(128)
         self._listening.append(listener)
         with self.log.open("ab") as log:
