@@ -1,0 +1,217 @@
+"""A pool of lmtpd whose workers meet faults, each in its only session, and a client that takes what comes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness import PATIENCE, Client, Site, connect
+from injection import Call, Strace, calls_in
+from kinds import BEFORE, FIRST, KINDS, NEXT, SENDER, Store
+from sink import Sink
+
+BROKEN = ""  # the reply of a server that has closed the connection
+BACKOFF = 0.001  # seconds: each delivery tries again what has failed in the one before
+
+
+class TrialSite(Site):
+    """A site below a folder. module: another lmtpd.py than the installed one."""
+
+    def __init__(self, folder: Path, module: Path | None, **options: str) -> None:
+        self._module = module
+        super().__init__(str(folder), lmtp_prefork="1", **options)
+
+    def command(self, *arguments: str) -> list[str]:
+        path = f"sys.path.insert(0, {str(self._module.parent)!r}); " if self._module else ""
+        code = f"import sys; {path}import lmtpd; lmtpd.BACKOFF = {BACKOFF}; lmtpd.command()"
+        return [sys.executable, "-I", "-c", code, "-C", str(self.conf), *arguments]
+
+
+class Session:
+    """A session of an LMTP client. pid: of the worker that serves it."""
+
+    def __init__(self, address: str) -> None:
+        self._client = Client(connect(address))
+        self._client.hello()
+        self.pid = self._client.server()
+        self._end = os.pidfd_open(self.pid)
+        self._is_closed = False
+
+    def command(self, line: str) -> str:
+        """Sends a line; the last line of the reply, BROKEN if there is none."""
+        return self._say(f"{line}\r\n".encode())
+
+    def deliver(self, letter: bytes, recipients: Sequence[str]) -> list[str]:
+        """Delivers a message, and goes on after each reply; the last reply that concerns each recipient."""
+        said = self.command(f"MAIL FROM:<{SENDER}>")
+        if not said.startswith("250"):
+            return [said] * len(recipients)
+        replies = [self.command(f"RCPT TO:<{recipient}@example.com>") for recipient in recipients]
+        accepted = [number for number, reply in enumerate(replies) if reply.startswith("250")]
+        if not accepted:
+            return replies
+        said = self.command("DATA")
+        if said.startswith("354"):
+            said = self._say(letter.replace(b"\n", b"\r\n") + b".\r\n")
+            for number in accepted:
+                replies[number] = said if number == accepted[0] else self._reply()
+        else:
+            for number in accepted:
+                replies[number] = said
+        return replies
+
+    def leave(self) -> bool:
+        """Ends the session, and waits for the end of the worker; whether the client was answered."""
+        answered = self.command("QUIT").startswith("221")
+        self._client.close()
+        if not select.select([self._end], [], [], PATIENCE)[0]:
+            raise RuntimeError("the worker does not end")
+        os.close(self._end)
+        return answered
+
+    def _say(self, octets: bytes) -> str:
+        if not self._is_closed:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self._client.send(octets)
+        return self._reply()
+
+    def _reply(self) -> str:
+        reply: list[str] = []
+        if not self._is_closed:
+            with contextlib.suppress(ConnectionResetError):
+                reply = self._client.reply()
+        self._is_closed = not reply
+        return reply[-1] if reply else BROKEN
+
+
+class Trials:
+    """Deliveries of a kind, in a "with" block.
+
+    folder: on the file system that is tried. module: another lmtpd.py than the installed one.
+    kind, site, sink: what is delivered, where, and to where mail is sent. address: of the pool, each of whose workers
+    serves one session. calls: those of a delivery without a fault. good: what is there after it and the next one.
+    """
+
+    def __init__(self, name: str, folder: Path, module: Path | None = None) -> None:
+        self.kind = KINDS[name]
+        self._folder, self._module = folder, module
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Trials:
+        with self._stack:
+            self._start()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _start(self) -> None:
+        kind = self.kind
+        self.site = TrialSite(self._folder, self._module, **kind.options)
+        self._stack.callback(self.site.close)
+        self.sink = self._stack.enter_context(Sink())
+        if kind.script:
+            script = self.site.root / "script"
+            script.write_text(kind.script)
+            host = f"127.0.0.1:{self.sink.port}"
+            self.site.configure(sieve_script=str(script), smtp_backend="host", smtp_host=host)
+        for user, account in kind.owners.items():
+            self._add_user(user, account)
+        self.address = str(self.site.root / "lmtp")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(self.address)
+            listener.listen()
+            self.site.start(listener, "-U", "1", "-T", "0")
+        if kind.before:
+            self.deliver(BEFORE, kind.before)
+        if kind.has:
+            self.deliver(FIRST, kind.has)
+        for user, content in kind.quota.items():
+            if content.count("\n") == 1:  # only the limits: the messages have to be counted
+                (self.site.spool / user / "maildirsize").write_text(content)
+        self._template = self.site.root / "template"
+        self._template.mkdir()
+        self._copy(self.site.root, self._template)
+        self.calls = self._record()
+        self.deliver(NEXT, list(kind.recipients))
+        self.good = Store(self.site.spool, kind)
+
+    def _add_user(self, user: str, account: str) -> None:
+        maildir = self.site.add_user(user)
+        if content := self.kind.quota.get(user):
+            (maildir / "maildirsize").write_text(content)
+            (maildir / "maildirsize").chmod(0o600)
+        for path in (maildir, *maildir.iterdir()):
+            shutil.chown(path, account, account)
+
+    def _copy(self, source: Path, target: Path) -> None:
+        """Copies the mail and the database."""
+        subprocess.run(["cp", "-a", source / "spool", source / "lib", target], check=True)
+
+    def reset(self) -> None:
+        """Makes everything as it was before the delivery."""
+        for name in ("spool", "lib"):
+            shutil.rmtree(self.site.root / name)
+        self._copy(self._template, self.site.root)
+        self.sink.clear()
+
+    def _record(self) -> list[Call]:
+        session = Session(self.address)
+        strace = Strace(session.pid)
+        replies = session.deliver(self.kind.letter(FIRST), list(self.kind.recipients))
+        record = strace.detach()
+        session.leave()
+        if not all(reply.startswith("250") for reply in replies):
+            raise RuntimeError(f"{replies}\n{self.site.log_text()}")
+        return calls_in(record)
+
+    def deliver(self, number: int, recipients: Sequence[str]) -> tuple[list[str], bool]:
+        """Delivers a message in a session of its own; the replies, and whether the session went on after them."""
+        session = Session(self.address)
+        replies = session.deliver(self.kind.letter(number), recipients)
+        return replies, session.leave()
+
+    def records(self) -> set[str]:
+        """What the database says of the first message: the folders that have it, and the recipients of mail.
+
+        Raises sqlite3.Error.
+        """
+        look = self.site.root / "look"
+        shutil.rmtree(look, ignore_errors=True)
+        look.mkdir()  # of copies: SQLite would change the files
+        for path in self.site.configdirectory.glob("deliver.db*"):
+            shutil.copy(path, look)
+        found: set[str] = set()
+        if not self.kind.records or not (look / "deliver.db").exists():
+            return found
+        with contextlib.closing(sqlite3.connect(look / "deliver.db")) as database:
+            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+            if "deliveries" in tables:
+                query = "SELECT mailbox FROM deliveries WHERE message_id = ?"
+                rows = database.execute(query, (f"<{FIRST}@example.org>",))
+                found |= {os.path.relpath(mailbox, self.site.spool) for (mailbox,) in rows}
+            if "script_records" in tables:
+                # Of two records for one mail, that with the Message-ID is for loops.
+                rows = database.execute("SELECT record FROM script_records WHERE record NOT LIKE '<%'")
+                found |= {word for (record,) in rows for word in record.split() if "@" in word}
+        return found
+
+    def open_files(self, pid: int) -> list[str]:
+        """The files of mailboxes, and those without a name, that a process has open."""
+        found = []
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                target = os.readlink(link)
+                is_gone = target.endswith(" (deleted)") and target.startswith(f"{self.site.root}/")
+                if is_gone or target.startswith(f"{self.site.spool}/"):
+                    found.append(target)
+        return found
