@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from injection import CUT, KILL, SHORT, Call, Fault, Strace
+from injection import CUT, KILL, SHORT, Fault, Strace, is_of_client
 from kinds import FIRST, NEXT, SENDER, Store, mails_to
 from short_writes import ShortWrite
 from trials import BROKEN, Session, Trials
@@ -39,11 +39,11 @@ class Missed(Exception):
     """The call has not been made."""
 
 
-def attempt(trials: Trials, call: Call, fault: Fault) -> Result | None:
+def attempt(trials: Trials, fault: Fault) -> Result | None:
     """Tries a fault. None if the call is not made."""
     for _ in range(TRIES):
         try:
-            return Attempt(trials, call, fault).run()
+            return Attempt(trials, fault).run()
         except Missed:
             continue
     return None
@@ -52,8 +52,8 @@ def attempt(trials: Trials, call: Call, fault: Fault) -> Result | None:
 class Attempt:
     """One delivery with a fault, the same again for those recipients who were not answered 250, and another one."""
 
-    def __init__(self, trials: Trials, call: Call, fault: Fault) -> None:
-        self._trials, self._call, self._fault = trials, call, fault
+    def __init__(self, trials: Trials, fault: Fault) -> None:
+        self._trials, self._fault = trials, fault
         self._kind, self._site = trials.kind, trials.site
         self._violations: list[tuple[str, str]] = []
         self._again = 0
@@ -98,15 +98,16 @@ class Attempt:
             for file in self._trials.open_files(session.pid):
                 self._complain("left open", file)
         goes_on = session.leave()
-        if not injector.has_happened():
+        if not (line := injector.met()):
             raise Missed
+        self._is_of_client = is_of_client(line)
         return replies, goes_on
 
     def _set_expectations(self) -> None:
         """Sets what may be otherwise than in a good run, as documented, by what the log says."""
         killed = self._fault.what == KILL
         # The client cannot be answered, or the process has to end.
-        self._may_end = killed or self._call.is_of_client or "identity-not-restored" in self._log
+        self._may_end = killed or self._is_of_client or "identity-not-restored" in self._log
         self._has_database = "duplicate-database-unavailable" not in self._log
         self._has_script = "script-error" not in self._log
         self._has_subscribed = not killed and "not-subscribed" not in self._log
@@ -192,8 +193,9 @@ class Attempt:
             elif self._has_script or f"message {FIRST}" not in difference:
                 self._complain("different", difference)
         for user, octets, messages in store.quota_errors():
-            # A process that is killed may have stored a message and not counted it.
-            if self._fault.what != KILL or messages != -1:
+            # A process that is killed may have stored a message and not counted it. ESTALE says that the file has been
+            # replaced, so the message is counted again. Before a quota refuses mail, all messages are counted.
+            if messages != {KILL: -1, "ESTALE": 1}.get(self._fault.what):
                 self._complain("quota", f"{user}: {octets} octets, {messages} messages more than there are")
 
     def _check_mails(self, mails: Sequence[Mapping[str, int]], recorded: set[str]) -> None:

@@ -96,7 +96,7 @@ def sweep(delivery: Delivery, folder: Path, part: slice) -> Tally:
         tally.counts["calls"] = len(trials.calls)
         faults = [(each, fault) for each in trials.calls for fault in each.faults]
         for call, fault in faults[part]:
-            result = attempt(trials, call, fault)
+            result = attempt(trials, fault)
             if not result:
                 tally.counts["missed"] += 1
                 tally.findings.append(f"{delivery.kind} {delivery.file_system}: {fault} has not happened: {call.line}")
@@ -111,7 +111,7 @@ def show(delivery: Delivery, folder: Path, fault: Fault) -> int:
     """Tries one fault, and prints all about it; the exit status."""
     with delivery.trials(folder) as trials:
         [call] = [call for call in trials.calls if (call.name, call.ordinal) == (fault.name, fault.ordinal)]
-        result = attempt(trials, call, fault)
+        result = attempt(trials, fault)
     if not result:
         print(f"{call.line}\nThe call has not been made.")
         return 1

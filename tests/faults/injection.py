@@ -87,12 +87,6 @@ class Call(NamedTuple):
     may_write: bool = False
 
     @property
-    def is_of_client(self) -> bool:
-        """Whether it has to do with the connection to the client: standard input and output."""
-        first = FIRST_DESCRIPTOR.match(self.line)
-        return bool(first and first[1] in ("0", "1"))
-
-    @property
     def faults(self) -> list[Fault]:
         """All that may happen to it."""
         if self.name not in ERRORS:
@@ -119,6 +113,12 @@ class Call(NamedTuple):
         return (
             (SHORT, CUT) if self.name in ("write", "pwrite64") and is_file and written and int(written[1]) > 1 else ()
         )
+
+
+def is_of_client(line: str) -> bool:
+    """Whether a call has to do with the connection to the client: standard input and output. line: as in Call."""
+    first = FIRST_DESCRIPTOR.match(line)
+    return bool(first and first[1] in ("0", "1"))
 
 
 def calls_in(record: str) -> list[Call]:
@@ -166,10 +166,13 @@ class Strace:
         self._process.terminate()
         return self._end()
 
-    def has_happened(self) -> bool:
-        """Waits for the end of the process; whether it has met the fault."""
+    def met(self) -> str:
+        """Waits for the end of the process; the line of the call that has met the fault, "" if none has."""
         assert self._fault
-        return ("+++ killed by SIGKILL" if self._fault.what == KILL else "(INJECTED)") in self._end()
+        lines = self._end().splitlines()
+        if self._fault.what == KILL:
+            return lines[-2] if len(lines) > 1 and lines[-1].startswith("+++ killed by SIGKILL") else ""
+        return next((line for line in lines if line.endswith("(INJECTED)")), "")
 
     def _end(self) -> str:
         self._process.wait(PATIENCE)

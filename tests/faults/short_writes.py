@@ -85,12 +85,12 @@ class ShortWrite:
         self._thread.start()
         self._begun.wait(PATIENCE)
 
-    def has_happened(self) -> bool:
-        """Waits for the end of the process; whether it has met the fault."""
+    def met(self) -> str:
+        """Waits for the end of the process; the name of the call that has met the fault, "" if none has."""
         self._thread.join(PATIENCE)
         if self._error:
             raise self._error
-        return self._happened
+        return self._fault.name if self._happened else ""
 
     def _run(self) -> None:
         # Only this thread may trace the process.

@@ -19,7 +19,8 @@ from kinds import BEFORE, FIRST, KINDS, NEXT, SENDER, Store
 from sink import Sink
 
 BROKEN = ""  # the reply of a server that has closed the connection
-BACKOFF = 0.001  # seconds: each delivery tries again what has failed in the one before
+# Seconds: each delivery tries again what has failed in the one before, and does not wait for a process that was killed.
+FIGURES = {"BACKOFF": 0.001, "LOCK_STALE": 0.3}
 
 
 class TrialSite(Site):
@@ -31,7 +32,7 @@ class TrialSite(Site):
 
     def command(self, *arguments: str) -> list[str]:
         path = f"sys.path.insert(0, {str(self._module.parent)!r}); " if self._module else ""
-        code = f"import sys; {path}import lmtpd; lmtpd.BACKOFF = {BACKOFF}; lmtpd.command()"
+        code = f"import sys; {path}import lmtpd; vars(lmtpd).update({FIGURES}); lmtpd.command()"
         return [sys.executable, "-I", "-c", code, "-C", str(self.conf), *arguments]
 
 
