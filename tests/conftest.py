@@ -23,6 +23,7 @@ WORKERS_FOR_A_PROCESSOR = 3
 LONGEST = (
     "install",
     "users",
+    "faults",
     "shared_store",
     "systemd",
     "dovecot24",
