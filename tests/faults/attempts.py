@@ -74,11 +74,16 @@ class Attempt:
         self._check_first(Store(self._site.spool, kind), replies)
         recorded = self._records()
         mails = [mails_to(trials.sink.mails, kind)]
-        self._repeat(FIRST, [recipient for recipient, reply in zip(recipients, replies) if not reply.startswith("250")])
+        session = Session(trials.address)
+        deferred = [recipient for recipient, reply in zip(recipients, replies) if not reply.startswith("250")]
+        if deferred:
+            self._repeat(session, FIRST, deferred)
+            self._check_second(Store(self._site.spool, kind), recorded)
         mails.append(mails_to(trials.sink.mails, kind))
-        self._check_second(Store(self._site.spool, kind), recorded)
-        self._repeat(NEXT, recipients)
+        self._repeat(session, NEXT, recipients)
         mails.append(mails_to(trials.sink.mails, kind))
+        if not session.leave():
+            self._complain("later", "the session does not go on")
         self._log = self._site.log_text()[start:]
         self._check_end(Store(self._site.spool, kind))
         self._check_mails(mails, recorded)
@@ -170,16 +175,11 @@ class Attempt:
         else:
             self._complain("doubled", told)
 
-    def _repeat(self, number: int, recipients: Sequence[str]) -> None:
+    def _repeat(self, session: Session, number: int, recipients: Sequence[str]) -> None:
         """Delivers without a fault."""
-        if not recipients:
-            return
-        replies, goes_on = self._trials.deliver(number, recipients)
-        for recipient, reply in zip(recipients, replies):
+        for recipient, reply in zip(recipients, session.deliver(self._kind.letter(number), recipients)):
             if not reply.startswith("250"):
                 self._complain("later", f"{recipient}, message {number}: {reply}")
-        if not goes_on:
-            self._complain("later", "the session does not go on")
 
     def _check_end(self, store: Store) -> None:
         """Looks at all that is there after the next delivery."""

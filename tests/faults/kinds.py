@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import os
 import random
 import re
@@ -26,6 +27,8 @@ SCRIPT = script_text(
 )
 ONLY_SENT = f'redirect "{REDIRECTED}";'
 
+SQLITE, POSTGRESQL = "sqlite", "postgresql"
+
 NUMBER = re.compile(rb"^Message-ID: <(\d+)@example\.org>$", re.MULTILINE)
 NAME = re.compile(r"[^,:]+,S=(\d+),W=(\d+)(:2,[A-Za-z]*)?")
 # The messages: one that is there before, the one whose delivery meets a fault, and the one after it.
@@ -39,7 +42,7 @@ class Kind(NamedTuple):
     options: of imapd.conf. owners: the Maildirs that are there before, and the account that has each. quota: the files
     maildirsize of some. before: the recipients of another message, which is there before. has: those who have got the
     message already. script: of every user. mails: the recipients of what is sent. records: whether lmtpd recognizes the
-    message when it comes again.
+    message when it comes again: "" if it does not, else the database.
     """
 
     recipients: Mapping[str, Sequence[str]]
@@ -51,15 +54,25 @@ class Kind(NamedTuple):
     script: str = ""
     mails: Sequence[str] = ()
     size: int = 3000
-    records: bool = False
+    records: str = ""
 
     def letter(self, number: int) -> bytes:
         """What the store has of a message, after the trace headers."""
-        text = random.Random(number).randbytes(self.size // 2).hex()
-        lines = [text[start : start + 72] for start in range(0, len(text), 72)]
-        header = f"From: {SENDER}\nTo: jane@example.com\nMessage-ID: <{number}@example.org>\n"
-        header += f"Date: Sun, 22 Nov 2026 12:00:0{number} +0000\n\n"
-        return (header + "".join(f"{line}\n" for line in lines)).encode()
+        return letter(self.size, number)
+
+
+@functools.cache
+def letter(size: int, number: int) -> bytes:
+    """A message with a text of that size."""
+    text = random.Random(number).randbytes(size // 2).hex()
+    lines = [text[start : start + 72] for start in range(0, len(text), 72)]
+    header = f"From: {SENDER}\nTo: jane@example.com\nMessage-ID: <{number}@example.org>\nDate: {date(number)}\n\n"
+    return (header + "".join(f"{line}\n" for line in lines)).encode()
+
+
+def date(number: int) -> str:
+    """What a message has in its field Date."""
+    return f"Sun, 22 Nov 2026 12:00:0{number} +0000"
 
 
 JANE = {"jane": STORE_USER}
@@ -95,7 +108,7 @@ KINDS: dict[str, Kind] = {
         {"duplicatesuppression": "yes"},
         {**JANE_AND_JOE, "ann": STORE_USER},
         has=("joe",),
-        records=True,
+        records=SQLITE,
     ),
     "script": Kind(
         {"jane": ("jane/.Work",)},
@@ -103,12 +116,14 @@ KINDS: dict[str, Kind] = {
         JANE,
         script=SCRIPT,
         mails=(REDIRECTED, SENDER),
-        records=True,
+        records=SQLITE,
     ),
     "redirect": Kind(
-        {"jane": ()}, {"duplicatesuppression": "yes"}, JANE, script=ONLY_SENT, mails=(REDIRECTED,), records=True
+        {"jane": ()}, {"duplicatesuppression": "yes"}, JANE, script=ONLY_SENT, mails=(REDIRECTED,), records=SQLITE
     ),
 }
+KINDS["duplicates-postgresql"] = KINDS["duplicates"]._replace(records=POSTGRESQL)
+KINDS["redirect-postgresql"] = KINDS["redirect"]._replace(records=POSTGRESQL, before=("jane",))
 
 
 class Copy(NamedTuple):

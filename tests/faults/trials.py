@@ -15,9 +15,13 @@ from pathlib import Path
 
 from harness import PATIENCE, Client, Site, connect
 from injection import Call, Strace, calls_in
-from kinds import BEFORE, FIRST, KINDS, NEXT, SENDER, Store
+from kinds import BEFORE, FIRST, KINDS, NEXT, POSTGRESQL, SENDER, Store, date
+from postgres import Database, scratch_server
 from sink import Sink
 
+import lmtpd
+
+TABLES = ("deliveries", "script_records")
 BROKEN = ""  # the reply of a server that has closed the connection
 # Seconds: each delivery tries again what has failed in the one before, and does not wait for a process that was killed.
 FIGURES = {"BACKOFF": 0.001, "LOCK_STALE": 0.3}
@@ -104,6 +108,7 @@ class Trials:
     def __init__(self, name: str, folder: Path, module: Path | None = None) -> None:
         self.kind = KINDS[name]
         self._folder, self._module = folder, module
+        self._database: Database | None = None
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Trials:
@@ -120,6 +125,9 @@ class Trials:
         self.site = TrialSite(self._folder, self._module, **kind.options)
         self._stack.callback(self.site.close)
         self.sink = self._stack.enter_context(Sink())
+        if kind.records == POSTGRESQL:
+            self._database = self._stack.enter_context(self._stack.enter_context(scratch_server()).database())
+            self.site.configure(**self._database.options)
         if kind.script:
             script = self.site.root / "script"
             script.write_text(kind.script)
@@ -139,6 +147,9 @@ class Trials:
         for user, content in kind.quota.items():
             if content.count("\n") == 1:  # only the limits: the messages have to be counted
                 (self.site.spool / user / "maildirsize").write_text(content)
+        if self._database:
+            for table in TABLES:
+                self._database.execute(f"CREATE TABLE good_{table} AS TABLE {table}")
         self._template = self.site.root / "template"
         self._template.mkdir()
         self._copy(self.site.root, self._template)
@@ -163,6 +174,9 @@ class Trials:
         for name in ("spool", "lib"):
             shutil.rmtree(self.site.root / name)
         self._copy(self._template, self.site.root)
+        if self._database:
+            change = "; ".join(f"DELETE FROM {table}; INSERT INTO {table} TABLE good_{table}" for table in TABLES)
+            self._database.execute(change)
         self.sink.clear()
 
     def _record(self) -> list[Call]:
@@ -175,17 +189,19 @@ class Trials:
             raise RuntimeError(f"{replies}\n{self.site.log_text()}")
         return calls_in(record)
 
-    def deliver(self, number: int, recipients: Sequence[str]) -> tuple[list[str], bool]:
-        """Delivers a message in a session of its own; the replies, and whether the session went on after them."""
+    def deliver(self, number: int, recipients: Sequence[str]) -> None:
+        """Delivers a message in a session of its own."""
         session = Session(self.address)
-        replies = session.deliver(self.kind.letter(number), recipients)
-        return replies, session.leave()
+        session.deliver(self.kind.letter(number), recipients)
+        session.leave()
 
     def records(self) -> set[str]:
         """What the database says of the first message: the folders that have it, and the recipients of mail.
 
         Raises sqlite3.Error.
         """
+        if self._database:
+            return self._records_of_server(self._database)
         look = self.site.root / "look"
         shutil.rmtree(look, ignore_errors=True)
         look.mkdir()  # of copies: SQLite would change the files
@@ -196,15 +212,26 @@ class Trials:
             return found
         with contextlib.closing(sqlite3.connect(look / "deliver.db")) as database:
             tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
-            if "deliveries" in tables:
+            if tables.issuperset(TABLES):
                 query = "SELECT mailbox FROM deliveries WHERE message_id = ?"
                 rows = database.execute(query, (f"<{FIRST}@example.org>",))
                 found |= {os.path.relpath(mailbox, self.site.spool) for (mailbox,) in rows}
-            if "script_records" in tables:
                 # Of two records for one mail, that with the Message-ID is for loops.
                 rows = database.execute("SELECT record FROM script_records WHERE record NOT LIKE '<%'")
                 found |= {word for (record,) in rows for word in record.split() if "@" in word}
         return found
+
+    def _records_of_server(self, database: Database) -> set[str]:
+        """The same, of PostgreSQL, which has only hashes."""
+        places = [place for places in self.kind.recipients.values() for place in places]
+        keys = database.column("SELECT key FROM deliveries")
+        found = {place for place in places if self._key(place) in keys}
+        mails = database.column("TABLE script_records EXCEPT TABLE good_script_records")
+        return found.union(self.kind.mails if any(mails) else ())
+
+    def _key(self, place: str) -> bytes:
+        key = lmtpd.key_of(f"<{FIRST}@example.org>", date(FIRST), f"{self.site.spool}/{place}")
+        return bytes.fromhex(key[2:])
 
     def open_files(self, pid: int) -> list[str]:
         """The files of mailboxes, and those without a name, that a process has open."""
