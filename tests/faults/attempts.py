@@ -63,10 +63,9 @@ class Attempt:
         """Does it. Raises Missed."""
         trials, kind = self._trials, self._kind
         trials.reset()
-        start = len(self._site.log_text())
         recipients = list(kind.recipients)
         replies, goes_on = self._meet_fault(recipients)
-        self._log = self._site.log_text()[start:]
+        self._log = self._site.log_text()
         self._set_expectations()
         if not goes_on and not self._may_end:
             self._complain("closed", "the session does not go on")
@@ -84,7 +83,7 @@ class Attempt:
         mails.append(mails_to(trials.sink.mails, kind))
         if not session.leave():
             self._complain("later", "the session does not go on")
-        self._log = self._site.log_text()[start:]
+        self._log = self._site.log_text()
         self._check_end(Store(self._site.spool, kind))
         self._check_mails(mails, recorded)
         self._check_log()

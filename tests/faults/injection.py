@@ -12,8 +12,7 @@ from typing import NamedTuple
 from harness import PATIENCE
 from peers import program
 
-# What each call may return, by the manual pages, on a local disk and on NFS. Those that are missing cannot fail, or
-# tell the caller nothing: the process is not killed there either, for it does nothing until the next call.
+# What each call may return, by the manual pages, on a local disk and on NFS. At others, the process is only killed.
 NO_ACCESS = ("EIO", "ENOMEM", "ESTALE")
 LOOKING = (*NO_ACCESS, "EACCES")
 FULL = ("ENOSPC", "EDQUOT")
@@ -43,6 +42,11 @@ CALLS: dict[Sequence[str], Sequence[str]] = {
     ("setresuid", "setresgid", "setgroups"): ("EPERM", "EAGAIN", "ENOMEM"),
     ("clone", "clone3", "vfork", "execve"): ("EAGAIN", "ENOMEM"),
 }
+# They do nothing that matters before the next call.
+IDENTITIES = ("getpid", "getuid", "geteuid", "getgid", "getegid", "getgroups")
+HARMLESS = frozenset(
+    (*IDENTITIES, "uname", "brk", "munmap", "futex", "rt_sigprocmask", "rt_sigaction", "clock_gettime")
+)
 ERRORS = {name: errors for names, errors in CALLS.items() for name in names}
 # What is no error: the process is killed instead of the call; a write is short, and what follows it succeeds, or fails
 # as on a full disk.
@@ -89,13 +93,13 @@ class Call(NamedTuple):
     @property
     def faults(self) -> list[Fault]:
         """All that may happen to it."""
-        if self.name not in ERRORS:
+        if self.name in HARMLESS:
             return []
         return [Fault(self.name, self.ordinal, what) for what in (*self._errors(), KILL, *self._short())]
 
     def _errors(self) -> Sequence[str]:
         """The errors that it may return with these arguments."""
-        line, errors = self.line, ERRORS[self.name]
+        line, errors = self.line, ERRORS.get(self.name, ())
         if self.name in ("openat", "close") and not self.may_write:
             return [error for error in errors if error not in (*FULL, "EROFS")]
         if "AT_EMPTY_PATH" in line:  # fstat(2)
@@ -128,7 +132,7 @@ def calls_in(record: str) -> list[Call]:
     writable: set[str] = set()
     for line in record.splitlines():
         entry = ENTRY.match(line)
-        if not entry or entry["name"] == "restart_syscall":
+        if not entry or entry["name"] == "restart_syscall" or line.endswith("<detached ...>"):
             continue
         name, may_write = entry["name"], False
         ordinals[name] += 1

@@ -170,7 +170,8 @@ class Trials:
         subprocess.run(["cp", "-a", source / "spool", source / "lib", target], check=True)
 
     def reset(self) -> None:
-        """Makes everything as it was before the delivery."""
+        """Makes everything as it was before the delivery, with an empty log."""
+        os.truncate(self.site.log, 0)
         for name in ("spool", "lib"):
             shutil.rmtree(self.site.root / name)
         self._copy(self._template, self.site.root)
