@@ -4567,6 +4567,7 @@ FLAG_LETTERS = {r"\draft": "D", r"\flagged": "F", r"\answered": "R", r"\seen": "
 KEYWORD_ATOM = frozenset(map(chr, range(33, 127))) - frozenset('(){%*"\\]')  # RFC 3501 section 9, flag-keyword
 KEYWORD_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 FOREIGN_DIGITS = 10  # digits of a number in a file that others write
+EMPTY_LOCK_STALE = 10  # seconds; its process was killed before it could write its number
 LOCK_PATIENCE, LOCK_STALE = 30, 120  # seconds to wait for a lock; the age at which a lock is stale
 
 
@@ -5102,7 +5103,7 @@ class DovecotLock:
     def _is_stale(self, name: str) -> bool:
         """Whether the process that holds the lock has ended, or has held it for too long."""
         process, host, age = self._holder(name)
-        if age > LOCK_STALE:
+        if age > (LOCK_STALE if process else EMPTY_LOCK_STALE):
             return True
         is_number = 0 < len(process) <= FOREIGN_DIGITS and DECIMAL.issuperset(process)
         return is_number and host == socket.gethostname() and has_ended(int(process))
@@ -6386,7 +6387,7 @@ class ServerConnection:
                 self._libpq.send_query_prepared(name, [as_parameter(value) for value in values])
             self._libpq.pipeline_sync()
             return self._results()
-        except Error as error:
+        except (Error, OSError) as error:
             raise Unavailable(" ".join(str(error).split())) from None
         except Unavailable:
             self._prepared.clear()  # nobody knows which have been prepared
@@ -6455,7 +6456,7 @@ class Servers:
         for host, port in self._places:
             try:
                 connection = psycopg.connect(**self._settings(host, port, read_only))
-            except (psycopg.Error, ValueError) as error:
+            except (psycopg.Error, OSError, ValueError) as error:
                 causes.append(" ".join(str(error).split()))
                 continue
             encoding = connection.info.parameter_status("server_encoding")
