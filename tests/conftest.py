@@ -22,6 +22,7 @@ WORKERS_FOR_A_PROCESSOR = 3
 # The files that take longest, the longest first.
 LONGEST = (
     "install",
+    "queue_run",
     "users",
     "faults",
     "shared_store",
