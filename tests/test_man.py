@@ -8,12 +8,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import docopt
 import pytest
 from harness import Site
 from peers import INETD_CONF
+from postgres import scratch_server
 
 import lmtpd
 
@@ -361,10 +363,26 @@ def test_the_first_line_of_maildirsize_is_the_quota(site: Site) -> None:
 
 def test_a_message_whose_record_is_removed_is_stored_again(site: Site) -> None:
     site.configure(duplicatesuppression="yes")
-    [block] = blocks(section(LMTPD_8, "Duplicates", "Ss"))
+    block, _ = blocks(section(LMTPD_8, "Duplicates", "Ss"))
     head, _, code = block.partition("\n")
     assert head == "# runuser -u lmtpd -- python3 - '<one@example.org>' <<'EOF'"
     code = code.removesuffix("EOF\n").replace("/var/lib/lmtpd", str(site.configdirectory))
+    is_stored_again_after(
+        lambda: subprocess.run([sys.executable, "-", "<one@example.org>"], input=code, text=True, check=True), site
+    )
+
+
+def test_a_message_whose_record_is_removed_from_postgresql_is_stored_again(site: Site) -> None:
+    _, block = blocks(section(LMTPD_8, "Duplicates", "Ss"))
+    statement = re.fullmatch(r'# runuser -u postgres -- psql lmtpd -c "(.*)"\n', block)
+    assert statement
+    with scratch_server() as server, server.database() as database:
+        site.configure(duplicatesuppression="yes", **database.options)
+        is_stored_again_after(lambda: database.execute(statement[1]), site)
+
+
+def is_stored_again_after(remove: Callable[[], object], site: Site) -> None:
+    """Whether a message is a duplicate until its record is removed."""
     client = site.connect()
     client.hello()
 
@@ -377,7 +395,7 @@ def test_a_message_whose_record_is_removed_is_stored_again(site: Site) -> None:
     for path in site.files("jane"):
         path.unlink()
     assert count() == 0  # a message that the user has deleted still counts
-    subprocess.run([sys.executable, "-", "<one@example.org>"], input=code, text=True, check=True)
+    remove()
     assert count() == 1
 
 
