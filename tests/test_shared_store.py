@@ -228,3 +228,19 @@ def test_a_host_does_not_remove_the_lock_of_another(tmp_path: Path) -> None:
         assert lock.read_text() == f"{second.pid}:two"
         second.give_back()
         assert not lock.exists()
+
+
+def test_an_sqlite_database_on_the_shared_store_is_refused(cluster: MooseFS) -> None:
+    """Hosts would damage it. On a local disk, each has its own."""
+    host = cluster.host("one")
+    host.add_user("jane")
+    host.configure(duplicatesuppression="yes", duplicate_db_path=f"{host.mountpoint}/spool/deliver.db")
+    assert host.pipe(b"").stdout == b"421 4.3.0 Configuration error, see the log\r\n"
+    said = subprocess.run(host.command("--check"), stdout=subprocess.PIPE, text=True, check=False)
+    assert said.returncode == os.EX_CONFIG
+    for text in (host.log_text(), said.stdout):
+        assert f"{host.mountpoint}/spool/deliver.db would be on a file system of type fuse" in text
+        assert "duplicate_db: sql" in text
+    assert not (host.spool / "deliver.db").exists()
+    host.configure(duplicate_db_path=None)
+    assert subprocess.run(host.command("--check"), stdout=subprocess.PIPE, check=False).returncode == os.EX_OK
