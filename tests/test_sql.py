@@ -369,6 +369,23 @@ def test_the_second_host_waits_until_the_first_has_stored_the_message(
     assert str(site.spool / "jane") in line
 
 
+def test_the_isolation_that_the_database_has_by_default_does_not_matter(
+    site: Host, other: Host, database: Database
+) -> None:
+    database.execute(f"ALTER DATABASE {database.name} SET default_transaction_isolation = 'repeatable read'")
+    clients = [host.connect() for host in (site, other)]
+    for client in clients:
+        client.hello()
+    with ThreadPoolExecutor(2) as threads:
+        for number in range(20):
+            jobs = [threads.submit(client.deliver, message(number), "jane") for client in clients]
+            assert [job.result()[0][:9] for job in jobs] == [STORED] * 2
+    for client in clients:
+        client.leave()
+    assert len(site.messages("jane")) == 20
+    assert UNAVAILABLE not in site.log_text() + other.log_text()
+
+
 def test_other_messages_and_mailboxes_do_not_wait(site: Host, other: Host, database: Database) -> None:
     first = holding(site, database, message(), "jane")
     assert deliver(other, message(2), "jane") == [STORED]
