@@ -46,6 +46,7 @@ Options:
 # Users            the user databases
 # Mailstore        the way from a recipient to a mailbox
 # Records          the database of delivered messages, and of what scripts remember
+# Shared records   the same in PostgreSQL, for several hosts
 # Submission       how mail leaves: SMTP, sendmail
 # Answers          messages that this host writes, and who must not get one
 # Sieve: syntax    tokens and the grammar of scripts
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     import signal
     import socket
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
+    from contextlib import AbstractContextManager
     from smtplib import SMTP
     from sqlite3 import Connection as Database
     from ssl import SSLContext
@@ -2529,14 +2531,21 @@ class NamedDraft(Draft):
 
     def __init__(self, directory: int, path: str, identity: Identity) -> None:
         """directory: a descriptor of the tmp/, which is closed with the draft. path: of the tmp/, for errors."""
-        self._name, self._directory = unique_name(), directory
+        self._directory = directory
         try:
-            with PathInErrors(f"{path}/{self._name}"):
-                fd = os.open(self._name, NEW_FILE, 0o666, dir_fd=directory)
+            try:
+                fd = self._make(path)
+            except FileExistsError:  # a file system of several hosts has made it twice
+                fd = self._make(path)
         except OSError:
             os.close(directory)
             raise
         super().__init__(fd, f"{path}/{self._name}", identity)
+
+    def _make(self, path: str) -> int:
+        self._name = unique_name()
+        with PathInErrors(f"{path}/{self._name}"):
+            return os.open(self._name, NEW_FILE, 0o666, dir_fd=self._directory)
 
     def hide(self) -> None:
         """Removes the name."""
@@ -2842,13 +2851,18 @@ class Directory:
         """
 
         def append() -> bool:
-            fd = self.open_file(directory, name, os.O_WRONLY | os.O_APPEND)
-            try:
-                with PathInErrors(f"{self.path_of(directory)}/{name}"):
+            with PathInErrors(f"{self.path_of(directory)}/{name}"):
+                fd = self.open_file(directory, name, os.O_WRONLY | os.O_APPEND)
+                try:
                     write_all(fd, content)
-                    return os.fstat(fd).st_nlink > 0  # a file that has been replaced has no name
-            finally:
-                os.close(fd)
+                    written = os.fstat(fd)
+                finally:
+                    os.close(fd)  # other hosts may see it only now
+                fd = self.open_file(directory, name, os.O_RDONLY)
+                try:
+                    return os.path.samestat(os.fstat(fd), written)
+                finally:
+                    close_synced(fd)
 
         # While another host replaces a file, some file systems have none of that name.
         return any(unless_replaced(append, [errno.ESTALE, errno.ENOENT]) for _ in range(FILE_TRIES))
@@ -5037,7 +5051,6 @@ class DovecotLock:
     def __init__(self, directory: Directory, folder: str, name: str, patience: float) -> None:
         self._directory, self._folder, self._name, self._patience = directory, folder, name, patience
         self._place = -1
-        self._made: os.stat_result
 
     def __enter__(self) -> None:
         self._place = self._directory.open(self._folder)
@@ -5058,12 +5071,9 @@ class DovecotLock:
     def _is_held(self) -> bool:
         """Whether the lock file is still this process's: another one may have taken a stale lock away."""
         try:
-            found = os.stat(self._name, dir_fd=self._place, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
+            return self._holder(self._name)[:2] == (str(os.getpid()), socket.gethostname())
         except OSError:
             return True  # as it is most likely; a lock that stays keeps others waiting
-        return os.path.samestat(found, self._made)
 
     def _take(self) -> None:
         """Makes the lock file. Raises TimeoutError if another process holds the lock for too long."""
@@ -5078,7 +5088,6 @@ class DovecotLock:
                 time.sleep(0.02)
             else:
                 try:
-                    self._made = os.fstat(fd)
                     write_all(fd, f"{os.getpid()}:{socket.gethostname()}".encode())
                 except OSError:
                     os.unlink(self._name, dir_fd=self._place)
@@ -6061,6 +6070,8 @@ def is_safe_name(name: str) -> bool:
 # ======================================================================
 
 DATABASE_PATIENCE = 5.0  # seconds to wait for the lock of the duplicate database
+SENDING_PATIENCE = 60.0  # seconds to wait while another process sends the same mail
+LOCK_INTERVAL = 0.01  # seconds between two tries to get a lock
 DAY = 86400  # seconds
 EXPIRED_AT_ONCE = 10  # expired records that are deleted for each message, besides one for each new record
 LONGEST_RECORD = 10 * 366 * DAY  # seconds that a record of a script may last
@@ -6124,7 +6135,7 @@ class Records:
         """Whether the database can be written now."""
         raise NotImplementedError
 
-    def lock(self, mailbox: str, record: str) -> RecordLock | AdvisoryLock:
+    def lock(self, mailbox: str, record: str) -> AbstractContextManager[None]:
         """A "with" block for what is done at most once for a record: no other process is in one for the same.
 
         record: "" for no lock.
@@ -6138,13 +6149,15 @@ class Records:
 
 
 class FileRecords(Records):
-    """The records in an SQLite database, for the processes of one host. It does not know of deliveries under way."""
+    """The records in an SQLite database, for the processes of one host. Claims are locks of a file beside it."""
 
     def __init__(self, config: Config) -> None:
         """Raises ConfigError."""
         self._path = config.duplicate_db_path or f"{config.configdirectory}/deliver.db"
         super().__init__(self._path, config)
         self._database: Database | None = None
+        self._opened: os.stat_result | None = None
+        self._locks = FileLocks(f"{self._path}.lock")
         if shared := shared_file_system(os.path.dirname(self._path)):
             raise ConfigError(
                 f"{self._path} would be on a file system of type {shared}, where hosts damage an SQLite database: "
@@ -6167,14 +6180,20 @@ class FileRecords(Records):
         """See Records.claim()."""
         query = "SELECT 1 FROM deliveries WHERE message_id = ? AND date = ? AND mailbox = ? AND at >= ?"
         since = time.time() - self._expiry
-        for mailbox in claim.mailboxes:
-            if self._execute([(query, (claim.message_id, claim.date, mailbox, since))]):
+        deadline = time.monotonic() + DATABASE_PATIENCE
+        for mailbox in sorted(claim.mailboxes) if not self._is_given_up() else ():
+            if not self._locks.take("\0".join((claim.message_id, claim.date, mailbox)), deadline):
+                claim.busy.add(mailbox)
+            elif self._execute([(query, (claim.message_id, claim.date, mailbox, since))]):
                 claim.delivered.add(mailbox)
 
     def settle(self, claim: Claim, mailboxes: Sequence[str]) -> None:
         """See Records.settle()."""
-        if not mailboxes:
-            return
+        if mailboxes:
+            self._add_delivered(claim, mailboxes)
+        self._locks.release()
+
+    def _add_delivered(self, claim: Claim, mailboxes: Sequence[str]) -> None:
         now = time.time()
         insert = "INSERT OR REPLACE INTO deliveries (message_id, date, mailbox, at) VALUES (?, ?, ?, ?)"
         # The oldest records have the lowest numbers.
@@ -6223,11 +6242,13 @@ class FileRecords(Records):
 
     def lock(self, mailbox: str, record: str) -> RecordLock:
         """See Records.lock()."""
-        return RecordLock(f"{self._path}.lock", f"{mailbox}\0{record}" if record else "")
+        return RecordLock(self._locks, f"{mailbox}\0{record}" if record else "")
 
     def _execute(self, statements: Sequence[tuple[str, Sequence[object]]]) -> list[object]:
         """The rows that the last of the statements returns."""
-        if not self._database and self._backoff.is_active():
+        if self._database and not self._is_in_place():
+            self._close()
+        if self._is_given_up():
             return []
         try:
             import sqlite3
@@ -6235,7 +6256,8 @@ class FileRecords(Records):
             self._give_up(error)
             return []
         try:
-            self._database = self._database or self._open()
+            if not self._database:
+                self._database, self._opened = self._open(), os.stat(self._path)
             for statement, values in statements:
                 rows = self._database.execute(statement, values).fetchall()
             return rows
@@ -6265,10 +6287,21 @@ class FileRecords(Records):
                 time.sleep(0.01)
         return database
 
+    def _is_given_up(self) -> bool:
+        return not self._database and self._backoff.is_active()
+
+    def _is_in_place(self) -> bool:
+        """Whether the file that has been opened is still there: an administrator may have removed it."""
+        try:
+            return self._opened is not None and os.path.samestat(self._opened, os.stat(self._path))
+        except OSError:
+            return False
+
     def _close(self) -> None:
         import sqlite3
 
         database, self._database = self._database, None
+        self._locks.close()
         try:
             if database:
                 database.close()
@@ -6276,28 +6309,69 @@ class FileRecords(Records):
             return
 
 
-class RecordLock:
-    """See FileRecords.lock(). The lock is one octet of a file, and ends with the process. Source: fcntl_locking(2)."""
+class FileLocks:
+    """Locks that only one process can have, each an octet of a file. They end with the process.
 
-    def __init__(self, path: str, key: str) -> None:
-        self._path, self._key = path, key
+    Source: fcntl_locking(2).
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
         self._fd = -1
 
-    def __enter__(self) -> None:
-        if not self._key:
-            return
-        from fcntl import LOCK_EX, lockf
+    def take(self, key: str, deadline: float) -> bool:
+        """Takes the lock for a key; False if another process has it until the deadline, of time.monotonic().
+
+        If the file cannot be locked, the log says so: something may be done twice, but must not be left undone.
+        """
+        from fcntl import LOCK_EX, LOCK_NB, lockf
         from zlib import crc32
 
+        place = crc32(key.encode("utf-8", "surrogateescape"))
         try:
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            lockf(self._fd, LOCK_EX, 1, crc32(self._key.encode("utf-8", "surrogateescape")))
-        except OSError as error:  # something may be done twice, but must not be left undone
+            if self._fd < 0:
+                self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            while True:
+                try:
+                    lockf(self._fd, LOCK_EX | LOCK_NB, 1, place)
+                    return True
+                except (BlockingIOError, PermissionError):
+                    if time.monotonic() > deadline:
+                        return False
+                    time.sleep(LOCK_INTERVAL)
+        except OSError as error:
             log.warning("record-not-locked", cause=error)
+            return True
+
+    def release(self) -> None:
+        """Releases all."""
+        from fcntl import LOCK_UN, lockf
+
+        try:
+            if self._fd >= 0:
+                lockf(self._fd, LOCK_UN)
+        except OSError:
+            self.close()
+
+    def close(self) -> None:
+        """Releases all, and closes the file."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            close_synced(fd)
+
+
+class RecordLock:
+    """See FileRecords.lock()."""
+
+    def __init__(self, locks: FileLocks, key: str) -> None:
+        self._locks, self._key = locks, key
+
+    def __enter__(self) -> None:
+        if self._key and not self._locks.take(self._key, time.monotonic() + SENDING_PATIENCE):
+            log.warning("record-not-locked", cause="another process has the lock")
 
     def __exit__(self, *_: object) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
+        self._locks.release()
 
 
 def has_table(database: Database, name: str) -> bool:
@@ -6319,9 +6393,27 @@ def make_tables(database: Database) -> None:
         database.execute("DROP TABLE IF EXISTS delivered")
 
 
+def shortened(record: str) -> str:
+    """What a script remembers, or a hash of it if it is long."""
+    text = record.encode("utf-8", "surrogateescape")
+    if len(text) <= RECORD_LIMIT:
+        return text.decode("utf-8", "backslashreplace")
+    import hashlib
+
+    return hashlib.sha256(text).hexdigest()
+
+
+# ======================================================================
+# Shared records
+#
+# Owns the same in a PostgreSQL database, which several hosts share.
+# Must not know what follows from a record.
+# ======================================================================
+
 # What ServerRecords asks: SQL, with the times of the server.
 BEGIN, COMMIT, ROLLBACK = ("BEGIN", ()), ("COMMIT", ()), ("ROLLBACK", ())
 SAVEPOINT, ROLLBACK_TO_SAVEPOINT = ("SAVEPOINT one", ()), ("ROLLBACK TO one", ())
+LOCK_TABLE = "LOCK TABLE deliveries IN ROW EXCLUSIVE MODE", ()
 BRIEF_LOCKS = "SET LOCAL lock_timeout = '20ms'", ()
 TABLES_EXIST = "SELECT 1 WHERE to_regclass('deliveries') IS NOT NULL AND to_regclass('script_records') IS NOT NULL", ()
 MAY_MAKE_TABLES = "SELECT 1 WHERE has_schema_privilege(current_schema(), 'CREATE')", ()
@@ -6337,7 +6429,8 @@ MAKE_TABLES = [
 ]
 HAS_RECORD = "SELECT 1 FROM script_records WHERE key = $1 AND until BETWEEN now() AND now() + make_interval(secs => $2)"
 WRITE = "INSERT INTO script_records (key, until) VALUES ('', now()) ON CONFLICT (key) DO UPDATE SET until = now()", ()
-SESSION_SETTINGS = {  # of the server
+SESSION_SETTINGS = {  # of the server; libpq takes a space after a backslash
+    "default_transaction_isolation": r"read\ committed",
     "synchronous_commit": "off",  # if the server crashes, a lost record means a second copy, not a lost message
     "lock_timeout": "5s",  # how long a claim waits for that of another process
     # Whether a client is there whose host does not end its connection, for instance because it has crashed.
@@ -6346,7 +6439,6 @@ SESSION_SETTINGS = {  # of the server
     "tcp_keepalives_count": "3",
 }
 SERVER_PATIENCE = 10.0  # seconds to wait for the server's answer: more than lock_timeout
-ADVISORY_PATIENCE = 60.0  # seconds to wait while another process sends the same mail
 EXPIRED_INTERVAL = 100  # new records after which the expired ones are deleted
 LOCKED_STATES = (b"55P03", b"40P01")  # lock_not_available, deadlock_detected: PostgreSQL, appendix A
 
@@ -6551,9 +6643,9 @@ class ServerRecords(Records):
         if is_claiming and self._connection:
             keys = [key_of(claim.message_id, claim.date, mailbox) for mailbox in failed]
             give_back = f"DELETE FROM deliveries WHERE key IN ({parameters(len(keys))})", keys
-            end = [*([give_back] if failed else ()), COMMIT] if stored else [ROLLBACK]
+            end = [*([give_back] if failed else ()), COMMIT, *self._deletion(len(stored))]
             try:
-                self._connection.run(*end, *self._deletion(len(stored)))
+                self._connection.run(*(end if stored else [ROLLBACK]))
                 return
             except Unavailable:
                 self._close()
@@ -6588,7 +6680,7 @@ class ServerRecords(Records):
 
     def take(self, number: int) -> bool:
         """Takes a lock that only one process of all hosts can have; whether that was possible."""
-        deadline = time.monotonic() + ADVISORY_PATIENCE
+        deadline = time.monotonic() + SENDING_PATIENCE
         while not self._is_given_up():
             try:
                 self._run(("SELECT pg_advisory_lock($1)", (number,)))
@@ -6610,6 +6702,10 @@ class ServerRecords(Records):
         claimed: list[str] = []
         connection = self._connection or self._open()
         connection.run(ROLLBACK, BEGIN, BRIEF_LOCKS)
+        try:
+            connection.run(LOCK_TABLE)
+        except RecordLocked as error:  # somebody has locked the table, and no message is under way
+            raise Unavailable(str(error)) from None
         for key, mailbox in sorted(wanted.items()):
             try:
                 claimed += connection.run(SAVEPOINT, self._insertion(claim, {key: mailbox}))
@@ -6728,16 +6824,6 @@ def deletion_of(table: str, column: str, age: int, limit: int) -> Statement:
     """What deletes so many of the oldest records whose time has passed by so many seconds."""
     expired = f"SELECT key FROM {table} WHERE {column} < now() - interval '{age} seconds' ORDER BY {column} LIMIT $1"
     return f"DELETE FROM {table} WHERE key IN ({expired} FOR UPDATE SKIP LOCKED)", (limit,)
-
-
-def shortened(record: str) -> str:
-    """What a script remembers, or a hash of it if it is long."""
-    text = record.encode("utf-8", "surrogateescape")
-    if len(text) <= RECORD_LIMIT:
-        return text.decode("utf-8", "backslashreplace")
-    import hashlib
-
-    return hashlib.sha256(text).hexdigest()
 
 
 # ======================================================================
@@ -12334,7 +12420,8 @@ class Dialogue:
                 self.log_refusal(line, error.reply)
             self.reply(error.reply)
             self._bad_commands += error.reply.code in BAD_COMMAND_CODES
-            self._idle_commands += error.reply is not TOO_MANY_RECIPIENTS
+            # What fails here, and for now, is not the client's fault.
+            self._idle_commands += error.reply is not TOO_MANY_RECIPIENTS and error.reply.code != 451
         if self._parting:
             return
         if 0 < self._config.lmtp_max_bad_commands < self._bad_commands:

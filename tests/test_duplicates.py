@@ -12,6 +12,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
@@ -389,7 +390,8 @@ def test_processes_that_make_the_database_at_the_same_time_do_not_find_it_locked
 
 
 @IN_EITHER
-def test_a_message_that_comes_on_many_connections_is_not_lost(site: Site) -> None:
+def test_a_message_that_comes_on_many_connections_is_stored_once(site: Site) -> None:
+    site.figures = {"DATABASE_PATIENCE": PATIENCE}
     clients = [site.connect() for _ in range(20)]
     for client in clients:
         client.hello()
@@ -397,9 +399,8 @@ def test_a_message_that_comes_on_many_connections_is_not_lost(site: Site) -> Non
     for client in clients:
         assert [client.reply()[-1][:3] for _ in range(4)] == ["250", "250", "354", "250"]
         client.close()
-    stored = len(site.messages("jane"))
-    assert 1 <= stored <= 20
-    assert stored + len(logged(site, "duplicate")) == 20
+    assert len(site.messages("jane")) == 1
+    assert len(logged(site, "duplicate")) == 19
 
 
 # A database that is not there for us
@@ -661,3 +662,51 @@ def test_a_path_that_is_no_text_keeps_no_mail_out(site: Site) -> None:
     records.settle(claim, claim.mailboxes)
     records.claim(claim)
     assert not claim.delivered
+
+
+@IN_EITHER
+def test_messages_that_come_on_two_connections_at_the_same_moment_are_stored_once(site: Site) -> None:
+    """To two folders, which the connections name in another order."""
+    recipients = [("jane", "joe"), ("joe", "jane")]
+    clients = [site.connect() for _ in recipients]
+    for client in clients:
+        client.hello()
+    with ThreadPoolExecutor(2) as threads:
+        for number in range(50):
+            jobs = [
+                threads.submit(client.deliver, message(number), *order) for client, order in zip(clients, recipients)
+            ]
+            assert [reply[:9] for job in jobs for reply in job.result()] == ["250 2.1.5"] * 4
+    assert len(site.messages("jane")) == len(site.messages("joe")) == 50
+
+
+def test_a_message_that_another_process_stores_for_too_long_is_deferred(site: Site) -> None:
+    site.figures = {"DATABASE_PATIENCE": 0.2}
+    held = lmtpd.FileLocks(f"{site.configdirectory}/deliver.db.lock")
+    first, second = message(1), message(2)
+    identity, date = (re.search(rb"(?m)^%s: (.*?)\r?$" % name, first) for name in (b"Message-ID", b"Date"))
+    assert identity
+    assert date
+    key = "\0".join((identity[1].decode(), date[1].decode(), str(site.spool / "jane")))
+    assert held.take(key, 0)
+    (site.configdirectory / "deliver.db.lock").chmod(0o666)
+    try:
+        assert deliver(site, first, "jane", "joe") == ["451 4.2.0", "250 2.1.5"]
+        assert deliver(site, second, "jane") == ["250 2.1.5"]
+    finally:
+        held.close()
+    assert deliver(site, first, "jane", "joe") == ["250 2.1.5"] * 2
+    assert len(site.messages("jane")) == 2
+    assert len(site.messages("joe")) == 1
+
+
+def test_processes_that_have_a_removed_database_open_use_the_new_one(site: Site) -> None:
+    old, new = site.connect(), site.connect()
+    for client in (old, new):
+        client.hello()
+        client.deliver(message(1), "jane")
+    for file in site.configdirectory.glob("deliver.db*"):
+        file.unlink()
+    for client in (new, old):
+        client.deliver(message(2), "jane")
+    assert len(site.messages("jane")) == 2
