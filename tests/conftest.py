@@ -36,6 +36,7 @@ LONGEST = (
     "master",
     "mime",
     "duplicates",
+    "several_machines",
     "from_cyrus",
     "quota",
     "hostile",

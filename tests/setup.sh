@@ -169,7 +169,7 @@ need_container() {
 need_root() {
     local packages=systemd,systemd-sysv,dbus,python3,python3-venv,python3-setuptools,python3-wheel,python3-docopt,python3-systemd,python3-idna,python3-argon2,python3-cffi,postfix,libsasl2-modules,dovecot-imapd,openssl,procps,man-db
     # Those that recipes install, which wait in /opt/packages.
-    local later=dovecot-managesieved,dovecot-lmtpd,openbsd-inetd,xinetd,sieve-connect,openssh-server,rsync,postfix-sqlite
+    local later=dovecot-managesieved,dovecot-lmtpd,openbsd-inetd,xinetd,sieve-connect,openssh-server,rsync,sqlite3,postfix-sqlite
     local root=$LMTPD_TEST_ROOTS/$1
     (
         # Another test run may have machines booted from it, or be making it, at this moment.
