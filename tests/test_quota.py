@@ -520,6 +520,25 @@ def test_twenty_writers_who_have_to_count_lose_no_message(site: Site) -> None:
     assert site.files("jane", kind="tmp") == []
 
 
+@pytest.mark.parametrize("site", ["tmpfs"], indirect=True)
+def test_two_thousand_messages_are_counted_while_the_file_is_replaced_again_and_again(site: Site) -> None:
+    """A small file is soon too long, and then a new count takes its place while others append to it."""
+    site.figures = {"QUOTA_FILE_LIMIT": 200}
+    set_quota(site, "1000000000S\n0 0\n")
+    clients = [connected(site) for _ in range(5)]
+
+    def write(which: int) -> None:
+        for _ in range(400):
+            assert send(clients[which], "jane").startswith("250")
+
+    in_parallel(5, write)
+    octets, messages = present(site)
+    assert messages == 2000
+    assert kept(site).messages >= messages
+    assert kept(site).octets >= octets
+    assert recount(site) == (octets, messages)
+
+
 def test_who_appends_to_a_file_that_has_been_replaced_appends_again(site: Site) -> None:
     """Another program replaces it at the worst moment: between open(2) and write(2)."""
     set_quota(site, f"{MEGABYTE}S\n0 0\n")
