@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -122,6 +122,12 @@ def two_hosts(cluster: MooseFS, **options: str) -> tuple[Host, Host]:
     return hosts
 
 
+def clients_of(hosts: Sequence[Host]) -> list[Client]:
+    """Connections to all of them."""
+    addresses = [host.serve() for host in hosts]
+    return [host.connect_to(address) for host, address in zip(hosts, addresses) for _ in range(CONNECTIONS)]
+
+
 def faults(spool: Path, letters: list[Letter]) -> list[str]:
     """What is wrong with a store in which these letters, and no others, must be once."""
     found: Counter[tuple[int, str]] = Counter()
@@ -172,8 +178,7 @@ def test_nothing_is_lost_when_a_server_of_the_store_dies(
     """Each message is there once, though two hosts whose processes have the same ids deliver to the same users."""
     hosts = two_hosts(cluster)
     queue = Queue([Letter(number) for number in range(MESSAGES)], CONNECTIONS * len(hosts))
-    addresses = [host.serve() for host in hosts]
-    clients = [host.connect_to(address) for host, address in zip(hosts, addresses) for _ in range(CONNECTIONS)]
+    clients = clients_of(hosts)
     with ThreadPoolExecutor(len(clients)) as threads:
         deliveries = [threads.submit(queue.deliver, client) for client in clients]
         wait_for(lambda: queue.done > MESSAGES // 4, "deliveries", patience=PATIENT)
@@ -183,6 +188,29 @@ def test_nothing_is_lost_when_a_server_of_the_store_dies(
     for host in hosts:
         assert not faults(host.spool, queue.letters)
         assert not list(host.spool.glob("**/tmp/*"))
+
+
+def test_two_hosts_lose_no_message_from_the_quota(cluster: MooseFS) -> None:
+    """One counts and replaces maildirsize while the other appends. A message may be counted twice, but not never."""
+    hosts = two_hosts(cluster)
+    for host in hosts:
+        host.figures = {"QUOTA_FILE_LIMIT": 300}  # so that it is soon too long, and replaced
+    queue = Queue([Letter(number) for number in range(MESSAGES // 2)], CONNECTIONS * len(hosts))
+    clients = clients_of(hosts)
+    with ThreadPoolExecutor(len(clients)) as threads:
+        for _ in threads.map(queue.deliver, clients):
+            pass
+    for user in USERS:
+        lines = (hosts[0].spool / user / "maildirsize").read_text().splitlines()[1:]
+        sizes = [int(name[3]) for name in names_of(hosts[0].spool / user)]
+        assert sum(int(line.split()[0]) for line in lines) >= sum(sizes)
+        assert sum(int(line.split()[1]) for line in lines) >= len(sizes)
+
+
+def names_of(maildir: Path) -> list[re.Match[str]]:
+    """The names of the messages in all folders."""
+    names = [NAME.fullmatch(path.name) for kind in ("new", "cur") for path in maildir.glob(f"**/{kind}/*")]
+    return [name for name in names if name]
 
 
 class LockHolder:
