@@ -3,7 +3,7 @@
     with MooseFS() as cluster:
         first, second = cluster.host("one"), cluster.host("two")
         first.add_user("jane")
-        client = first.serve()()
+        client = first.connect_to(first.serve())
 
 The servers have a network of their own, so nobody else can reach them. A host has its own host name, process ids and
 mounts. All of it ends with the process that made it, however that ends: the first process of each namespace waits for
@@ -137,10 +137,20 @@ class Server:
         self.process.wait()
 
     def stop(self) -> None:
+        """Stops it until go_on(): it answers nobody, and its connections stay open."""
         os.kill(self.pid, signal.SIGSTOP)
 
     def go_on(self) -> None:
-        os.kill(self.pid, signal.SIGCONT)
+        assert self.process
+        # nsenter(1), its parent, has stopped itself, too.
+        for process in (self.pid, self.process.pid):
+            os.kill(process, signal.SIGCONT)
+
+    def close(self) -> None:
+        """Waits for the end of the server, whose namespaces have ended."""
+        if self.process:
+            self.process.kill()
+            self.process.wait()
 
 
 class MooseFS:
@@ -154,6 +164,7 @@ class MooseFS:
         self.folder = Path(tempfile.mkdtemp(prefix="lmtpd-test-"))
         self.folder.chmod(0o755)
         self._hosts: list[Host] = []
+        self._servers: list[Server] = []
         self._network: Namespaces | None = None
         try:
             self._start()
@@ -173,6 +184,7 @@ class MooseFS:
         # -a: after a crash, too.
         command = [str(programs / "usr/sbin/mfsmaster"), "-c", str(folder / "cfg"), "-f", "-a"]
         self.master = Server(command, folder, (9419, 9420, 9421), self._network)
+        self._servers.append(self.master)
         self.master.start()
         self.chunk_servers = []
         for port in range(9422, 9422 + CHUNK_SERVERS):
@@ -181,8 +193,10 @@ class MooseFS:
             (folder / "disks").write_text(f"{folder}/disk\n")
             (folder / "cfg").write_text(self._chunk_server_cfg.format(folder=folder, address=ADDRESS, port=port))
             command = [str(programs / "usr/sbin/mfschunkserver"), "-c", str(folder / "cfg"), "-f"]
-            self.chunk_servers.append(Server(command, folder, (port,), self._network))
-            self.chunk_servers[-1].start()
+            server = Server(command, folder, (port,), self._network)
+            self._servers.append(server)
+            self.chunk_servers.append(server)
+            server.start()
         registered = "chunkserver register end"
         wait_for(
             lambda: self.master.log.read_text().count(registered) >= CHUNK_SERVERS, "chunk servers", self.master.log
@@ -199,6 +213,8 @@ class MooseFS:
             host.close()
         if self._network:
             self._network.close()
+        for server in self._servers:
+            server.close()
         shutil.rmtree(self.folder)
 
     def __enter__(self) -> Self:
