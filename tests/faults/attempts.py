@@ -95,6 +95,7 @@ class Attempt:
     def _meet_fault(self, recipients: Sequence[str]) -> tuple[list[str], bool]:
         """The replies, and whether the session went on after them. Raises Missed."""
         session = Session(self._trials.address)
+        self._worker = session.pid
         injector = (ShortWrite if self._fault.what in (SHORT, CUT) else Strace)(session.pid, self._fault)
         replies = session.deliver(self._kind.letter(FIRST), recipients)
         # An error that is put in place of close(2) leaves the file open.
@@ -128,7 +129,8 @@ class Attempt:
 
     def _check_replies(self, replies: Sequence[str]) -> None:
         for reply in replies:
-            wanted = ("250", "452") if self._fault.is_full else ("250", "451", "421")
+            # 451 4.4.0 is for mail that cannot be sent.
+            wanted = ("250", "452", "451 4.4.0") if self._fault.is_full else ("250", "451", "421")
             if reply == BROKEN and not self._may_end:
                 self._complain("closed", "instead of a reply")
             elif reply != BROKEN and not reply.startswith(wanted):
@@ -218,5 +220,5 @@ class Attempt:
             if "traceback" in line or "internal-error" in line:
                 self._complain("log", line)
                 break
-        if "worker-died" in self._log and not self._may_end:
+        if f"worker-died worker={self._worker} " in self._log and not self._may_end:
             self._complain("log", "worker-died")
