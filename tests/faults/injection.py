@@ -38,7 +38,8 @@ CALLS: dict[Sequence[str], Sequence[str]] = {
     ("connect",): ("ECONNREFUSED", "ETIMEDOUT", "ENETUNREACH", "EACCES", "EINTR"),
     ("sendto", "sendmsg", "recvfrom", "recvmsg", "shutdown"): ("EINTR", "ENOMEM", "ECONNRESET"),
     ("setsockopt", "getsockopt", "getsockname", "getpeername"): ("ENOMEM",),
-    ("poll", "ppoll", "select", "pselect6", "epoll_wait", "epoll_ctl"): ("EINTR", "ENOMEM"),
+    ("poll", "ppoll", "select", "pselect6", "epoll_wait"): ("EINTR", "ENOMEM"),
+    ("epoll_ctl",): ("ENOMEM",),
     ("setresuid", "setresgid", "setgroups"): ("EPERM", "EAGAIN", "ENOMEM"),
     ("clone", "clone3", "vfork", "execve"): ("EAGAIN", "ENOMEM"),
 }
