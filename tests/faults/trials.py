@@ -153,6 +153,7 @@ class Trials:
         self._template = self.site.root / "template"
         self._template.mkdir()
         self._copy(self.site.root, self._template)
+        self._clear_sink()
         self.calls = self._record()
         self.deliver(NEXT, list(kind.recipients))
         self.good = Store(self.site.spool, kind)
@@ -178,7 +179,12 @@ class Trials:
         if self._database:
             change = "; ".join(f"DELETE FROM {table}; INSERT INTO {table} TABLE good_{table}" for table in TABLES)
             self._database.execute(change)
+        self._clear_sink()
+
+    def _clear_sink(self) -> None:
+        """Forgets what came. Each reply of the server has one line, which comes in one piece."""
         self.sink.clear()
+        self.sink.extensions.clear()
 
     def _record(self) -> list[Call]:
         session = Session(self.address)
