@@ -1,0 +1,78 @@
+"""What all targets of fuzz.py have."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+
+
+class Target:
+    """A part of lmtpd that takes octets of others. It is called with an input, and raises if a rule is broken.
+
+    name: of the target, and of the folder of its corpus. token, unit: what the octets are made of; the mutations
+    replace, repeat and move these.
+    """
+
+    name: str
+    token = re.compile(rb"\w+|\s+|.", re.DOTALL)
+    unit = re.compile(rb"[^\n]*\n?")
+
+    def __call__(self, data: bytes) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Removes all that the target has made."""
+
+    def seeds(self) -> Iterator[bytes]:
+        """The inputs with which fuzzing begins."""
+        raise NotImplementedError
+
+    def words(self) -> list[bytes]:
+        """Words that an input may have."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Target:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Mutator:
+    """Changes an input where one part ends and another begins."""
+
+    def __init__(self, target: Target) -> None:
+        self._token, self._unit = target.token, target.unit
+        self._words = target.words()
+        self._others = [seed for seed in target.seeds() if seed]
+
+    def change(self, data: bytes, seed: int) -> bytes:
+        """The input with some changes."""
+        dice = random.Random(seed)
+        for _ in range(dice.choice((1, 1, 1, 2, 3, 5))):
+            pattern = dice.choice((self._token, self._unit))
+            parts = [part for part in pattern.findall(data) if part] or [b""]
+            self._change(parts, pattern, dice)
+            data = b"".join(parts)
+        return data
+
+    def _change(self, parts: list[bytes], pattern: re.Pattern[bytes], dice: random.Random) -> None:
+        here, there = dice.randrange(len(parts)), dice.randrange(len(parts))
+        kind = dice.choice(("insert", "insert", "replace", "replace", "remove", "repeat", "swap", "move", "splice"))
+        if kind == "insert":
+            parts[here:here] = [dice.choice(self._words)]
+        elif kind == "replace":
+            parts[here] = dice.choice(self._words)
+        elif kind == "remove":
+            del parts[here : here + dice.choice((1, 1, 1, 2, 5))]
+        elif kind == "repeat":
+            parts[here:here] = parts[here : here + 3] * dice.choice((1, 1, 2, 10, 50))
+        elif kind == "swap":
+            parts[here], parts[there] = parts[there], parts[here]
+        elif kind == "move":
+            parts[there:there] = parts[min(here, there) : here]
+        else:
+            other = [part for part in pattern.findall(dice.choice(self._others)) if part]
+            start = dice.randrange(len(other))
+            parts[here:here] = other[start : start + dice.choice((1, 2, 4, 8, 100))]
