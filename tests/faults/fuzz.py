@@ -105,6 +105,10 @@ class Faults:
             print(f"fault {name}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
 
 
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
 def quoted(word: bytes) -> str:
     """A word as the dictionaries of libFuzzer have it."""
     return '"' + "".join(f"\\x{octet:02x}" for octet in word) + '"\n'
@@ -133,12 +137,13 @@ def fuzz(name: str, seconds: int, size: int, folder: Path) -> int:
     def mutate(data: bytes, most: int, seed: int) -> bytes:
         return mutator.change(data, seed)[:most] if seed % 2 else bytes(atheris.Mutate(data, most))
 
-    start = time.monotonic()
+    start, descriptors = time.monotonic(), open_descriptors()
 
     def report() -> None:
         print(
             f"{name}: {faults.runs} runs, {faults.count} faults, {time.monotonic() - start:.0f} s, "
-            f"slowest {faults.slowest:.2f} s",
+            f"{time.process_time():.0f} s of CPU time, slowest {faults.slowest:.2f} s, "
+            f"descriptors {descriptors} to {open_descriptors()}",
             file=sys.stderr,
             flush=True,
         )

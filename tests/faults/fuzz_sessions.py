@@ -409,6 +409,10 @@ class Sessions(Target):
     name = "session"
     token = re.compile(rb"[A-Za-z0-9]+|\r\n|[^A-Za-z0-9\r\n]")
     unit = re.compile(rb"[^\n]*\n?")
+    inner_words = (
+        *(b",", b"=", b"\0", b"n,,", b"y,,", b"p=tls-unique,,", b"p=x,,", b"n,a=b,", b"m=x,", b"r=", b"c=biws,", b"p="),
+        *(b"a", b"b", b"n=a", b"n==2C", b"=3D", "é".encode(), "\u00ad".encode(), "\u0661".encode(), b"\xff", b"secret"),
+    )
 
     def __init__(self) -> None:
         self._log: list[str] = []

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import random
 import re
+from binascii import a2b_base64, b2a_base64
 from collections.abc import Iterator
+
+BASE64 = re.compile(rb"(?:[A-Za-z0-9+/]{4}){2,}(?:[A-Za-z0-9+/]{2,3}={0,2})?(?=\s)")
 
 
 class Target:
     """A part of lmtpd that takes octets of others. It is called with an input, and raises if a rule is broken.
 
     name: of the target, and of the folder of its corpus. token, unit: what the octets are made of; the mutations
-    replace, repeat and move these.
+    replace, repeat and move these. inner_words: words that what is in base64 may have; none if it is not changed.
     """
 
     name: str
+    inner_words: tuple[bytes, ...] = ()
     token = re.compile(rb"\w+|\s+|.", re.DOTALL)
     unit = re.compile(rb"[^\n]*\n?")
 
@@ -44,18 +48,30 @@ class Mutator:
 
     def __init__(self, target: Target) -> None:
         self._token, self._unit = target.token, target.unit
-        self._words = target.words()
+        self._words, self._inner_words = target.words(), target.inner_words
         self._others = [seed for seed in target.seeds() if seed]
 
     def change(self, data: bytes, seed: int) -> bytes:
         """The input with some changes."""
         dice = random.Random(seed)
         for _ in range(dice.choice((1, 1, 1, 2, 3, 5))):
+            if self._inner_words and not dice.randrange(4) and (found := list(BASE64.finditer(data))):
+                data = self._changed_within(data, dice.choice(found), dice)
+                continue
             pattern = dice.choice((self._token, self._unit))
             parts = [part for part in pattern.findall(data) if part] or [b""]
             self._change(parts, pattern, dice)
             data = b"".join(parts)
         return data
+
+    def _changed_within(self, data: bytes, place: re.Match[bytes], dice: random.Random) -> bytes:
+        """The input with a change of what is in base64 at that place."""
+        octets = a2b_base64(place[0] + b"==")
+        start = dice.randrange(len(octets) + 1)
+        end = min(len(octets), start + dice.choice((0, 0, 1, 1, 2, 4, 8, 50)))
+        word = dice.choice((b"", bytes([dice.randrange(256)]), *self._inner_words))
+        changed = octets[:start] + word * dice.choice((1, 1, 1, 2, 200)) + octets[end:]
+        return data[: place.start()] + b2a_base64(changed, newline=False) + data[place.end() :]
 
     def _change(self, parts: list[bytes], pattern: re.Pattern[bytes], dice: random.Random) -> None:
         here, there = dice.randrange(len(parts)), dice.randrange(len(parts))
