@@ -52,8 +52,9 @@ TARGETS = {
     "mail": ("fuzz_mails", "Mails"),
     "files": ("fuzz_files", "Files"),
 }
+FAULT = "fault-"  # begins the names of inputs that have found a fault, and stay
 FILES_LIMIT = 25  # of the corpus of a target
-SIZE_OF_NAME = 200  # octets that a file costs besides its own
+SIZE_OF_NAME = 1000  # octets that a file costs besides its own
 CPU_LIMIT = 10.0  # seconds of CPU time for an input, while the code is traced
 
 
@@ -239,6 +240,8 @@ def show_lines(target: Target, files: Sequence[Path]) -> int:
 
 def minimize(target: Target, files: Sequence[Path]) -> int:
     """Writes the corpus of a target: the inputs that reach most for their size, until all is reached or it is full."""
+    folder = CORPUS / target.name
+    folder.mkdir(parents=True, exist_ok=True)
     found = all_steps(target, files)
     wanted = set().union(*found.values())
     left, chosen = set(wanted), list[bytes]()
@@ -248,10 +251,9 @@ def minimize(target: Target, files: Sequence[Path]) -> int:
             break
         left -= found[best]
         chosen.append(best.read_bytes())
-    folder = CORPUS / target.name
-    folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
-        old.unlink()
+        if not old.name.startswith(FAULT):
+            old.unlink()
     for data in chosen:
         (folder / hashlib.sha256(data).hexdigest()[:12]).write_bytes(data)
     size = sum(map(len, chosen))

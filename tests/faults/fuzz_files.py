@@ -31,6 +31,7 @@ DIVISION = b"\n%%\n"
 TROUBLE = ("internal-error", "traceback", "delivery-failed", "identity-not-restored")
 INCLUDE = re.compile(rb"@include\s*:\s*([^\n]*)", re.IGNORECASE)
 COSTLY = re.compile(rb"\d{6}")  # iterations or memory that an administrator would not want
+HERE = b"<host>"  # stands for the name of this host
 MAIL = b"Subject: a\n\nbody\n"
 AUTH = (
     b"LHLO x\r\nAUTH PLAIN %s\r\nAUTH SCRAM-SHA-1 %s\r\n%s\r\n%s\r\nAUTH LOGIN\r\n%s\r\n%s\r\nAUTH X =\r\n*\r\n"
@@ -138,7 +139,7 @@ class Files(Target):
                     (path / name).write_bytes(octets)
             for name in ("dovecot-uidlist.lock", "subscriptions.lock"):
                 if lock:
-                    (path / name).write_bytes(lock)
+                    (path / name).write_bytes(lock.replace(HERE, socket.gethostname().encode()))
                 if lock.startswith(b"old"):
                     os.utime(path / name, (1, 1))
             for each in names.split(b"\n")[:20]:
@@ -191,8 +192,8 @@ class Files(Target):
 
     # Servers
 
-    def answers(self, kind: str, data: bytes, commands: bytes) -> None:
-        """A session, in which a daemon answers that."""
+    def answers(self, kind: str, data: bytes, commands: bytes) -> bytes:
+        """A session, in which a daemon answers that; what the client is told."""
 
         def connect(_path: str) -> socket.socket:
             ours, theirs = socket.socketpair()
@@ -217,6 +218,7 @@ class Files(Target):
                 authenticator.close()
             answers = os.pread(sink, 1 << 20, 0)
             assert all(re.fullmatch(rb"[2-5]\d\d[ -][ -~]*\r", line) for line in answers.split(b"\n")[:-1]), answers
+            return answers
         finally:
             for sock in kept:
                 sock.close()
@@ -233,7 +235,10 @@ class Files(Target):
 
     def saslauthd(self, data: bytes) -> None:
         """What saslauthd says of a password."""
-        self.answers("saslauthd", data, AUTH + b"MAIL FROM:<>\r\n")
+        answers = self.answers("saslauthd", data, AUTH + b"MAIL FROM:<>\r\n")
+        size = int.from_bytes(data[:2], "big")
+        is_right = len(data) >= 2 + size > 2 and data.startswith(b"OK", 2)
+        assert is_right or b"235 " not in answers
 
     def passwords(self, data: bytes) -> None:
         """The file of password verifiers."""
@@ -296,7 +301,7 @@ class Files(Target):
         for line in odd.splitlines():
             yield f"config\n{always}{line}\n".encode()
         for usage in ("10S,1C\n5 1\n", "1000S\n-1 -1\n10 1\n", "x", "100C\n?\n"):
-            rest = "0 a\n1 $Junk\n25 c\n%%\nV\t2\n\na\tb\n%%\n1:host\n%%\n1.M2P3.h,S=10:2,ST\nx"
+            rest = "0 a\n1 $Junk\n25 c\n%%\nV\t2\n\na\tb\n%%\n1:<host>\n%%\n1.M2P3.h,S=10:2,ST\nx"
             yield f"maildir\n{usage}\n%%\n{rest}".encode()
         yield b"maildir\n\n%%\n0 a\n%%\na\n%%\nold1:x\n%%\n"
         for name in ("a/b", "INBOX", "ü/日本", "&AOk-", ".", "a.b", "../x", "&-", "a\u0301", "\U0001f600&", "/a//b/"):
@@ -347,6 +352,7 @@ class Files(Target):
             "/",
         ]
         texts += [
+            "<host>",
             "USER\t1\t",
             "FAIL\t1\t",
             "NOTFOUND\t1",
