@@ -230,7 +230,7 @@ def change_option(site: QueueSite, dice: random.Random) -> Sequence[int]:
 # How often each is there among so many.
 MOMENTS: dict[str, tuple[Moment, int]] = {
     KILLED_WORKER: (kill_worker, 8),
-    KILLED_CLIENTS: (kill_clients, 4),
+    KILLED_CLIENTS: (kill_clients, 3),
     KILLED_PARENT: (kill_parent, 1),
     KILLED_PARENT_ONLY: (kill_parent_only, 1),
     HANG_UP: (hang_up, 1),
@@ -317,7 +317,7 @@ class Faults:
         kinds = [kind for kind, (_, count) in MOMENTS.items() for _ in range(count)]
         while True:
             for kind in self._moments.sample(kinds, len(kinds)):
-                if self._over.wait(self._moments.uniform(0.05, 0.5) * min(self._pace, 1)):
+                if self._over.wait(self._moments.uniform(0.05, 0.5) * self._pace):
                     return
                 begin = time.time()
                 if hit := MOMENTS[kind][0](self._site, self._moments):

@@ -30,8 +30,9 @@ SCRIPT = 'require ["copy", "fileinto", "mailbox"];\nfileinto :copy :create "file
 SIZES = (500, 2000, 4000, 4000, 9000, 30_000)
 LARGE = 400_000  # more than lmtpd keeps in memory
 CONNECTIONS = 4  # by which Postfix gets its mail
-# Waits of lmtpd, in seconds, for a run that is short.
+# Waits of lmtpd, in seconds, for a run that is short, and for another.
 SHORT_WAITS = {"DATABASE_PATIENCE": 0.5, "BACKOFF": 1.0, "SERVICE_TIMEOUT": 1, "RELOAD_PATIENCE": 1}
+WAITS = {"SERVICE_TIMEOUT": 5}
 # The environment that sd_listen_fds(3) wants, from a socket that is standard input.
 AS_SYSTEMD = 'exec 3<&0 0</dev/null 1>&2; LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"'
 # After these it is the next connection that starts it: a clean end, and RestartPreventExitStatus= of the unit.
@@ -43,6 +44,7 @@ virtual_mailbox_domains = example.com
 virtual_transport = lmtp:unix:{socket}
 defer_transports = lmtp
 lmtp_destination_concurrency_limit = 10
+lmtp_destination_concurrency_failed_cohort_limit = 20
 maximal_backoff_time = 2s
 transport_retry_time = 1s
 service_throttle_time = 1s
@@ -311,7 +313,7 @@ class QueueSite(Site):
     def __init__(self, place: Path, has_short_waits: bool) -> None:
         super().__init__()
         self._stack = contextlib.ExitStack()
-        self.figures = dict(SHORT_WAITS) if has_short_waits else {}
+        self.figures = dict(SHORT_WAITS if has_short_waits else WAITS)
         self.patience = 0.5 if has_short_waits else 5.0
         self.backoff = 1.0 if has_short_waits else 10.0
         self.disk = place
