@@ -36,5 +36,5 @@ def test_every_message_arrives_while_everything_fails_now_and_then() -> None:
         assert reply in table[fault][1], said
     assert figures["messages"] == 400, said
     assert figures["copies"] >= 400, said
-    for fault in ("lost", "partial", "bounced", "other violations", "for no reason"):
+    for fault in ("lost", "partial", "bounced", "other violations", "doubled for no reason"):
         assert figures[fault] == 0, said

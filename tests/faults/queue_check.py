@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from queue_faults import (
     CHANGED_OPTION,
+    DAMAGED,
     DATABASE_FAULTS,
     FULL_DISK,
     HANG_UP,
@@ -42,7 +43,7 @@ RESULT = re.compile(
     r"^(?!.*\(deferred transport\)$)(\w+ +\d+ [\d:]+) .*?: (\w+): to=<([^>]+)@example\.com>, .*status=(\w+) \((.*)\)$"
 )
 REPLY = re.compile(r"(\d{3} \d\.\d\.\d+ .*?)(?: \(in reply| SESSIONID|$)")
-SLACK = 1.0  # seconds by which times of different logs differ
+SLACK = 0.3  # seconds by which times of different logs may differ; Postfix's has whole seconds
 AFTERMATH = 5.0  # seconds after a fault in which Postfix may tell what came of it
 KILLS = (KILLED_WORKER, KILLED_PARENT, KILLED_PARENT_ONLY)
 STOPS = (HANG_UP, TERMINATE, CHANGED_OPTION, WRONG_OPTION)
@@ -70,7 +71,7 @@ REPLIES = (
     ("unknown mail transport error", (KILLED_CLIENTS,)),
     ("451 4.3.0", (NO_DOVECOT, SILENT_DOVECOT, NO_USERS)),
 )
-BY_KILL, BY_DATABASE, BY_BOTH_AT_ONCE = "kill", "database", "at once"
+BY_KILL, BY_DATABASE, BY_REMOVED_DATABASE, BY_BOTH_AT_ONCE = "kill", "database", "removed", "at once"
 
 
 class Copy(NamedTuple):
@@ -176,8 +177,10 @@ class Verdict:
         if kill is not None and logged is None and -SLACK < kill - earlier.at < 60:
             reason = BY_KILL
             cause = self._kill_of(earlier.process)
-        elif cause := self._database_fault(earlier, later):
+        elif cause := self._lost_record(earlier, later):
             reason = BY_DATABASE
+        elif cause := self._removed_while_open(earlier, later):
+            reason = BY_REMOVED_DATABASE
         elif logged is not None and later.at < logged + SLACK:
             reason = BY_BOTH_AT_ONCE
             cause = self._latest(later.at, (*KILLS, KILLED_CLIENTS))
@@ -189,18 +192,14 @@ class Verdict:
     def _kill_of(self, process: int) -> str:
         return next(fault.kind for fault in self._happened if fault.kind in KILLS and process in fault.processes)
 
-    def _database_fault(self, earlier: Copy, later: Copy) -> str:
+    def _lost_record(self, earlier: Copy, later: Copy) -> str:
         """The fault for which the database did not know of the earlier copy when the later one was stored."""
-        begin = min(earlier.at, self._seen.get(earlier.process, earlier.at), self._seen.get(later.process, earlier.at))
-        found = ""
         for fault in self._happened:
-            if fault.kind in DATABASE_FAULTS:
-                # A process that has opened a database uses it after its removal, too.
-                since = begin if fault.kind in RECORDS_LOST else earlier.at
-                if since - SLACK <= fault.end and fault.begin <= later.at + SLACK:
-                    found = fault.kind
-        if found:
-            return found
+            if fault.kind in RECORDS_LOST:
+                # A damaged database is removed at the end.
+                end = fault.end if fault.kind == DAMAGED else fault.begin
+                if earlier.at - SLACK <= end and fault.begin <= later.at + SLACK:
+                    return fault.kind
         wait, pause = self._site.patience + SLACK, self._site.backoff + SLACK
         for at, event in self._events:
             if event.name == "duplicate-database-unavailable" and any(
@@ -209,9 +208,18 @@ class Verdict:
                 return self._latest(at, DATABASE_FAULTS)
         return ""
 
+    def _removed_while_open(self, earlier: Copy, later: Copy) -> str:
+        """The fault that has removed a database which the worker of one of the copies had opened."""
+        for fault in self._happened:
+            if fault.kind in RECORDS_LOST:
+                for copy in (earlier, later):
+                    if self._seen.get(copy.process, copy.at) - SLACK <= fault.end and fault.begin <= copy.at:
+                        return fault.kind
+        return ""
+
     def _latest(self, at: float, kinds: Sequence[str]) -> str:
         """The last fault of these kinds that had begun by then."""
-        begun = [fault.kind for fault in self._happened if fault.kind in kinds and fault.begin <= at + SLACK]
+        begun = [fault.kind for fault in self._happened if fault.kind in kinds and fault.begin <= at + 1]
         return begun[-1] if begun else kinds[0]
 
     def _check_log(self) -> None:
@@ -275,12 +283,13 @@ class Verdict:
             reasons[reason] += count
         copies = sum(len(found) for found in self._copies.values())
         kinds = collections.Counter(violation.partition(":")[0] for violation in self.violations)
+        found = sum(event.name == "duplicate" for _, event in self._events)
         print(f"""
 messages {self._count}, copies {copies}, seconds {seconds:.0f}
 lost {kinds["lost"]}, partial {kinds["partial"]}, bounced {kinds["bounced"]}, other violations {self._others(kinds)}
-doubled by a kill before the record {reasons[BY_KILL]}, without the database {reasons[BY_DATABASE]}, \
-by two workers at once {reasons[BY_BOTH_AT_ONCE]}, for no reason {kinds["doubled for no reason"]}
-not stored again (duplicates found) {sum(event.name == "duplicate" for _, event in self._events)}""")
+doubled by a kill before the record {reasons[BY_KILL]}, by two workers at once {reasons[BY_BOTH_AT_ONCE]}
+doubled without the database {reasons[BY_DATABASE]}, with a removed database {reasons[BY_REMOVED_DATABASE]}
+doubled for no reason {kinds["doubled for no reason"]}, not stored again {found}""")
 
     @staticmethod
     def _others(kinds: collections.Counter[str]) -> int:

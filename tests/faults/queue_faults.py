@@ -15,7 +15,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
-from queue_site import DATABASE_FILES, Letter, QueueSite, kill, processes
+from queue_site import DATABASE_FILES, Letter, QueueSite
+from service import kill, processes
 
 Outage = Callable[[QueueSite, random.Random], AbstractContextManager[None]]
 Moment = Callable[[QueueSite, random.Random], Sequence[int]]
@@ -34,7 +35,8 @@ NO_DOVECOT, SILENT_DOVECOT = "Dovecot is stopped", "Dovecot does not answer (SIG
 NO_USERS = "Dovecot cannot read its table of users"
 WRONG_OPTION, CHANGED_OPTION = "imapd.conf has an error", "imapd.conf changes"
 CHUNK = 16 << 20
-STEPS = 4  # in so many parts the letters of an outage come
+STEPS = 4  # in so many parts the letters of an outage, and of the time until the next one, come
+MOMENTS_FOR_AN_OUTAGE = 5  # about so many are in the time of both
 CLIENT_PATIENCE = 0.5  # seconds to wait for a client that is busy
 DATABASE_PATIENCE = 5.0  # seconds to wait until lmtpd has made the database
 EFFECT_PATIENCE = 60.0  # seconds to wait until lmtpd's log tells of an outage
@@ -248,42 +250,45 @@ class Faults:
         self._outages, self._moments = random.Random(f"{seed} outages"), random.Random(f"{seed} moments")
         self.happened: list[Fault] = []
         self._letters: list[Letter] = []
+        self._share = 1
+        self._sending = threading.Lock()
         self._over = threading.Event()
 
     def run(self, rounds: int, letters: Sequence[Letter]) -> None:
         """Has each outage once in each round, and moments all the time, while the letters come."""
         self._letters = list(letters)
         kinds = [kind for _ in range(rounds) for kind in self._outages.sample(list(OUTAGES), len(OUTAGES))]
-        # The other half is for outages that last longer, because nothing has come of them yet.
-        share = len(letters) // len(kinds) // STEPS // 4
+        # The last fifth is for outages that last longer, because nothing has come of them yet.
+        self._share = max(len(letters) * 4 // 5 // len(kinds) // (2 * STEPS + MOMENTS_FOR_AN_OUTAGE), 1)
         thread = threading.Thread(target=self._have_moments)
         thread.start()
         try:
             for kind in kinds:
-                self._have_outage(kind, share)
-                self._wait(self._outages.uniform(0.4, 0.8) * self._pace, share)
+                self._have_outage(kind)
+                self._wait(self._outages.uniform(0.4, 0.8) * self._pace)
         finally:
             self._over.set()
             thread.join()
         self._send(len(self._letters))
 
     def _send(self, count: int) -> None:
-        now, self._letters = self._letters[:count], self._letters[count:]
+        with self._sending:
+            now, self._letters = self._letters[:count], self._letters[count:]
         self._site.send(now)
 
-    def _wait(self, seconds: float, share: int) -> None:
-        """Waits so long; meanwhile letters come, so many in each step."""
+    def _wait(self, seconds: float) -> None:
+        """Waits so long; meanwhile letters come."""
         for _ in range(STEPS):
-            self._send(share)
+            self._send(self._share)
             time.sleep(seconds / STEPS)
 
-    def _have_outage(self, kind: str, share: int) -> None:
+    def _have_outage(self, kind: str) -> None:
         seconds = self._outages.uniform(0.7, 1.5) * self._pace
         if kind in (LOCKED, DAMAGED):
             self._have_database()
         begin, lines = time.time(), len(self._site.journal_lines.lines)
         with OUTAGES[kind](self._site, self._outages):
-            self._wait(seconds, share)
+            self._wait(seconds)
             end = time.monotonic() + EFFECT_PATIENCE
             while kind in EFFECTS and not self._has_logged(EFFECTS[kind], lines) and time.monotonic() < end:
                 self._send(1)
@@ -319,6 +324,8 @@ class Faults:
             for kind in self._moments.sample(kinds, len(kinds)):
                 if self._over.wait(self._moments.uniform(0.05, 0.5) * self._pace):
                     return
+                self._send(self._share)
+                time.sleep(self._moments.uniform(0, 0.2))
                 begin = time.time()
                 if hit := MOMENTS[kind][0](self._site, self._moments):
                     self.happened.append(Fault(kind, begin, time.time(), hit))
