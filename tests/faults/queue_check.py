@@ -69,6 +69,7 @@ REPLIES = (
     ("Shutting down", STOPS),
     ("lost connection", KILLS),
     ("unknown mail transport error", (KILLED_CLIENTS,)),
+    ("Too many commands", (NO_DOVECOT, SILENT_DOVECOT, NO_USERS)),
     ("451 4.3.0", (NO_DOVECOT, SILENT_DOVECOT, NO_USERS)),
 )
 BY_KILL, BY_DATABASE, BY_REMOVED_DATABASE, BY_BOTH_AT_ONCE = "kill", "database", "removed", "at once"

@@ -10,7 +10,7 @@ Options:
   --rounds N      How often each outage comes [default: 6].
   --seed N        Decides which faults come when; printed, and by default another one each time.
   --short         Outages of a second, and short waits in lmtpd.
-  --log FILE      Where to write the logs of Postfix and lmtpd.
+  --log FILE      Where to write the faults, and the logs of lmtpd, Postfix and Dovecot.
   --help          Show this text.
 
 Prints a table, and its first violations on standard error; the exit status is 1 if there are any. It needs root, and
@@ -73,7 +73,9 @@ def main() -> int:
     left = site.finish()
     if arguments["--log"]:
         happened = "".join(f"{fault}\n" for fault in faults.happened)
-        Path(arguments["--log"]).write_text(happened + site.log_text() + site.postfix.log.read_text())
+        Path(arguments["--log"]).write_text(
+            happened + site.log_text() + site.postfix.log.read_text() + site.users.log.read_text()
+        )
     verdict = Verdict(site, faults.happened, count, left)
     verdict.print_table(seconds)
     for violation in verdict.violations[:VIOLATIONS_SHOWN]:
