@@ -55,7 +55,8 @@ class Log:
 class Service:
     """Runs lmtpd's pool on a unix socket as systemd does: when a connection waits, and again after a crash.
 
-    ends: the exit statuses of its processes so far. restart: seconds until the start after a crash.
+    ends: the exit statuses of its processes so far. orphaned: the workers that it has killed because their parent had
+    been killed, and when. restart: seconds until the start after a crash.
     """
 
     def __init__(self, command: list[str], address: str, log: Log, restart: float) -> None:
@@ -69,7 +70,7 @@ class Service:
         self._stopping = threading.Event()
         self._keeps_orphans = False
         self.ends: list[int] = []
-        self.orphaned: list[int] = []  # workers that were killed because their parent had been
+        self.orphaned: dict[int, float] = {}
         self._thread = threading.Thread(target=self._supervise)
         self._thread.start()
 
@@ -84,7 +85,7 @@ class Service:
             if status < 0 and not self._keeps_orphans:
                 # KillMode=mixed
                 for worker in self.members():
-                    self.orphaned.append(worker)
+                    self.orphaned[worker] = time.time()
                     kill(worker)
             self._keeps_orphans = False
             must_start = status not in NO_RESTART

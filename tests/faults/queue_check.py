@@ -102,6 +102,7 @@ class Verdict:
         self._killed = {
             process: fault.begin for fault in happened if fault.kind in KILLS for process in fault.processes
         }
+        self._killed |= site.service.orphaned
         self._events = [(at, Event.of(line)) for at, line in site.journal_lines.lines]
         self._logged, self._seen = self._read_log()
         self._outcomes = list(outcomes(site.postfix.log))
@@ -191,7 +192,8 @@ class Verdict:
             self._violation("doubled for no reason", f"{what}: {earlier}, logged {logged}; {later}")
 
     def _kill_of(self, process: int) -> str:
-        return next(fault.kind for fault in self._happened if fault.kind in KILLS and process in fault.processes)
+        killed = [fault.kind for fault in self._happened if fault.kind in KILLS and process in fault.processes]
+        return killed[0] if killed else KILLED_PARENT
 
     def _lost_record(self, earlier: Copy, later: Copy) -> str:
         """The fault for which the database did not know of the earlier copy when the later one was stored."""

@@ -37,6 +37,8 @@ WRONG_OPTION, CHANGED_OPTION = "imapd.conf has an error", "imapd.conf changes"
 CHUNK = 16 << 20
 STEPS = 4  # in so many parts the letters of an outage, and of the time until the next one, come
 MOMENTS_FOR_AN_OUTAGE = 5  # about so many are in the time of both
+LOST_REPLIES = 6  # how often all clients are killed in the end
+TRANSPORT_RETRY = 1.2  # seconds after which Postfix uses its clients again when they have been killed
 CLIENT_PATIENCE = 0.5  # seconds to wait for a client that is busy
 DATABASE_PATIENCE = 5.0  # seconds to wait until lmtpd has made the database
 EFFECT_PATIENCE = 60.0  # seconds to wait until lmtpd's log tells of an outage
@@ -205,10 +207,7 @@ def has_message(client: int) -> bool:
 
 
 def kill_parent(site: QueueSite, _: random.Random) -> Sequence[int]:
-    before = len(site.service.orphaned)
-    parent = site.service.kill_parent(keeps_orphans=False)
-    time.sleep(0.1)
-    return [parent, *site.service.orphaned[before:]] if parent else []
+    return list(filter(None, [site.service.kill_parent(keeps_orphans=False)]))
 
 
 def kill_parent_only(site: QueueSite, _: random.Random) -> Sequence[int]:
@@ -258,8 +257,8 @@ class Faults:
         """Has each outage once in each round, and moments all the time, while the letters come."""
         self._letters = list(letters)
         kinds = [kind for _ in range(rounds) for kind in self._outages.sample(list(OUTAGES), len(OUTAGES))]
-        # The last fifth is for outages that last longer, because nothing has come of them yet.
-        self._share = max(len(letters) * 4 // 5 // len(kinds) // (2 * STEPS + MOMENTS_FOR_AN_OUTAGE), 1)
+        # The others are for outages that last longer, because nothing has come of them yet, and for the end.
+        self._share = max(len(letters) * 3 // 5 // len(kinds) // (2 * STEPS + MOMENTS_FOR_AN_OUTAGE), 1)
         thread = threading.Thread(target=self._have_moments)
         thread.start()
         try:
@@ -269,7 +268,18 @@ class Faults:
         finally:
             self._over.set()
             thread.join()
+        self._lose_replies()
         self._send(len(self._letters))
+
+    def _lose_replies(self) -> None:
+        """Kills clients while nothing else goes wrong: what has been stored for them comes again, and is not stored."""
+        self._have_database()
+        time.sleep(self._site.patience + self._site.backoff + 1)
+        share = max(len(self._letters) // LOST_REPLIES, 1)
+        for _ in range(LOST_REPLIES):
+            self._send(share)
+            self._have_moment(KILLED_CLIENTS)
+            time.sleep(TRANSPORT_RETRY)
 
     def _send(self, count: int) -> None:
         with self._sending:
@@ -325,7 +335,10 @@ class Faults:
                 if self._over.wait(self._moments.uniform(0.05, 0.5) * self._pace):
                     return
                 self._send(self._share)
-                time.sleep(self._moments.uniform(0, 0.2))
-                begin = time.time()
-                if hit := MOMENTS[kind][0](self._site, self._moments):
-                    self.happened.append(Fault(kind, begin, time.time(), hit))
+                self._have_moment(kind)
+
+    def _have_moment(self, kind: str) -> None:
+        time.sleep(self._moments.uniform(0, 0.2))
+        begin = time.time()
+        if hit := MOMENTS[kind][0](self._site, self._moments):
+            self.happened.append(Fault(kind, begin, time.time(), hit))
