@@ -54,6 +54,7 @@ EXPECTED = {
     "duplicate-database-unavailable": DATABASE_FAULTS,
     "record-not-locked": DATABASE_FAULTS,
     "delivery-failed": (FULL_DISK,),
+    "spooling-elsewhere": (FULL_DISK,),
     "spooling-failed": (FULL_DISK,),
     "not-delivered": (FULL_DISK,),
     "user-database-unavailable": (NO_DOVECOT, SILENT_DOVECOT, NO_USERS),
@@ -68,7 +69,7 @@ REPLIES = (
     ("Configuration error", (WRONG_OPTION,)),
     ("Shutting down", STOPS),
     ("lost connection", KILLS),
-    ("unknown mail transport error", (KILLED_CLIENTS,)),
+    ("mail transport unavailable", (KILLED_CLIENTS,)),
     ("Too many commands", (NO_DOVECOT, SILENT_DOVECOT, NO_USERS)),
     ("451 4.3.0", (NO_DOVECOT, SILENT_DOVECOT, NO_USERS)),
 )

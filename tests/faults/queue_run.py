@@ -66,7 +66,7 @@ def main() -> int:
     seed = int(arguments["--seed"] or random.SystemRandom().randrange(1 << 32))
     print(f"seed {seed}", flush=True)
     site = QueueSite(place, is_short)
-    faults = Faults(site, seed, 0.7 if is_short else 3)
+    faults = Faults(site, seed, 0.5 if is_short else 3)
     started = time.monotonic()
     deliver(site, faults, count, int(arguments["--rounds"]))
     seconds = time.monotonic() - started
