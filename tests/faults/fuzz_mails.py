@@ -208,6 +208,8 @@ def check_folding(value: str) -> None:
 def check_address(name: str, local: str, domain: str) -> None:
     """An address that can be written can be read again."""
     address = Address(local, domain)
+    if str(address) != str(address).strip():
+        return
     try:
         _, strict = lmtpd.strict_address(str(address))
     except ValueError:
