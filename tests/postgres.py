@@ -23,8 +23,13 @@ ACCOUNT = "nobody"
 SUPERUSER = "postgres"
 USER = "lmtpd"
 # Its programs look whether its account can reach them, so they are mounted where it can. In the namespaces, nothing is
-# left of the mount, nor of the shared memory of a server that was killed.
-PRIVATE = 'mount --bind "$1" "$2"; shift 2; exec setpriv --reuid="$0" --regid=nogroup --clear-groups "$@"'
+# left of the mount, nor of the shared memory of a server that was killed. The server ends with the process that has
+# started it, however that ends.
+PRIVATE = """\
+mount --bind "$1" "$2"
+shift 2
+exec setpriv --reuid="$0" --regid=nogroup --clear-groups --pdeathsig=INT "$@"
+"""
 SETTINGS = """\
 listen_addresses = '127.0.0.1'
 max_connections = 250
