@@ -133,6 +133,29 @@ def filtered(site: Site, script: str, *more: Site) -> None:
         host.configure(sieve_default=str(site.root / "script.sieve"))
 
 
+def send(client: Client, content: bytes, *recipients: str) -> list[str]:
+    """Delivers in a session; the codes of the replies to the final dot."""
+    return [reply[:9] for reply in client.deliver(content, *recipients)]
+
+
+@contextmanager
+def session(site: Site) -> Iterator[Client]:
+    """A session with a process of its own."""
+    client = site.connect()
+    client.hello()
+    yield client
+    client.leave()
+    site.child.wait(PATIENCE)
+
+
+def verify_suppression(site: Site) -> None:
+    """Fails unless the second of two messages is a duplicate, which are the first ones for jane."""
+    with session(site) as client:
+        for _ in range(2):
+            assert send(client, message(), "jane") == [STORED]
+    assert len(site.messages("jane")) == 1
+
+
 def folder(site: Site, user: str, name: str) -> Path:
     """A new folder of a user's."""
     path = site.spool / user / f".{name}"
@@ -207,8 +230,9 @@ def test_a_message_without_an_id_is_not_recorded(site: Host, database: Database)
 def test_ids_of_any_octets(site: Host, other: Host, database: Database, first: str, second: str) -> None:
     messages = [message(field=f"Message-ID: {text}") for text in (first, second)]
     for host in (site, other):
-        for content in messages:
-            assert deliver(host, content, "jane", "joe") == [STORED] * 2
+        with session(host) as client:
+            for content in messages:
+                assert send(client, content, "jane", "joe") == [STORED] * 2
     for user in ("jane", "joe"):
         assert len(site.messages(user)) == 2
     assert len(logged(other, "duplicate")) == 4
@@ -288,7 +312,7 @@ def test_old_records_go_by_themselves(site: Host, database: Database) -> None:
         client.deliver(message(number), "jane")
         counts.append(database.records())
     client.leave()
-    for number in range(300, 303):
+    for number in range(300, 302):
         deliver(site, message(number), "jane")
         counts.append(database.records())
     changes = [before - after for before, after in zip(counts, counts[1:])]
@@ -531,7 +555,7 @@ def test_a_host_that_is_killed_at_any_moment(
 def test_a_connection_that_breaks_at_any_moment(site: Host, database: Database, call: str) -> None:
     """Mail flows, and what comes once is stored once."""
     site.figures = {"SERVER_PATIENCE": 2, "DATABASE_PATIENCE": 2}
-    numbers = range(1, 13)
+    numbers = range(1, 10)
     for when in numbers:
         end_backoff(site)
         site.inject(call, f"error=ECONNRESET:when={when}")
@@ -564,13 +588,9 @@ def verify_flow(site: Site, *causes: str, seconds: float = 40) -> None:
     """Fails unless mail flows without suppression, one line of the log says why, and no message waits long."""
     started = time.monotonic()
     for number in range(2):
-        client = site.connect()
-        client.hello()
-        for _ in range(2):
-            replies = client.deliver(message(f"flow{number}"), "jane", "joe")
-            assert [reply[:9] for reply in replies] == [STORED] * 2
-        client.leave()
-        site.child.wait(PATIENCE)
+        with session(site) as client:
+            for _ in range(2):
+                assert send(client, message(f"flow{number}"), "jane", "joe") == [STORED] * 2
     assert time.monotonic() - started < seconds
     assert all(count == 2 for name, count in ids(site, "jane").items() if name.startswith(b"<flow"))
     lines = logged(site, UNAVAILABLE)
@@ -590,8 +610,9 @@ def verify_recovery(site: Site) -> None:
 
     def is_suppressed() -> bool:
         before, number = len(logged(site, "duplicate")), next(numbers)
-        for _ in range(2):
-            assert deliver(site, message(number), "jane") == [STORED]
+        with session(site) as client:
+            for _ in range(2):
+                assert send(client, message(number), "jane") == [STORED]
         return len(logged(site, "duplicate")) > before
 
     wait_for(is_suppressed, "duplicates to be suppressed again", site.log)
@@ -772,9 +793,7 @@ def test_a_python_without_psycopg(site: Host, monkeypatch: pytest.MonkeyPatch) -
 def test_the_names_are_tried_one_after_the_other(site: Host, database: Database) -> None:
     port = site.options["sql_hostnames"].rpartition(":")[2]
     site.configure(sql_hostnames=f"/nonexistent, 127.0.0.1:1,127.0.0.1:{port}")
-    for _ in range(2):
-        assert deliver(site, message(), "jane") == [STORED]
-    assert len(site.messages("jane")) == 1
+    verify_suppression(site)
     assert UNAVAILABLE not in site.log_text()
 
 
@@ -786,9 +805,7 @@ def test_a_unix_socket(server: Postgres, site: Host, account: str) -> None:
         site.configure(**{**database.options, "sql_hostnames": place})
         if account == STORE_USER:
             site.configure(sql_passwd=None)
-        for _ in range(2):
-            assert deliver(site, message(), "jane") == [STORED]
-        assert len(site.messages("jane")) == 1
+        verify_suppression(site)
         assert database.records() == 1
 
 
@@ -806,9 +823,7 @@ def test_the_environment_does_not_change_what_is_configured(
         "PGTARGETSESSIONATTRS": "standby",
     }.items():
         monkeypatch.setenv(name, value)
-    for _ in range(2):
-        assert deliver(site, message(), "jane") == [STORED]
-    assert len(site.messages("jane")) == 1
+    verify_suppression(site)
     assert UNAVAILABLE not in site.log_text()
 
 
@@ -888,18 +903,18 @@ def at_once(hosts: tuple[Host, ...], messages: list[bytes], *recipients: str) ->
 
 def test_a_sender_gets_one_answer_of_two_hosts(site: Host, other: Host, sink: Sink) -> None:
     filtered(site, 'require "vacation"; vacation "I am away.";', other)
-    replies = at_once((site, other) * 4, [letter(number) for number in range(8)], "jane@example.com")
-    assert replies == [STORED] * 8
-    assert len(site.messages("jane")) == 8
+    replies = at_once((site, other) * 2, [letter(number) for number in range(4)], "jane@example.com")
+    assert replies == [STORED] * 4
+    assert len(site.messages("jane")) == 4
     assert len(sink.mails) == 1
-    assert len(logged(site, "no-answer")) + len(logged(other, "no-answer")) == 7
+    assert len(logged(site, "no-answer")) + len(logged(other, "no-answer")) == 3
 
 
 def test_a_redirect_is_followed_once_by_two_hosts(site: Host, other: Host, sink: Sink) -> None:
     filtered(site, 'redirect "other@example.net";', other)
-    assert at_once((site, other) * 4, [letter(1)] * 8, "jane@example.com") == [STORED] * 8
+    assert at_once((site, other) * 2, [letter(1)] * 4, "jane@example.com") == [STORED] * 4
     assert len(sink.mails) == 1
-    assert len(logged(site, "mail-sent-before")) + len(logged(other, "mail-sent-before")) == 7
+    assert len(logged(site, "mail-sent-before")) + len(logged(other, "mail-sent-before")) == 3
 
 
 def test_a_mail_is_sent_again_if_the_host_that_sent_it_was_killed_before(
@@ -975,10 +990,13 @@ def test_what_scripts_remember_may_have_any_octets(
     site: Host, other: Host, database: Database, first: str, second: str
 ) -> None:
     folder(site, "jane", "again")
-    for number, text in enumerate((first, second, first, second)):
-        requires = '["duplicate", "encoded-character", "fileinto"]'
-        filtered(site, f'require {requires}; if duplicate :uniqueid "{text}" {{ fileinto "again"; }}', other)
-        assert deliver((site, other)[number % 2], message(number), "jane") == [STORED]
+    filtered(site, "keep;", other)
+    with session(site) as one, session(other) as two:
+        for number, (client, text) in enumerate(((one, first), (two, second), (two, first), (one, second))):
+            requires = '["duplicate", "encoded-character", "fileinto"]'
+            script = f'require {requires}; if duplicate :uniqueid "{text}" {{ fileinto "again"; }}'
+            (site.root / "script.sieve").write_text(script)
+            assert send(client, message(number), "jane") == [STORED]
     assert len(site.messages("jane")) == len(site.messages("jane", ".again")) == 2
     assert database.records("script_records") == 2
     assert UNAVAILABLE not in site.log_text() + other.log_text()
@@ -1103,14 +1121,12 @@ def test_another_engine_is_a_configuration_error(site: Host, engine: str) -> Non
 @pytest.mark.parametrize("kind", ["twoskip", "skiplist", "berkeley-nosync", "sqlite"])
 def test_the_other_kinds_of_cyrus_are_the_file(site: Host, database: Database, kind: str) -> None:
     site.configure(duplicate_db=kind)
-    for _ in range(2):
-        assert deliver(site, message(), "jane") == [STORED]
-    assert len(site.messages("jane")) == 1
+    verify_suppression(site)
     assert (site.configdirectory / "deliver.db").exists()
     assert database.column("SELECT tablename FROM pg_tables WHERE schemaname = 'public'") == []
 
 
-@pytest.mark.parametrize("names", ["127.0.0.1:port", "127.0.0.1:99999", "127.0.0.1:0", ":5432", ",", "a b"])
+@pytest.mark.parametrize("names", ["127.0.0.1:port", "127.0.0.1:99999", ":5432", ",", "a b"])
 def test_names_that_are_none(site: Host, names: str) -> None:
     site.configure(sql_hostnames=names)
     said = asked(site, "--check")
@@ -1124,9 +1140,7 @@ def test_a_password_of_any_characters(site: Host, database: Database, value: str
     database.execute(f"ALTER ROLE {USER} PASSWORD '{quoted}'")
     try:
         site.configure(sql_passwd=value)
-        for _ in range(2):
-            assert deliver(site, message(), "jane") == [STORED]
-        assert len(site.messages("jane")) == 1
+        verify_suppression(site)
     finally:
         database.execute(f"ALTER ROLE {USER} PASSWORD '{PASSWORD}'")
 
