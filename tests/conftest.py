@@ -26,6 +26,7 @@ LONGEST = (
     "users",
     "faults",
     "shared_store",
+    "sql",
     "systemd",
     "dovecot24",
     "site",

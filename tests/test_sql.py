@@ -761,6 +761,18 @@ def test_tables_of_another_program(site: Host, database: Database) -> None:
     verify_flow(site, "deliveries")
 
 
+def test_tables_that_were_removed_are_made_again(site: Host, database: Database) -> None:
+    site.figures = {"BACKOFF": 1}
+    with session(site) as client:
+        assert send(client, message(0), "jane") == [STORED]
+        database.execute("DROP TABLE deliveries, script_records")
+        for number in (1, 2):
+            assert send(client, message(number), "jane") == [STORED]
+    assert len(site.messages("jane")) == 3
+    assert len(logged(site, UNAVAILABLE)) <= 1
+    verify_recovery(site)
+
+
 def test_too_many_connections(site: Host, database: Database) -> None:
     database.execute(f"ALTER ROLE {USER} CONNECTION LIMIT 0")
     try:
