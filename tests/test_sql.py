@@ -761,6 +761,28 @@ def test_tables_of_another_program(site: Host, database: Database) -> None:
     verify_flow(site, "deliveries")
 
 
+@pytest.mark.parametrize(
+    "setting", ["bytea_output = 'escape'", "datestyle = 'German'", "standard_conforming_strings = off"]
+)
+def test_settings_of_a_database_do_not_matter(site: Host, database: Database, setting: str) -> None:
+    database.execute(f"ALTER DATABASE {database.name} SET {setting}")
+    verify_suppression(site)
+    assert UNAVAILABLE not in site.log_text()
+
+
+def test_records_that_the_database_does_not_take_lose_no_mail(site: Host, database: Database) -> None:
+    """A message is a duplicate only if there is a record of it."""
+    deliver(site, message(0), "joe")
+    database.execute(
+        "CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';"
+        "CREATE TRIGGER nothing BEFORE INSERT ON deliveries FOR EACH ROW EXECUTE FUNCTION nothing()"
+    )
+    with session(site) as client:
+        for _ in range(2):
+            assert send(client, message(1), "jane") == [STORED]
+    assert len(site.messages("jane")) == 2
+
+
 def test_tables_that_were_removed_are_made_again(site: Host, database: Database) -> None:
     site.figures = {"BACKOFF": 1}
     with session(site) as client:
