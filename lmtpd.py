@@ -930,7 +930,7 @@ class Log:
         error = sys.exc_info()[1]
         try:
             import traceback
-        except (ImportError, OSError):  # no descriptor is left, or the user may not read Python's files
+        except (ImportError, OSError, MemoryError):  # no descriptor is left, or the user may not read Python's files
             self._line(LOG_ERR, "traceback", {"line": repr(error)})
             return
         for line in traceback.format_exc().splitlines():
