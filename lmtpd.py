@@ -2354,7 +2354,8 @@ NAMES_MADE = itertools.count(1)
 RANDOM_NUMBERS: dict[int, str] = {}  # by process id, for a worker does not go on with that of its parent
 HOST = socket.gethostname().replace("/", "\\057").replace(":", "\\072")  # escaped as in maildir(5)
 WRITEBACK_SIZE = 1 << 20  # octets after which the disk starts to write
-FILE_TRIES = 3  # times that a file is opened which is replaced meanwhile
+FILE_TRIES = 4  # times that a file is opened which is replaced meanwhile
+STALE_PAUSE = 0.5  # seconds; for one second some file systems of several hosts remember what a name led to
 SYNC_IMPOSSIBLE = (errno.EINVAL, errno.EOPNOTSUPP)  # errors of a file system that cannot sync a directory
 FS_IOC_FIEMAP = 0xC020660B
 # struct fiemap: all of the file, FIEMAP_FLAG_SYNC, and no room for extents, so that they are only counted.
@@ -2752,6 +2753,8 @@ def unless_replaced(use: Callable[[], T], errors: Sequence[int]) -> T:
         except OSError as error:
             if error.errno not in errors:
                 raise
+            if error.errno == errno.ESTALE:
+                time.sleep(STALE_PAUSE)
     return use()
 
 
@@ -4819,7 +4822,7 @@ class QuotaFile:
 
         One octet is overwritten in place: that takes no space on a full disk.
         """
-        fd = self._directory.open_file(INBOX, QUOTA_FILE, os.O_RDWR)
+        fd = unless_replaced(lambda: self._directory.open_file(INBOX, QUOTA_FILE, os.O_RDWR), [errno.ESTALE])
         try:
             usage = os.read(fd, QUOTA_FILE_LIMIT).find(LF) + 1  # after the line with the limits
             if usage:

@@ -24,7 +24,7 @@ import lmtpd
 TABLES = ("deliveries", "script_records")
 BROKEN = ""  # the reply of a server that has closed the connection
 # Seconds: each delivery tries again what has failed in the one before, and does not wait for a process that was killed.
-FIGURES = {"BACKOFF": 0.001, "EMPTY_LOCK_STALE": 0.3, "LOCK_STALE": 0.3}
+FIGURES = {"BACKOFF": 0.001, "STALE_PAUSE": 0.001, "EMPTY_LOCK_STALE": 0.3, "LOCK_STALE": 0.3}
 
 
 class TrialSite(Site):
