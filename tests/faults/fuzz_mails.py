@@ -268,7 +268,7 @@ def described(message: Message) -> list[tuple[object, ...]]:
         assert 0 <= part.start <= part.end <= message.size
         assert not part.parent or part.parent.start <= part.start
         content = part.content(LIMIT)
-        assert part.content(10) == content[:10]
+        assert content[:10].startswith(part.content(10))  # less if many octets before say nothing
         text = part.text(LIMIT)
         assert len(text) <= max(len(content), 1) * 2, (content, text)
         found.append(
