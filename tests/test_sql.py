@@ -783,6 +783,16 @@ def test_records_that_the_database_does_not_take_lose_no_mail(site: Host, databa
     assert len(site.messages("jane")) == 2
 
 
+@pytest.mark.parametrize("mode", ["SHARE", "ACCESS EXCLUSIVE"])
+def test_a_table_that_an_administrator_has_locked_stops_no_mail(site: Host, database: Database, mode: str) -> None:
+    """CREATE INDEX takes the first of these locks, VACUUM FULL the second."""
+    deliver(site, message(0), "jane")
+    with database.server.connected(database.name) as connection:
+        connection.execute("BEGIN")
+        connection.execute(f"LOCK TABLE deliveries IN {mode} MODE".encode())
+        verify_flow(site, "lock")
+
+
 def test_tables_that_were_removed_are_made_again(site: Host, database: Database) -> None:
     site.figures = {"BACKOFF": 1}
     with session(site) as client:
