@@ -3947,9 +3947,10 @@ def display_name(words: list[tuple[str, str]] | None) -> str:
 
 def folded_field(name: str, value: str) -> bytes:
     """A field with that name and value, folded (RFC 5322 section 2.2.3), encoded where it has to be (RFC 2047)."""
-    lines, line = [], f"{name}:"
+    lines: list[str] = []
+    line = f"{name}:"
     for word in encoded_if_needed(value).split(" "):
-        if len(line) + len(word) >= FIELD_LINE and line.strip() and not line.endswith(":"):
+        if len(line) + len(word) >= FIELD_LINE and line.strip() and (lines or line != f"{name}:"):
             lines.append(line)
             line = ""
         line += f" {word}"
@@ -4336,7 +4337,7 @@ class Structure:
         if not self._delimiters:
             self._finish()
             return None
-        if not self._window:
+        if not self._window or self.position > self._window_start + len(self._window):  # a header may go on after it
             self._window, self._window_start = self.message.read(self.position, WINDOW), self.position
         window, offset = self._window, self._window_start
         at_end = len(window) < WINDOW or offset + len(window) >= self.message.size
@@ -4356,7 +4357,7 @@ class Structure:
         if at_end or self._lookalikes_left < 0:
             self._finish()
         else:
-            self._move_to(offset + len(window) - len(self._needle) + 1)
+            self._move_to(max(self.position, offset + len(window) - len(self._needle) + 1))
         return None
 
     def _move_to(self, offset: int) -> None:
@@ -4417,7 +4418,8 @@ def decode_quoted_printable(octets: bytes, is_end: bool) -> tuple[bytes, bytes]:
     octets, rest = octets[:size], octets[size:]
     if b" \n" in octets or b"\t\n" in octets or b" \r\n" in octets or b"\t\r\n" in octets:
         *lines, last = octets.split(LF)
-        octets = LF.join([*map(bytes.rstrip, lines), last])
+        lines = [line.rstrip(b" \t") if line[-1:] != b"\r" else line[:-1].rstrip(b" \t") + b"\r" for line in lines]
+        octets = LF.join([*lines, last])
     return a2b_qp(octets), rest
 
 
@@ -6434,12 +6436,14 @@ HAS_RECORD = "SELECT 1 FROM script_records WHERE key = $1 AND until BETWEEN now(
 WRITE = "INSERT INTO script_records (key, until) VALUES ('', now()) ON CONFLICT (key) DO UPDATE SET until = now()", ()
 SESSION_SETTINGS = {  # of the server; libpq takes a space after a backslash
     "default_transaction_isolation": r"read\ committed",
+    "bytea_output": "hex",
     "synchronous_commit": "off",  # if the server crashes, a lost record means a second copy, not a lost message
     "lock_timeout": "5s",  # how long a claim waits for that of another process
     # Whether a client is there whose host does not end its connection, for instance because it has crashed.
     "tcp_keepalives_idle": "20",
     "tcp_keepalives_interval": "10",
     "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "50s",
 }
 SERVER_PATIENCE = 10.0  # seconds to wait for the server's answer: more than lock_timeout
 EXPIRED_INTERVAL = 100  # new records after which the expired ones are deleted
@@ -6629,14 +6633,16 @@ class ServerRecords(Records):
             return
         try:
             try:
-                claimed = self._run(BEGIN, self._insertion(claim, wanted))
+                claimed = self._run(BEGIN, insertion_of(claim, wanted, self._expiry))
             except RecordLocked:
                 claimed = self._claim_each(claim, wanted)
+            others = [key for key in wanted if key not in claimed and wanted[key] not in claim.busy]
+            claim.delivered = {wanted[key] for key in self._recorded(others)}
         except Unavailable as error:
+            claim.busy.clear()
             self._fail(error)
             return
         self._is_claiming = True
-        claim.delivered = {wanted[key] for key in wanted.keys() - set(claimed)} - claim.busy
 
     def settle(self, claim: Claim, mailboxes: Sequence[str]) -> None:
         """See Records.settle()."""
@@ -6653,7 +6659,7 @@ class ServerRecords(Records):
             except Unavailable:
                 self._close()
         if stored:  # the server has lost the claim, or could not be asked for one
-            self._try(self._insertion(claim, stored))
+            self._try(insertion_of(claim, stored, self._expiry))
 
     def has(self, mailbox: str, record: str) -> bool:
         """See Records.has()."""
@@ -6711,24 +6717,20 @@ class ServerRecords(Records):
             raise Unavailable(str(error)) from None
         for key, mailbox in sorted(wanted.items()):
             try:
-                claimed += connection.run(SAVEPOINT, self._insertion(claim, {key: mailbox}))
+                claimed += connection.run(SAVEPOINT, insertion_of(claim, {key: mailbox}, self._expiry))
             except RecordLocked:
                 connection.run(ROLLBACK_TO_SAVEPOINT)
                 claim.busy.add(mailbox)
         return claimed
 
-    def _insertion(self, claim: Claim, wanted: dict[str, str]) -> Statement:
-        """What adds records of deliveries, given by their keys, and returns the keys of those that were not there."""
-        places = [f"(${n}, $1, $2, ${n + 1})" for n in every(2, wanted, 3)]
-        # A time in the future was written while the clock was wrong.
-        statement = (
-            f"INSERT INTO deliveries (key, message_id, date, mailbox) VALUES {', '.join(places)} "
-            "ON CONFLICT (key) DO UPDATE SET at = now() WHERE deliveries.at "
-            f"NOT BETWEEN now() - interval '{self._expiry} seconds' AND now() + interval '1 day' RETURNING key"
-        )
-        # All processes add records in the same order, so that no two wait for each other.
-        values = [value for key in sorted(wanted) for value in (key, wanted[key])]
-        return statement, (claim.message_id, claim.date, *values)
+    def _recorded(self, keys: Sequence[str]) -> Sequence[str]:
+        """The keys, which all have records. Raises Unavailable if one has none: a database may be set up so."""
+        if not keys:
+            return ()
+        question = f"SELECT key FROM deliveries WHERE key IN ({parameters(len(keys))})"
+        if not self._connection or set(self._connection.run((question, keys))) != set(keys):
+            raise Unavailable("the database does not keep records")
+        return keys
 
     def _deletion(self, new: int) -> list[Statement]:
         """What deletes expired records of deliveries, now and then. new: how many records are added."""
@@ -6763,7 +6765,8 @@ class ServerRecords(Records):
         return self._open().run(*statements)
 
     def _fail(self, error: Unavailable) -> None:
-        self._give_up(error)
+        if not self._backoff.is_active():  # else another process has logged it
+            self._give_up(error)
         self._close()
 
     def _open(self) -> ServerConnection:
@@ -6821,6 +6824,23 @@ def parameters(count: int) -> str:
 def every(step: int, rows: Sized, first: int = 1) -> range:
     """The numbers of the first parameter of each row, if a row has so many."""
     return range(first, first + step * len(rows), step)
+
+
+def insertion_of(claim: Claim, wanted: dict[str, str], expiry: int) -> Statement:
+    """What adds records of deliveries, given by their keys, and returns the keys of those that were not there.
+
+    expiry: seconds after which a record is as good as none.
+    """
+    places = [f"(${n}, $1, $2, ${n + 1})" for n in every(2, wanted, 3)]
+    # A time in the future was written while the clock was wrong.
+    statement = (
+        f"INSERT INTO deliveries (key, message_id, date, mailbox) VALUES {', '.join(places)} "
+        "ON CONFLICT (key) DO UPDATE SET at = now() WHERE deliveries.at "
+        f"NOT BETWEEN now() - interval '{expiry} seconds' AND now() + interval '1 day' RETURNING key"
+    )
+    # All processes add records in the same order, so that no two wait for each other.
+    values = [value for key in sorted(wanted) for value in (key, wanted[key])]
+    return statement, (claim.message_id, claim.date, *values)
 
 
 def deletion_of(table: str, column: str, age: int, limit: int) -> Statement:
