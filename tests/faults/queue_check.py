@@ -36,7 +36,6 @@ from sieve import Event
 NUMBER = re.compile(rb"^Message-ID: <(\d+)@queue\.example>$", re.MULTILINE)
 NAME = re.compile(r"(\d+)\.M(\d+)P(\d+)[^,:]*,S=(\d+),W=(\d+)(?::2,[A-Za-z]*)?")
 DRAFT = re.compile(r"\d+\.M\d+P(\d+)")
-SESSION = re.compile(r"lmtpd-(\d+)-")
 QUEUED = re.compile(r"/cleanup\[\d+\]: (\w+): message-id=<(\d+)@queue\.example>")
 # Not those that were kept back until all were in the queue.
 RESULT = re.compile(
@@ -73,7 +72,7 @@ REPLIES = (
     ("Too many commands", (NO_DOVECOT, SILENT_DOVECOT, NO_USERS)),
     ("451 4.3.0", (NO_DOVECOT, SILENT_DOVECOT, NO_USERS)),
 )
-BY_KILL, BY_DATABASE, BY_REMOVED_DATABASE, BY_BOTH_AT_ONCE = "kill", "database", "removed", "at once"
+BY_KILL, BY_DATABASE = "kill", "database"
 
 
 class Copy(NamedTuple):
@@ -105,7 +104,8 @@ class Verdict:
         }
         self._killed |= site.service.orphaned
         self._events = [(at, Event.of(line)) for at, line in site.journal_lines.lines]
-        self._logged, self._seen = self._read_log()
+        # When each file was logged.
+        self._logged = {event.fields["file"]: at for at, event in self._events if event.name == "delivered"}
         self._outcomes = list(outcomes(site.postfix.log))
         self.lost: collections.Counter[str] = collections.Counter()
         self.doubled: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -117,17 +117,6 @@ class Verdict:
 
     def _violation(self, kind: str, what: object) -> None:
         self.violations.append(f"{kind}: {what}")
-
-    def _read_log(self) -> tuple[dict[str, float], dict[int, float]]:
-        """When each file was logged as delivered, and when each process was heard of first."""
-        logged: dict[str, float] = {}
-        seen: dict[int, float] = {}
-        for at, event in self._events:
-            if session := SESSION.match(event.fields.get("session", "")):
-                seen.setdefault(int(session[1]), at)
-            if event.name == "delivered":
-                logged[event.fields["file"]] = at
-        return logged, seen
 
     def _look(self) -> dict[tuple[int, str], list[Copy]]:
         """The copies of each message in each folder. What is not whole, or where it does not belong, is a violation."""
@@ -182,11 +171,6 @@ class Verdict:
             cause = self._kill_of(earlier.process)
         elif cause := self._lost_record(earlier, later):
             reason = BY_DATABASE
-        elif cause := self._removed_while_open(earlier, later):
-            reason = BY_REMOVED_DATABASE
-        elif logged is not None and later.at < logged + SLACK:
-            reason = BY_BOTH_AT_ONCE
-            cause = self._latest(later.at, (*KILLS, KILLED_CLIENTS))
         if reason:
             self.doubled[cause, reason] += 1
         else:
@@ -210,15 +194,6 @@ class Verdict:
                 at - wait <= copy.at <= at + pause for copy in (earlier, later)
             ):
                 return self._latest(at, DATABASE_FAULTS)
-        return ""
-
-    def _removed_while_open(self, earlier: Copy, later: Copy) -> str:
-        """The fault that has removed a database which the worker of one of the copies had opened."""
-        for fault in self._happened:
-            if fault.kind in RECORDS_LOST:
-                for copy in (earlier, later):
-                    if self._seen.get(copy.process, copy.at) - SLACK <= fault.end and fault.begin <= copy.at:
-                        return fault.kind
         return ""
 
     def _latest(self, at: float, kinds: Sequence[str]) -> str:
@@ -291,8 +266,7 @@ class Verdict:
         print(f"""
 messages {self._count}, copies {copies}, seconds {seconds:.0f}
 lost {kinds["lost"]}, partial {kinds["partial"]}, bounced {kinds["bounced"]}, other violations {self._others(kinds)}
-doubled by a kill before the record {reasons[BY_KILL]}, by two workers at once {reasons[BY_BOTH_AT_ONCE]}
-doubled without the database {reasons[BY_DATABASE]}, with a removed database {reasons[BY_REMOVED_DATABASE]}
+doubled by a kill before the record {reasons[BY_KILL]}, without the database {reasons[BY_DATABASE]}
 doubled for no reason {kinds["doubled for no reason"]}, not stored again {found}""")
 
     @staticmethod

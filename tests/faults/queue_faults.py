@@ -37,7 +37,7 @@ WRONG_OPTION, CHANGED_OPTION = "imapd.conf has an error", "imapd.conf changes"
 CHUNK = 16 << 20
 STEPS = 4  # in so many parts the letters of an outage, and of the time until the next one, come
 MOMENTS_FOR_AN_OUTAGE = 5  # about so many are in the time of both
-LOST_REPLIES = 5  # how often all clients are killed in the end
+LOST_REPLIES, MOST_LOST_REPLIES = 4, 12  # how often all clients are killed in the end: until a message comes again
 TRANSPORT_RETRY = 1.2  # seconds after which Postfix uses its clients again when they have been killed
 CLIENT_PATIENCE = 0.5  # seconds to wait for a client that is busy
 DATABASE_PATIENCE = 5.0  # seconds to wait until lmtpd has made the database
@@ -275,10 +275,21 @@ class Faults:
         """Kills clients while nothing else goes wrong: what has been stored for them comes again, and is not stored."""
         self._have_database()
         time.sleep(self._site.patience + self._site.backoff + 1)
-        share = max(len(self._letters) // LOST_REPLIES, 1)
-        for _ in range(LOST_REPLIES):
-            self._send(share)
+        lines = self._site.journal_lines.lines
+        begin = len(lines)
+        share = max(len(self._letters) // MOST_LOST_REPLIES, 1)
+        for number in range(MOST_LOST_REPLIES):
+            if number >= LOST_REPLIES and self._has_logged("duplicate", begin):
+                break
+            before = len(lines)
+            sending = threading.Thread(target=self._send, args=(share,))
+            sending.start()
+            # The first has been stored, so the others are on their way.
+            end = time.monotonic() + TRANSPORT_RETRY
+            while not self._has_logged("delivered", before) and time.monotonic() < end:
+                time.sleep(0.001)
             self._have_moment(KILLED_CLIENTS)
+            sending.join()
             time.sleep(TRANSPORT_RETRY)
 
     def _send(self, count: int) -> None:
@@ -335,10 +346,10 @@ class Faults:
                 if self._over.wait(self._moments.uniform(0.05, 0.5) * self._pace):
                     return
                 self._send(self._share)
+                time.sleep(self._moments.uniform(0, 0.2))
                 self._have_moment(kind)
 
     def _have_moment(self, kind: str) -> None:
-        time.sleep(self._moments.uniform(0, 0.2))
         begin = time.time()
         if hit := MOMENTS[kind][0](self._site, self._moments):
             self.happened.append(Fault(kind, begin, time.time(), hit))
