@@ -71,7 +71,7 @@ class Service:
         self._keeps_orphans = False
         self.ends: list[int] = []
         self.orphaned: dict[int, float] = {}
-        self._thread = threading.Thread(target=self._supervise)
+        self._thread = threading.Thread(target=self._supervise, daemon=True)
         self._thread.start()
 
     def _supervise(self) -> None:

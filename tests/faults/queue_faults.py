@@ -321,6 +321,7 @@ class Faults:
 
     def _have_database(self) -> None:
         """Returns when the database is there and whole; an administrator removes one that is damaged."""
+        last = time.monotonic() + EFFECT_PATIENCE
         end = time.monotonic() + DATABASE_PATIENCE
         while True:
             try:
@@ -336,6 +337,8 @@ class Faults:
                 self._site.remove_database()
                 self.happened.append(Fault(REMOVED, time.time(), time.time()))
                 end = time.monotonic() + DATABASE_PATIENCE
+            if time.monotonic() > last:
+                raise RuntimeError("lmtpd makes no database: are there too few messages?")
             self._send(1)
             time.sleep(0.1)
 
