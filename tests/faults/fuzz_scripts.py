@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from unittest import mock
 
-from fuzz_target import Target
+from fuzz_target import Target, forget_records
 from harness import Site
 from sieve import Outcome, Sieve, octets_of, script_text
 from sink import Mail, Sink
@@ -124,13 +124,10 @@ class Scripts(Target):
 
     def _reset(self, sieve: Sieve) -> None:
         sieve.clear()
-        made = [path for path in sieve.site.configdirectory.iterdir() if path.name.startswith(("deliver.db", "smtp"))]
-        for path in made:
-            path.unlink()
+        forget_records(sieve.site.configdirectory / "deliver.db")
+        (sieve.site.configdirectory / "smtp.backoff").unlink(missing_ok=True)
         for path in (sieve.folder / "active.sieve.log", sieve.folder / "one.sieve.log"):
             path.unlink(missing_ok=True)
-        if made:
-            sieve.agent = lmtpd.DeliveryAgent(sieve.config)
 
     def close(self) -> None:
         self._stack.close()

@@ -27,7 +27,7 @@ from unittest import mock
 
 from argon2 import PasswordHasher
 from authority import Authority
-from fuzz_target import Target
+from fuzz_target import Target, forget_records
 from harness import Site, config_of, wait_for
 from scramp import ScramClient, ScramMechanism
 from test_fuzz import BEGIN, CORPUS, DICTIONARY, Model
@@ -227,11 +227,8 @@ class Scene:
         self._stop = lmtpd.Stop(lmtpd.ShutdownFile(f"{root}/shutdown"))
         self._stop.wakeup.open()
         self._tls = lmtpd.load_tls_context(self._config)
-        self._handler = self._new_handler()
+        self._handler = lmtpd.ConnectionHandler(self._config, self._arguments, "lmtp", self._tls, (), self._stop)
         self.before = self.tree()
-
-    def _new_handler(self) -> lmtpd.ConnectionHandler:
-        return lmtpd.ConnectionHandler(self._config, self._arguments, "lmtp", self._tls, (), self._stop)
 
     def tree(self) -> set[str]:
         return {os.path.join(folder, name) for folder, _, files in os.walk(self.root) for name in ("", *files)}
@@ -333,14 +330,14 @@ class Scene:
             assert any(is_whole(octets, message, self._kind.header_changes) for message in candidates), (octets, stored)
 
     def _clear(self) -> None:
-        made = self.tree() - self.before
+        made = {path for path in self.tree() - self.before if not is_of_database(Path(path))}
         for path in made:
             if not path.endswith("/"):
                 os.unlink(path)
         for path in made:
             shutil.rmtree(path, ignore_errors=True)
         if self._kind.has_script:
-            self._handler = self._new_handler()  # the records of this session are gone
+            forget_records(self.root / "lib/deliver.db")
 
 
 def is_whole(octets: bytes, message: bytes, header_changes: bool) -> bool:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import random
 import re
+import sqlite3
 from binascii import a2b_base64, b2a_base64
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 
 BASE64 = re.compile(rb"(?:[A-Za-z0-9+/]{4}){2,}(?:[A-Za-z0-9+/]{2,3}={0,2})?(?=\s)")
 
@@ -41,6 +44,17 @@ class Target:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def forget_records(database: Path) -> None:
+    """Removes all records from an SQLite database, so that one run does not depend on those before."""
+    if not database.exists():
+        return
+    with closing(sqlite3.connect(database)) as connection:
+        tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        for (table,) in tables:
+            connection.execute(f'DELETE FROM "{table}"')
+        connection.commit()
 
 
 class Mutator:
