@@ -580,7 +580,10 @@ def text_of_tree(number: Iterator[int], tree: Tree) -> bytes:
 LEAVES: st.SearchStrategy[Tree] = st.tuples(
     st.sampled_from(["7bit", "base64", "quoted-printable", "8bit", "x-unknown"]),
     st.just([]),
-    st.lists(st.sampled_from([b"a", b"=41", b"\n", b"--", b"-", b"b1", b"YQ==", b" ", b"=\n", b": "])).map(b"".join),
+    # Without a delimiter: after another one, Python does not take it for the beginning of a part.
+    st.lists(st.sampled_from([b"a", b"=41", b"\n", b"--", b"-", b"b1", b"YQ==", b" ", b"=\n", b": "]))
+    .map(b"".join)
+    .filter(lambda content: b"--b1" not in content),
 )
 TREES = st.recursive(
     LEAVES,
