@@ -26,7 +26,6 @@ from __future__ import annotations
 import collections
 import os
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -36,11 +35,10 @@ from docopt import docopt
 sys.path.append(str(Path(__file__).parent.parent))
 
 from attempts import Result, attempt
-from block import mount
 from file_systems import mounted
 from injection import Call, Fault
 from kinds import KINDS
-from power_loss import INSIDE, confine
+from power_loss import INSIDE, confine, enter
 from trials import Trials
 
 FILE_SYSTEMS = ("tmpfs", "ext4")
@@ -124,9 +122,7 @@ def main() -> int:
     arguments = docopt(__doc__)
     if INSIDE not in os.environ:
         return confine()
-    folder = Path(os.environ[INSIDE])
-    mount("none", folder, "tmpfs", "mode=755,size=80%")
-    tempfile.tempdir = str(folder)
+    folder = enter()
     module = Path(arguments["--lmtpd"]).resolve() if arguments["--lmtpd"] else None
     kinds = [arguments["--kind"]] if arguments["--kind"] else list(KINDS)
     deliveries = [Delivery(kind, each, module) for each in arguments["FILE-SYSTEM"] or FILE_SYSTEMS for kind in kinds]

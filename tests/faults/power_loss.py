@@ -62,6 +62,14 @@ def confine() -> int:
         return subprocess.run(command, env={**os.environ, INSIDE: folder}, check=False).returncode
 
 
+def enter() -> Path:
+    """The folder for all that the program makes there: an empty tmpfs."""
+    folder = Path(os.environ[INSIDE])
+    mount("none", folder, "tmpfs", "mode=755,size=80%")
+    tempfile.tempdir = str(folder)
+    return folder
+
+
 class Examination:
     """Looks at states, several at a time."""
 
@@ -136,9 +144,7 @@ def main() -> int:
     arguments = docopt(__doc__)
     if INSIDE not in os.environ:
         return confine()
-    folder = Path(os.environ[INSIDE])
-    mount("none", folder, "tmpfs", "mode=755,size=80%")
-    tempfile.tempdir = str(folder)
+    folder = enter()
     columns = ("states", "messages", *FAULTS)
     print("| file system | state |", " | ".join(columns), "|")
     print("|---|---|" + "--:|" * len(columns))

@@ -22,7 +22,6 @@ from __future__ import annotations
 import os
 import random
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -30,8 +29,7 @@ from docopt import docopt
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from block import mount
-from power_loss import INSIDE, confine
+from power_loss import INSIDE, confine, enter
 from queue_check import Verdict
 from queue_faults import Faults
 from queue_site import QueueSite, letter
@@ -57,9 +55,7 @@ def main() -> int:
     arguments = docopt(__doc__)
     if INSIDE not in os.environ:
         return confine()
-    folder = Path(os.environ[INSIDE])
-    mount("none", folder, "tmpfs", "mode=755,size=80%")
-    tempfile.tempdir = str(folder)
+    folder = enter()
     place = folder / "disk"
     place.mkdir()
     count, is_short = int(arguments["--messages"]), arguments["--short"]
