@@ -405,7 +405,7 @@ FACILITIES = {  # syslog(3)
 PROTECTED_FIELDS = "auto-submitted delivered-to received return-path"
 SCORE_TYPES = ("score", "strlen", "text")
 CA_CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
-DUPLICATE_DATABASES = (  # those of Cyrus besides sql are files, and so is ours
+DUPLICATE_DATABASES = (  # all of these but sql mean our SQLite file
     *("sqlite", "sql", "twoskip", "skiplist", "zeroskip", "lmdb", "flat"),
     *("berkeley", "berkeley-nosync", "berkeley-hash", "berkeley-hash-nosync"),
 )
@@ -2351,7 +2351,7 @@ def composed(text: str) -> str:
 NAME_LIMIT = 255  # octets of a name in a file system
 LINK_LIMIT = 40  # symbolic links in a path, as many as the system follows: path_resolution(7)
 NAMES_MADE = itertools.count(1)
-RANDOM_NUMBERS: dict[int, str] = {}  # by process id, for a worker does not go on with that of its parent
+RANDOM_NUMBERS: dict[int, str] = {}  # by process id: a worker needs another number than its parent
 HOST = socket.gethostname().replace("/", "\\057").replace(":", "\\072")  # escaped as in maildir(5)
 WRITEBACK_SIZE = 1 << 20  # octets after which the disk starts to write
 FILE_TRIES = 4  # times that a file is opened which is replaced meanwhile
@@ -2746,7 +2746,7 @@ def write_data(fd: int) -> None:
 
 
 def unless_replaced(use: Callable[[], T], errors: Sequence[int]) -> T:
-    """Uses a file, again if another host has replaced it, as these errors tell. Raises OSError."""
+    """Calls use(), and again after one of these errors: another host has replaced the file. Raises OSError."""
     for _ in range(FILE_TRIES - 1):
         try:
             return use()
@@ -2863,7 +2863,7 @@ class Directory:
                     os.close(fd)  # other hosts may see it only now
                 fd = self.open_file(directory, name, os.O_RDONLY)
                 try:
-                    return os.path.samestat(os.fstat(fd), written)
+                    return written.st_nlink > 0 and os.path.samestat(os.fstat(fd), written)
                 finally:
                     close_synced(fd)
 
@@ -4586,7 +4586,7 @@ FLAG_LETTERS = {r"\draft": "D", r"\flagged": "F", r"\answered": "R", r"\seen": "
 KEYWORD_ATOM = frozenset(map(chr, range(33, 127))) - frozenset('(){%*"\\]')  # RFC 3501 section 9, flag-keyword
 KEYWORD_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 FOREIGN_DIGITS = 10  # digits of a number in a file that others write
-EMPTY_LOCK_STALE = 10  # seconds; its process was killed before it could write its number
+EMPTY_LOCK_STALE = 60  # seconds; its process was killed before it could write its number
 LOCK_PATIENCE, LOCK_STALE = 30, 120  # seconds to wait for a lock; the age at which a lock is stale
 
 
@@ -4922,7 +4922,7 @@ class QuotaFile:
 
 
 def refresh_attributes(fd: int) -> None:
-    """Has the system ask a file system of several hosts for the size of a file: its own answer may be a second old."""
+    """Makes the system ask the file server for the size of a file. The size in its cache may be a second old."""
     try:
         os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode))  # a change makes it ask
     except OSError:
@@ -5078,7 +5078,7 @@ class DovecotLock:
         try:
             return self._holder(self._name)[:2] == (str(os.getpid()), socket.gethostname())
         except OSError:
-            return True  # as it is most likely; a lock that stays keeps others waiting
+            return True  # most likely; and a lock that is left behind would make others wait
 
     def _take(self) -> None:
         """Makes the lock file. Raises TimeoutError if another process holds the lock for too long."""
@@ -6177,7 +6177,9 @@ class FileRecords(Records):
         """See Records.prepare()."""
         super().prepare()
         try:
+            import fcntl  # noqa: F401
             import sqlite3  # noqa: F401
+            import zlib  # noqa: F401
         except ImportError:
             return  # the first use logs it
 
@@ -6186,7 +6188,13 @@ class FileRecords(Records):
         query = "SELECT 1 FROM deliveries WHERE message_id = ? AND date = ? AND mailbox = ? AND at >= ?"
         since = time.time() - self._expiry
         deadline = time.monotonic() + DATABASE_PATIENCE
-        for mailbox in sorted(claim.mailboxes) if not self._is_given_up() else ():
+        if self._database and not self._is_in_place():
+            self._close()
+            self._locks.close()
+        for mailbox in sorted(claim.mailboxes):
+            if self._is_given_up():
+                claim.busy.clear()
+                return
             if not self._locks.take("\0".join((claim.message_id, claim.date, mailbox)), deadline):
                 claim.busy.add(mailbox)
             elif self._execute([(query, (claim.message_id, claim.date, mailbox, since))]):
@@ -6306,7 +6314,6 @@ class FileRecords(Records):
         import sqlite3
 
         database, self._database = self._database, None
-        self._locks.close()
         try:
             if database:
                 database.close()
@@ -6327,7 +6334,7 @@ class FileLocks:
     def take(self, key: str, deadline: float) -> bool:
         """Takes the lock for a key; False if another process has it until the deadline, of time.monotonic().
 
-        If the file cannot be locked, the log says so: something may be done twice, but must not be left undone.
+        True, too, if the file cannot be locked: something may be done twice, but must not be left undone.
         """
         from fcntl import LOCK_EX, LOCK_NB, lockf
         from zlib import crc32
@@ -6439,15 +6446,17 @@ SESSION_SETTINGS = {  # of the server; libpq takes a space after a backslash
     "bytea_output": "hex",
     "synchronous_commit": "off",  # if the server crashes, a lost record means a second copy, not a lost message
     "lock_timeout": "5s",  # how long a claim waits for that of another process
-    # Whether a client is there whose host does not end its connection, for instance because it has crashed.
+    "statement_timeout": "8s",  # how long it waits for several, one after the other
+    # With these, the server notices that a client's host has crashed.
     "tcp_keepalives_idle": "20",
     "tcp_keepalives_interval": "10",
     "tcp_keepalives_count": "3",
     "tcp_user_timeout": "50s",
 }
-SERVER_PATIENCE = 10.0  # seconds to wait for the server's answer: more than lock_timeout
+SERVER_PATIENCE = 10.0  # seconds to wait for the server's answer: more than statement_timeout
 EXPIRED_INTERVAL = 100  # new records after which the expired ones are deleted
-LOCKED_STATES = (b"55P03", b"40P01")  # lock_not_available, deadlock_detected: PostgreSQL, appendix A
+# lock_not_available, deadlock_detected, query_canceled: PostgreSQL, appendix A
+LOCKED_STATES = (b"55P03", b"40P01", b"57014")
 
 
 class RecordLocked(Unavailable):
@@ -6465,19 +6474,18 @@ class ServerConnection:
         self._libpq.nonblocking = 1
         self._libpq.enter_pipeline_mode()
         self._prepared: dict[str, bytes] = {}
-
-    def is_lost(self) -> bool:
-        """Whether the server has closed the connection."""
-        return self._libpq.status != 0  # CONNECTION_OK
+        self.is_lost = False  # whether the server had closed the connection when a call failed
 
     def close(self) -> None:
         """Closes it. The server rolls a transaction back."""
         self._connection.close()
 
     def run(self, *statements: Statement) -> list[str]:
-        """The first column of the rows that the last statement returns. Raises Unavailable."""
-        from psycopg import Error
+        """The first column of the rows that the last statement returns.
 
+        Raises RecordLocked, and Unavailable for all other errors. These close the connection: if its results have not
+        been read, the next call would take them for its own.
+        """
         try:
             for statement, values in statements:
                 if not (name := self._prepared.get(statement)):
@@ -6486,11 +6494,15 @@ class ServerConnection:
                 self._libpq.send_query_prepared(name, [as_parameter(value) for value in values])
             self._libpq.pipeline_sync()
             return self._results()
-        except (Error, OSError) as error:
-            raise Unavailable(" ".join(str(error).split())) from None
-        except Unavailable:
+        except RecordLocked:
             self._prepared.clear()  # nobody knows which have been prepared
             raise
+        except BaseException as error:
+            self.is_lost = self._libpq.status != 0  # CONNECTION_OK
+            self.close()
+            if isinstance(error, Unavailable) or not isinstance(error, Exception):
+                raise
+            raise Unavailable(" ".join(str(error).split()) or type(error).__name__) from None
 
     def _results(self) -> list[str]:
         """Reads all results. Raises Unavailable and psycopg.Error."""
@@ -6517,7 +6529,7 @@ class ServerConnection:
                 wait(select.POLLIN)
             result = libpq.get_result()
             if result is None:  # the results of one statement have ended
-                if self.is_lost():
+                if libpq.status != 0:  # CONNECTION_OK
                     raise failure or Unavailable("the server has closed the connection")
             elif result.status == ExecStatus.PIPELINE_SYNC:
                 break
@@ -6549,20 +6561,19 @@ class Servers:
         """
         try:
             import psycopg
-        except ImportError as error:
+        except (ImportError, OSError) as error:
             raise Unavailable(f"the Python package psycopg is needed: {' '.join(str(error).split())}") from None
         causes = []
         for host, port in self._places:
             try:
                 connection = psycopg.connect(**self._settings(host, port, read_only))
+                encoding = connection.info.parameter_status("server_encoding")
+                if encoding in ("UTF8", "SQL_ASCII"):
+                    return ServerConnection(connection)
+                connection.close()
+                causes.append(f"the database has the encoding {encoding}: make one with the encoding UTF8")
             except (psycopg.Error, OSError, ValueError) as error:
                 causes.append(" ".join(str(error).split()))
-                continue
-            encoding = connection.info.parameter_status("server_encoding")
-            if encoding in ("UTF8", "SQL_ASCII"):
-                return ServerConnection(connection)
-            connection.close()
-            causes.append(f"the database has the encoding {encoding}: make one with the encoding UTF8")
         raise Unavailable("; ".join(causes))
 
     def _settings(self, host: str, port: int, read_only: bool) -> dict[str, Any]:
@@ -6613,6 +6624,7 @@ class ServerRecords(Records):
 
     def check(self) -> None:
         """See Records.check()."""
+        self._connection = self._servers.connect(read_only=False)
         if not self._run(TABLES_EXIST) and not self._run(MAY_MAKE_TABLES):
             raise Unavailable(f"{self._servers}: there are no tables, and the user may not make them")
 
@@ -6631,6 +6643,7 @@ class ServerRecords(Records):
         wanted = {key_of(claim.message_id, claim.date, mailbox): mailbox for mailbox in claim.mailboxes}
         if self._is_given_up():
             return
+        self._is_claiming = True
         try:
             try:
                 claimed = self._run(BEGIN, insertion_of(claim, wanted, self._expiry))
@@ -6641,20 +6654,18 @@ class ServerRecords(Records):
         except Unavailable as error:
             claim.busy.clear()
             self._fail(error)
-            return
-        self._is_claiming = True
 
     def settle(self, claim: Claim, mailboxes: Sequence[str]) -> None:
         """See Records.settle()."""
-        is_claiming, self._is_claiming = self._is_claiming, False
         stored = {key_of(claim.message_id, claim.date, mailbox): mailbox for mailbox in mailboxes}
         failed = set(claim.mailboxes) - claim.delivered - claim.busy - set(mailboxes)
-        if is_claiming and self._connection:
+        if self._is_claiming and self._connection:
             keys = [key_of(claim.message_id, claim.date, mailbox) for mailbox in failed]
             give_back = f"DELETE FROM deliveries WHERE key IN ({parameters(len(keys))})", keys
             end = [*([give_back] if failed else ()), COMMIT, *self._deletion(len(stored))]
             try:
                 self._connection.run(*(end if stored else [ROLLBACK]))
+                self._is_claiming = False
                 return
             except Unavailable:
                 self._close()
@@ -6724,7 +6735,7 @@ class ServerRecords(Records):
         return claimed
 
     def _recorded(self, keys: Sequence[str]) -> Sequence[str]:
-        """The keys, which all have records. Raises Unavailable if one has none: a database may be set up so."""
+        """The keys, if each has a record. Else raises Unavailable: a trigger, for instance, keeps records out."""
         if not keys:
             return ()
         question = f"SELECT key FROM deliveries WHERE key IN ({parameters(len(keys))})"
@@ -6749,9 +6760,11 @@ class ServerRecords(Records):
             return None
         try:
             return self._run(*statements)
+        except RecordLocked as error:
+            log.warning("record-not-locked", cause=error)
         except Unavailable as error:
             self._fail(error)
-            return None
+        return None
 
     def _run(self, *statements: Statement) -> list[str]:
         """As ServerConnection.run(), on another connection if the server has closed the one before."""
@@ -6759,7 +6772,7 @@ class ServerRecords(Records):
             try:
                 return connection.run(*statements)
             except Unavailable:
-                if not connection.is_lost():
+                if not connection.is_lost:
                     raise
                 self._close()
         return self._open().run(*statements)
@@ -11517,14 +11530,17 @@ class Placer:
         is_last: whether no other recipients follow.
         """
         self._claim = self._claimed(deliveries)
-        for delivery in deliveries:
-            with log.context(recipient=f"<{delivery.destination.recipient.address}>"):
-                self._place(delivery, is_last and delivery is deliveries[-1])
-        self._settle(deliveries)
-        if self._claim.mailboxes:
+        stored: list[str] = []
+        try:
+            for delivery in deliveries:
+                with log.context(recipient=f"<{delivery.destination.recipient.address}>"):
+                    self._place(delivery, is_last and delivery is deliveries[-1])
+            self._settle(deliveries)
             placements = [placement for delivery in deliveries for placement in delivery.placements]
             stored = [placement.key for placement in placements if placement.is_stored]
-            self._records.settle(self._claim, stored)
+        finally:
+            if self._claim.mailboxes:
+                self._records.settle(self._claim, stored)
 
     def keep(self, delivery: Delivery) -> None:
         """Stores the message where a keep does, for what was to be done with it has failed."""

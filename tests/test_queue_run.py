@@ -28,12 +28,6 @@ def test_every_message_arrives_while_everything_fails_now_and_then() -> None:
     assert said.startswith("exit status 0\n"), said
     assert len(table) == 16, said
     assert all(int(tries) > 0 for tries, *_ in table.values()), said
-    for fault, reply in (
-        ("the disk is full", "452 4.3.1"),
-        ("Dovecot is stopped", "451 4.3.0"),
-        ("imapd.conf has an error", "421 4.3.0"),
-    ):
-        assert reply in table[fault][1], said
     assert figures["messages"] == 600, said
     assert figures["copies"] > 600, said
     assert figures["not stored again"] > 0, said
