@@ -157,7 +157,9 @@ def test_a_window_that_never_opens(site: Site, session_timeout: str) -> None:
             waiting = waiting[client.sock.send(waiting) :] or commands
     assert site.child.wait(PATIENCE) == 0
     assert 0 < memory < MEMORY_LIMIT
-    assert 'reason="the client does not read the replies"' in site.log_text()
+    # On a busy machine the session may end before the window is full.
+    limit = "|421 4.4.2 Session or authentication time limit reached" if session_timeout != "0" else ""
+    assert re.search(f'reason="(the client does not read the replies{limit})', site.log_text())
 
 
 # Endless ones
