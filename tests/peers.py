@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from harness import AS_ROOT, LMTPD, PATIENCE, STORE_USER, Address, Client, Site, connect, free_port, wait_for
+from starters import listening
 
 import lmtpd
 
@@ -343,7 +344,7 @@ class SystemdSocketActivate(Peer):
         self._command = [program(self.name), "--accept", "--inetd", "-l", str(self.address), "--", *site.command()]
 
     def start(self) -> None:
-        self.run(self._command, lambda: os.path.exists(str(self.address)))
+        self.run(self._command, lambda: listening(str(self.address)))
 
 
 def answers_lmtp(address: Address) -> bool:
