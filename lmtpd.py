@@ -6654,6 +6654,8 @@ class ServerRecords(Records):
         except Unavailable as error:
             claim.busy.clear()
             self._fail(error)
+            return
+        self._is_claiming = True  # perhaps on another connection than in the beginning
 
     def settle(self, claim: Claim, mailboxes: Sequence[str]) -> None:
         """See Records.settle()."""

@@ -1214,3 +1214,15 @@ def test_explain_does_without_the_server(site: Host, database: Database) -> None
     said = explained(site, "jane", message=message())
     assert said.value["actions"] == "fileinto INBOX"
     assert not list(site.configdirectory.glob("*.backoff"))
+
+
+def test_a_claim_after_a_restart_is_settled_at_once(site: Host, database: Database) -> None:
+    """It is on a new connection, where it must not wait for the next message."""
+    client = site.connect()
+    client.hello()
+    client.deliver(message(1), "jane")
+    database.server.restart()
+    assert client.deliver(message(2), "jane")[0][:9] == STORED
+    assert database.records() == 2
+    assert database.clients("idle in transaction%") == []
+    client.leave()
