@@ -6,6 +6,7 @@ place and add only what keeps an instance to itself: its own folders, a port on 
 
 from __future__ import annotations
 
+import contextlib
 import imaplib
 import os
 import re
@@ -67,6 +68,14 @@ INETD_CONF = """\
 /run/lmtpd.sock stream unix nowait.6000 mail /usr/local/bin/lmtpd lmtpd -C /etc/imapd.conf
 """
 
+AS_THE_SYSTEMS = """\
+for file in main.cf master.cf; do
+    mount --bind "$1/$file" "/etc/postfix/$file"
+done
+shift
+exec "$@"
+"""
+
 P = TypeVar("P", bound="Peer")
 L = TypeVar("L", bound="Listener")
 
@@ -90,6 +99,16 @@ def program(name: str) -> str:
     if path is None:
         raise PeerError(f"{name} is not installed: tests/run installs what the tests need")
     return path
+
+
+def programs_running(path: str) -> list[str]:
+    """The ids of the processes that have this path, of a program or a script, in their command line."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if path.encode() in (process / "cmdline").read_bytes().split(b"\0"):
+                found.append(process.name)
+    return found
 
 
 def unpacked(name: str) -> Path:
@@ -451,6 +470,29 @@ tlsmgr    unix  - - n 1000 1 tlsmgr
     def wait_until_sent(self) -> None:
         """Returns when no message is left in the queue."""
         wait_for(lambda: not self.queued(), "Postfix's queue to become empty", self.log)
+
+
+class PostfixQueue(Postfix):
+    """Postfix, which sends all to a port of loopback.
+
+    around: the command in front of another one that sees this Postfix as the one of the system: /usr/sbin/sendmail puts
+    mail into its queue. The bits by which its programs gain rights do not let them take another configuration.
+    """
+
+    def __init__(self, site: Site, port: int) -> None:
+        elsewhere = f"default_transport = smtp:[127.0.0.1]:{port}\nsmtp_host_lookup = native\n"
+        super().__init__(site, elsewhere, "")
+        # The daemons must not find one that is just being written.
+        self._seen = Path(shutil.copytree(self.conf, self.folder / "seen"))
+        self.around = ("unshare", "--mount", "sh", "-euc", AS_THE_SYSTEMS, "sh", str(self._seen))
+
+    def refuse(self) -> None:
+        """Makes it refuse mail of this host's users for now. The file stays the same: it is mounted."""
+        usual = (self.conf / "main.cf").read_text()
+        (self._seen / "main.cf").write_text(each_once(usual + "authorized_submit_users = root\n"))
+
+    def accept(self) -> None:
+        (self._seen / "main.cf").write_text((self.conf / "main.cf").read_text())
 
 
 def each_once(main_cf: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from email import message_from_bytes
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from harness import PATIENCE, Client, Site, wait_for
-from peers import Postfix, each_once, program, unpacked
+from peers import PostfixQueue, program, programs_running, unpacked
 from sieve import script_text
 from sink import Mail, SendmailScript, Sink
 
@@ -25,7 +24,6 @@ SENDER = "sender@example.org"
 FORWARD = 'redirect "joe@example.net";'
 NUMBERS = itertools.count()
 AROUND = ["unshare", "--mount", "sh", "-euc"]
-FOR_POSTFIX = 'for file in main.cf master.cf; do mount --bind "$1/$file" "/etc/postfix/$file"; done; shift; exec "$@"'
 FOR_EXIM = """
 mount -t overlay -o "lowerdir=$1:/etc" none /etc
 mount --bind "$2" /usr/sbin/sendmail
@@ -84,25 +82,6 @@ class House(Site):
         (self.root / "sieve/jane.sieve").write_text(script)
 
 
-class PostfixQueue(Postfix):
-    """Postfix, which sends all to the sink."""
-
-    def __init__(self, house: House, sink: Sink) -> None:
-        elsewhere = f"default_transport = smtp:[127.0.0.1]:{sink.port}\nsmtp_host_lookup = native\n"
-        super().__init__(house, elsewhere, "")
-        # The daemons must not find one that is just being written.
-        self._seen = Path(shutil.copytree(self.conf, self.folder / "seen"))
-        house.around = (*AROUND, FOR_POSTFIX, "sh", str(self._seen))
-
-    def refuse(self) -> None:
-        """Makes it refuse mail of this host's users for now. The file stays the same: it is mounted."""
-        usual = (self.conf / "main.cf").read_text()
-        (self._seen / "main.cf").write_text(each_once(usual + "authorized_submit_users = root\n"))
-
-    def accept(self) -> None:
-        (self._seen / "main.cf").write_text((self.conf / "main.cf").read_text())
-
-
 class EximQueue:
     """Exim, which sends all to the sink."""
 
@@ -137,6 +116,13 @@ class EximQueue:
         wait_for(lambda: not list(self.folder.glob("spool/input/*-H")), "Exim's queue to become empty")
 
 
+def postfix_queue(house: House, sink: Sink) -> PostfixQueue:
+    """Postfix, which the house's lmtpd sees as the system's, and which sends all to the sink."""
+    queue = PostfixQueue(house, sink.port)
+    house.around = queue.around
+    return queue
+
+
 @pytest.fixture
 def sink() -> Iterator[Sink]:
     with Sink() as sink:
@@ -158,7 +144,7 @@ def queue(request: pytest.FixtureRequest, house: House, sink: Sink) -> Iterator[
     if request.param == "Exim":
         yield EximQueue(house, sink)
     else:
-        with PostfixQueue(house, sink) as postfix:
+        with postfix_queue(house, sink) as postfix:
             yield postfix
 
 
@@ -222,7 +208,7 @@ def test_what_sendmail_refuses_is_put_off(house: House, queue: PostfixQueue | Ex
 
 def test_a_stopped_postfix_takes_mail_and_sends_it_later(house: House, sink: Sink) -> None:
     house.write(FORWARD)
-    postfix = PostfixQueue(house, sink)
+    postfix = postfix_queue(house, sink)
     with postfix:
         pass
     assert house.deliver(letter()).startswith("250")
@@ -238,7 +224,7 @@ def test_a_program_that_does_not_end_is_ended(house: House, sink: Sink) -> None:
     house.write(FORWARD)
     house.figures = {"SEND_PATIENCE": 2, "BACKOFF": 0}
     message = letter()
-    with PostfixQueue(house, sink) as postfix:
+    with postfix_queue(house, sink) as postfix:
         maildrop = postfix.queue / "maildrop"
         mode = maildrop.stat().st_mode
         maildrop.chmod(0o700)
@@ -316,22 +302,10 @@ def test_half_a_message_is_not_sent_when_lmtpd_is_killed(house: House) -> None:
         kill = f"inject=write:signal=KILL:when={calls[len(calls) * part // 8]}"
         assert DELIVERED not in traced(house, message, "-e", kill)
         assert house.deliver(message).startswith("250")
-    wait_for(lambda: not programs_running(sendmail.path), "all runs to end")
+    wait_for(lambda: not programs_running(str(sendmail.path)), "all runs to end")
     assert len(sendmail.runs) >= 8
     end = b"\n\n" + LONG.replace(b"\r\n", b"\n")
     assert [len(run.octets) for run in sendmail.runs if not run.octets.endswith(end)] == []
-
-
-def programs_running(path: Path) -> list[str]:
-    """The processes that run a script."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if str(path).encode() in (process / "cmdline").read_bytes().split(b"\0"):
-                found.append(process.name)
-        except OSError:
-            pass
-    return found
 
 
 def test_half_a_message_is_not_sent_by_a_program_that_is_too_slow(house: House) -> None:
@@ -346,5 +320,5 @@ def test_half_a_message_is_not_sent_by_a_program_that_is_too_slow(house: House) 
     house.figures = {"SEND_PATIENCE": 1, "BACKOFF": 0}
     house.write(FORWARD)
     assert house.deliver(letter(LONG)).startswith("451 4.4.0")
-    assert programs_running(slow) == []
+    assert programs_running(str(slow)) == []
     assert not (house.root / "sent").exists()

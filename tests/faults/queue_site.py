@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
-import signal
 import smtplib
-import sqlite3
 import subprocess
 import threading
 from collections.abc import Sequence
@@ -16,8 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from block import FileSystem
-from harness import STORE_USER, Site
-from peers import PASSWORD, Peer, Postfix, answers, dovecot_24_head, dovecot_version, program
+from dovecot_users import DovecotUsers
+from harness import Site
+from peers import Postfix, program
 from service import Log, Service
 
 DISK = FileSystem("ext4", 640 << 20, 4096)
@@ -91,72 +89,6 @@ def places_of(recipient: str) -> tuple[str, ...]:
     return (f"{inbox}/.{detail}" if detail else inbox,)
 
 
-class Users(Peer):
-    """Dovecot's authentication service with the users in an SQLite database.
-
-    Not in a passwd-file: when that is missing, Dovecot 2.3 now and then answers that the user does not exist.
-    """
-
-    name = "Dovecot"
-
-    def __init__(self, site: Site, homes: Path) -> None:
-        super().__init__(site.root / "users")
-        self.socket = self.folder / "run/auth-userdb"
-        self._database = self.folder / "users.db"
-        self._ask("CREATE TABLE users (name, home)")
-        for name in (*USERS, SCRIPTED, SENDER):
-            self._ask(f"INSERT INTO users VALUES ('{name}', '{homes}/{name}')")
-        self.conf = self.folder / "dovecot.conf"
-        is_old = dovecot_version() < (2, 4)
-        self.conf.write_text(f"""\
-{"" if is_old else dovecot_24_head()}\
-base_dir = {self.folder}/run
-state_dir = {self.folder}/run
-log_path = {self.log}
-protocols =
-ssl = no
-{self._databases() if is_old else self._24_databases()}\
-service auth {{
-  unix_listener auth-userdb {{
-    mode = 0600
-    user = {STORE_USER}
-  }}
-}}
-""")
-
-    def _databases(self) -> str:
-        sql = self.folder / "sql.conf"
-        query = "SELECT home FROM users WHERE name = '%u'"
-        sql.write_text(f"driver = sqlite\nconnect = {self._database}\nuser_query = {query}\n")
-        passwords = f"passdb {{\n  driver = static\n  args = password={PASSWORD}\n}}\n"
-        return f"{passwords}userdb {{\n  driver = sql\n  args = {sql}\n}}\n"
-
-    def _24_databases(self) -> str:
-        """The same in the language of Dovecot 2.4."""
-        query = "SELECT home FROM users WHERE name = '%{user}'"
-        database = f"sql_driver = sqlite\nsqlite_path = {self._database}\n"
-        return f"{database}passdb static {{\n  password = {PASSWORD}\n}}\nuserdb sql {{\n  query = {query}\n}}\n"
-
-    def _ask(self, statement: str) -> None:
-        with contextlib.closing(sqlite3.connect(self._database, timeout=30)) as database, database:
-            database.execute(statement)
-
-    def break_down(self) -> None:
-        """Makes every question about a user one that can't be answered at the moment."""
-        self._ask("ALTER TABLE users RENAME TO gone")
-
-    def mend(self) -> None:
-        """Ends what break_down() did."""
-        self._ask("ALTER TABLE gone RENAME TO users")
-
-    def start(self) -> None:
-        self.run([program("dovecot"), "-F", "-c", str(self.conf)], lambda: answers(str(self.socket)))
-
-    def stop(self) -> None:
-        """Ends them all: those that have a client would go on without their master for a while."""
-        os.killpg(self.process.pid, signal.SIGTERM)
-
-
 class QueueSite(Site):
     """All of it. place: an empty folder, on which the disk is mounted. has_short_waits: see SHORT_WAITS."""
 
@@ -170,7 +102,8 @@ class QueueSite(Site):
         self.backoff = 1.0 if has_short_waits else 10.0
         self.disk = place
         self._mount(place)
-        self.users = Users(self, self.spool)
+        homes = {name: self.spool / name for name in (*USERS, SCRIPTED, SENDER)}
+        self.users = DovecotUsers(self.root / "users", homes)
         self.configure(
             duplicatesuppression="yes",
             userdb="dovecot",
