@@ -102,7 +102,7 @@ else:
     import _signal as signal
     import _socket as socket
 
-__version__ = "0.4.0"
+__version__ = "0.4.1"
 
 PRODUCT = f"lmtpd {__version__}"
 CRLF, LF = b"\r\n", b"\n"
@@ -1989,19 +1989,26 @@ class ServiceTimeout(Unavailable):
     """The daemon does not answer in time."""
 
 
+def prepare_services() -> None:
+    """Imports what is needed, before workers fork."""
+    import socket  # noqa: F401
+
+
 def connect_to_service(path: str) -> socket.socket:
     """A connection to a daemon on this host. Raises Unavailable."""
-    from socket import socket as buffered_socket  # it has makefile()
-
-    sock = buffered_socket(socket.AF_UNIX)
-    # With settimeout(), connect() would fail at once while the queue of the listener is full, see unix(7).
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, SERVICE_TIMEOUT.to_bytes(8, sys.byteorder) + bytes(8))
+    sock = None
     try:
+        from socket import socket as buffered_socket  # it has makefile()
+
+        sock = buffered_socket(socket.AF_UNIX)
+        # With settimeout(), connect() would fail at once while the queue of the listener is full, see unix(7).
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, SERVICE_TIMEOUT.to_bytes(8, sys.byteorder) + bytes(8))
         sock.connect(path)
-    except OSError as error:
-        sock.close()
+        sock.settimeout(SERVICE_TIMEOUT)
+    except (ImportError, OSError) as error:
+        if sock:
+            sock.close()
         raise Unavailable(with_path(path, error)) from None
-    sock.settimeout(SERVICE_TIMEOUT)
     return sock
 
 
@@ -5623,7 +5630,10 @@ def account_error(name: str) -> int:
 
     If the account is found now, the look-up before has failed. Source: getpwnam_r(3).
     """
-    import ctypes
+    try:
+        import ctypes
+    except (ImportError, OSError):  # no descriptor is left, so the look-up has failed, too
+        return errno.EMFILE
 
     entry, strings = ctypes.create_string_buffer(PASSWD_SIZE), ctypes.create_string_buffer(READ_SIZE)
     result = ctypes.c_void_p()
@@ -6265,7 +6275,7 @@ class FileRecords(Records):
             return []
         try:
             import sqlite3
-        except ImportError as error:
+        except (ImportError, OSError) as error:
             self._give_up(error)
             return []
         try:
@@ -6336,11 +6346,11 @@ class FileLocks:
 
         True, too, if the file cannot be locked: something may be done twice, but must not be left undone.
         """
-        from fcntl import LOCK_EX, LOCK_NB, lockf
-        from zlib import crc32
-
-        place = crc32(key.encode("utf-8", "surrogateescape"))
         try:
+            from fcntl import LOCK_EX, LOCK_NB, lockf
+            from zlib import crc32
+
+            place = crc32(key.encode("utf-8", "surrogateescape"))
             if self._fd < 0:
                 self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             while True:
@@ -6351,17 +6361,18 @@ class FileLocks:
                     if time.monotonic() > deadline:
                         return False
                     time.sleep(LOCK_INTERVAL)
-        except OSError as error:
+        except (ImportError, OSError) as error:
             log.warning("record-not-locked", cause=error)
             return True
 
     def release(self) -> None:
         """Releases all."""
+        if self._fd < 0:
+            return
         from fcntl import LOCK_UN, lockf
 
         try:
-            if self._fd >= 0:
-                lockf(self._fd, LOCK_UN)
+            lockf(self._fd, LOCK_UN)
         except OSError:
             self.close()
 
@@ -6900,6 +6911,9 @@ class Submission:
         if self._config.smtp_backend == "host":
             import encodings.idna  # noqa: F401
             import smtplib  # noqa: F401
+        else:
+            import subprocess  # noqa: F401
+            import tempfile  # noqa: F401
 
     def send(
         self, message: Message, reverse_path: Address | None, recipients: Sequence[Address], is_automatic: bool
@@ -11395,6 +11409,8 @@ class DeliveryAgent:
         """Gets ready for many messages, before workers fork."""
         self._records.prepare()
         self._submission.prepare()
+        if self._config.userdb == "dovecot":
+            prepare_services()
 
     def drafts(self, envelope: Envelope) -> Iterator[Draft]:
         """Spool files for a message that is too large for memory, one after the other on different file systems.
@@ -12194,7 +12210,7 @@ class Authenticator:
         """
         try:
             self.user = run_mechanism(self._mechanism(name, tls, response is not None), response, ask)
-        except (Unavailable, ImportError) as error:  # ImportError: see setup.py, extras_require
+        except (Unavailable, ImportError, OSError) as error:  # ImportError: see setup.py, extras_require
             self._give_up(name, error)
             raise Unavailable(str(error)) from None
         except AuthenticationFailed as error:

@@ -114,7 +114,7 @@ def test_plain_with_an_initial_response_opens_the_way(auth_site: Site, client: C
     assert client.command(f"AUTH PLAIN {plain('relay', PASSWORD)}") == "235 2.7.0 Authentication successful"
     assert client.deliver(MESSAGE, "jane")[0].startswith("250")
     received = " ".join(auth_site.messages("jane")[0].decode().split())
-    assert "([127.0.0.1]) (authenticated user=relay bits=0) by mx.example.com (lmtpd 0.4.0) with LMTPA id" in received
+    assert "([127.0.0.1]) (authenticated user=relay bits=0) by mx.example.com (lmtpd 0.4.1) with LMTPA id" in received
     assert "user=relay" in auth_site.log_text()
 
 

@@ -355,14 +355,14 @@ def test_what_was_changed_is_used_by_the_next_connection(site: Site, what: str) 
     command = own_copy(site)
     with started(site, command=str(command)) as master:
         with closing(Client(connect(master.address))) as client:
-            assert client.reply() == ["220 mx.example.com lmtpd 0.4.0 ready"]
+            assert client.reply() == ["220 mx.example.com lmtpd 0.4.1 ready"]
             # master may start another in its place only while it is busy.
             wait_for(lambda: len(master.ready()) == PREFORK, "a new one in its place")
         wait_for(lambda: len(master.ready()) == 1 + PREFORK, "idle processes")
         before = set(master.children())
         if what == "program":
             module = command.parent / "lmtpd.py"
-            module.write_text(module.read_text().replace('__version__ = "0.4.0"', '__version__ = "9.9.9"'))
+            module.write_text(module.read_text().replace('__version__ = "0.4.1"', '__version__ = "9.9.9"'))
         else:
             site.configure(servername="changed.example")
         [greeting] = Client(connect(master.address)).reply()
@@ -370,7 +370,7 @@ def test_what_was_changed_is_used_by_the_next_connection(site: Site, what: str) 
             greeting
             == {
                 "program": "220 mx.example.com lmtpd 9.9.9 ready",
-                "configuration": "220 changed.example lmtpd 0.4.0 ready",
+                "configuration": "220 changed.example lmtpd 0.4.1 ready",
             }[what]
         )
         wait_for(lambda: len(before.intersection(master.children())) < len(before), "an idle process to leave")

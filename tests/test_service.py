@@ -476,7 +476,7 @@ class TestRestart:
             time.sleep(0.2)
             [before] = starter.children()
             site.configure(servername="changed.example")
-            assert starter.connect().reply() == ["220 changed.example lmtpd 0.4.0 ready"]
+            assert starter.connect().reply() == ["220 changed.example lmtpd 0.4.1 ready"]
             assert before not in starter.children()
             assert not exists(before)
 
@@ -494,7 +494,7 @@ class TestRestart:
         with Inetd(logged(site, lmtpd=str(lmtpd)), wait=True, address=str(site.root / "lmtp")) as starter:
             assert open_session(starter).command("QUIT").startswith("221")
             module = lmtpd.parent / "lmtpd.py"
-            module.write_text(module.read_text().replace('__version__ = "0.4.0"', '__version__ = "10.0"'))
+            module.write_text(module.read_text().replace('__version__ = "0.4.1"', '__version__ = "10.0"'))
             assert starter.connect().reply() == ["220 mx.example.com lmtpd 10.0 ready"]
 
     def test_a_busy_connection_keeps_its_process_when_the_configuration_changes(self, site: Site) -> None:
@@ -504,7 +504,7 @@ class TestRestart:
             site.configure(servername="changed.example")
             assert client.command(BODY).startswith("250")
             client.leave()
-            assert starter.connect().reply() == ["220 changed.example lmtpd 0.4.0 ready"]
+            assert starter.connect().reply() == ["220 changed.example lmtpd 0.4.1 ready"]
 
     def test_clients_are_told_when_the_changed_configuration_is_broken(self, site: Site) -> None:
         with Inetd(logged(site), wait=True, address=str(site.root / "lmtp")) as starter:

@@ -32,7 +32,7 @@ def body(message: bytes) -> bytes:
 
 
 def test_greeting_names_host_and_product(site: Site) -> None:
-    assert site.connect().reply() == ["220 mx.example.com lmtpd 0.4.0 ready"]
+    assert site.connect().reply() == ["220 mx.example.com lmtpd 0.4.1 ready"]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_greeting_can_hide_the_product(site: Site, serverinfo: str, greeting: st
     client.send(b"LHLO client.example\r\n")
     client.reply()
     client.deliver(MESSAGE, "jane")
-    assert b"lmtpd 0.4.0" not in site.messages("jane")[0]
+    assert b"lmtpd 0.4.1" not in site.messages("jane")[0]
 
 
 def test_lhlo_lists_the_extensions(site: Site) -> None:
@@ -515,7 +515,7 @@ def test_an_internet_client_is_trusted_with_a(site: Site) -> None:
     client.hello()
     assert client.deliver(MESSAGE, "jane")[0].startswith("250")
     assert (
-        b"Received: from client.example ([127.0.0.1])\n\tby mx.example.com (lmtpd 0.4.0) with LMTPA id"
+        b"Received: from client.example ([127.0.0.1])\n\tby mx.example.com (lmtpd 0.4.1) with LMTPA id"
         in site.messages("jane")[0]
     )
 

@@ -90,7 +90,7 @@ def test_mail_over_tls(tls_site: Site, context: ssl.SSLContext, version: ssl.TLS
     cipher = sock.cipher()
     assert cipher
     assert (
-        f"([127.0.0.1]) (authenticated user=relay bits={cipher[2]}) by mx.example.com (lmtpd 0.4.0) "
+        f"([127.0.0.1]) (authenticated user=relay bits={cipher[2]}) by mx.example.com (lmtpd 0.4.1) "
         f"with LMTPSA ({sock.version()} with cipher {cipher[0]} ({cipher[2]} bits)) id" in received(tls_site)
     )
     assert client.command("QUIT").startswith("221")
