@@ -47,6 +47,15 @@ def test_faults_of_system_calls(kind: str, file_system: str) -> None:
     assert len(sample) >= TRIES
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_worker_has_been_given_all_modules(kind: str) -> None:
+    """The parent of a pool has loaded them, so that no fault of the system can keep one out, and mail comes sooner."""
+    with Trials(kind, folder_on("tmpfs")) as trials:
+        lines = [call.line for call in trials.calls]
+    assert lines
+    assert [line for line in lines if line.startswith("openat") and re.search(r"\.(py|pyc|so)\b", line)] == []
+
+
 class Defect(NamedTuple):
     """A change of lmtpd.py, and faults that have to show it: in this kind of delivery, of this call, what happens."""
 

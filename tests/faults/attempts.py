@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from injection import CUT, KILL, SHORT, Fault, Strace, is_of_client
-from kinds import FIRST, NEXT, SENDER, Store, mails_to
+from kinds import FIRST, NEXT, SENDER, Store
 from short_writes import ShortWrite
 from trials import BROKEN, Session, Trials
 
@@ -72,15 +72,15 @@ class Attempt:
         self._check_replies(replies)
         self._check_first(Store(self._site.spool, kind), replies)
         recorded = self._records()
-        mails = [mails_to(trials.sink.mails, kind)]
+        mails = [trials.mails()]
         session = Session(trials.address)
         deferred = [recipient for recipient, reply in zip(recipients, replies) if not reply.startswith("250")]
         if deferred:
             self._repeat(session, FIRST, deferred)
             self._check_second(Store(self._site.spool, kind), recorded)
-        mails.append(mails_to(trials.sink.mails, kind))
+        mails.append(trials.mails())
         self._repeat(session, NEXT, recipients)
-        mails.append(mails_to(trials.sink.mails, kind))
+        mails.append(trials.mails())
         if not session.leave():
             self._complain("later", "the session does not go on")
         self._log = self._site.log_text()

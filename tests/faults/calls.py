@@ -13,8 +13,8 @@ Options:
   --lmtpd FILE    Another lmtpd.py than the one that is installed.
   --help          Show this text.
 
-Kinds: new-user, folder, three-owners, large, large-three-owners, quota, duplicates, script, redirect; with records in
-PostgreSQL, duplicates-postgresql, redirect-postgresql.
+Kinds: new-user, folder, three-owners, dovecot, large, large-three-owners, quota, duplicates, script, redirect; by
+Postfix's sendmail, sendmail; with records in PostgreSQL, duplicates-postgresql, redirect-postgresql.
 File systems: tmpfs, where drafts have names, and ext4, where they have none (both by default), and xfs.
 
 Prints a table, and what is wrong on standard error with the command that shows it again; the exit status is 1 if there

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from harness import STORE_USER
 from sieve import script_text
-from sink import Mail
 
 SENDER = "sender@example.org"
 REDIRECTED = "joe@example.net"
@@ -41,8 +40,8 @@ class Kind(NamedTuple):
     recipients: for each local part the folders of the store in which the message has to be then, as "jane/.Work".
     options: of imapd.conf. owners: the Maildirs that are there before, and the account that has each. quota: the files
     maildirsize of some. before: the recipients of another message, which is there before. has: those who have got the
-    message already. script: of every user. mails: the recipients of what is sent. records: whether lmtpd recognizes the
-    message when it comes again: "" if it does not, else the database.
+    message already. script: of every user. mails: the recipients of what is sent, by SMTP or by Postfix's sendmail.
+    records: whether lmtpd recognizes the message when it comes again: "" if it does not, else the database.
     """
 
     recipients: Mapping[str, Sequence[str]]
@@ -53,6 +52,7 @@ class Kind(NamedTuple):
     has: Sequence[str] = ()
     script: str = ""
     mails: Sequence[str] = ()
+    has_sendmail: bool = False
     size: int = 3000
     records: str = ""
 
@@ -94,6 +94,11 @@ KINDS: dict[str, Kind] = {
     ),
     "folder": Kind({"jane+lists": ("jane/.lists",)}, {"lmtp_detail_create": "yes", "lmtp_autosubscribe": "yes"}, JANE),
     "three-owners": Kind(THREE, BY_PASSWD, OF_THREE),
+    "dovecot": Kind(
+        {user: (user,) for user in ACCOUNTS[:2]},
+        {"userdb": "dovecot", "maildir_path": "%h/%u"},
+        {user: user for user in ACCOUNTS[:2]},
+    ),
     "large": Kind({"jane": ("jane",), "joe": ("joe",)}, {}, JANE_AND_JOE, size=LARGE),
     "large-three-owners": Kind(THREE, BY_PASSWD, OF_THREE, size=LARGE),
     "quota": Kind(
@@ -122,6 +127,7 @@ KINDS: dict[str, Kind] = {
         {"jane": ()}, {"duplicatesuppression": "yes"}, JANE, script=ONLY_SENT, mails=(REDIRECTED,), records=SQLITE
     ),
 }
+KINDS["sendmail"] = KINDS["redirect"]._replace(has_sendmail=True)
 KINDS["duplicates-postgresql"] = KINDS["duplicates"]._replace(records=POSTGRESQL)
 KINDS["redirect-postgresql"] = KINDS["redirect"]._replace(records=POSTGRESQL, before=("jane",))
 
@@ -221,8 +227,3 @@ class Store:
             octets -= sum(path.stat().st_size for path in messages)
             if octets or count != len(messages):
                 yield file.parent.name, octets, count - len(messages)
-
-
-def mails_to(mails: Sequence[Mail], kind: Kind) -> dict[str, int]:
-    """How many mails each of the kind's recipients has got."""
-    return {address: sum(address in mail.recipients for mail in mails) for address in kind.mails}

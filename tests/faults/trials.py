@@ -13,14 +13,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness import PATIENCE, Client, Site, connect
+from dovecot_users import DovecotUsers
+from harness import PATIENCE, Client, Site, connect, wait_for
 from injection import Call, Strace, calls_in
 from kinds import BEFORE, FIRST, KINDS, NEXT, POSTGRESQL, SENDER, Store, date
+from peers import PostfixQueue, programs_running
 from postgres import Database, scratch_server
 from sink import Sink
 
 import lmtpd
 
+SENDMAIL = "/usr/sbin/sendmail"
 TABLES = ("deliveries", "script_records")
 BROKEN = ""  # the reply of a server that has closed the connection
 # Seconds: each delivery tries again what has failed in the one before, and does not wait for a process that was killed.
@@ -28,7 +31,9 @@ FIGURES = {"BACKOFF": 0.001, "STALE_PAUSE": 0.001, "EMPTY_LOCK_STALE": 0.3, "LOC
 
 
 class TrialSite(Site):
-    """A site below a folder. module: another lmtpd.py than the installed one."""
+    """A site below a folder. module: another lmtpd.py than the installed one. around: a command that runs lmtpd."""
+
+    around: Sequence[str] = ()
 
     def __init__(self, folder: Path, module: Path | None, **options: str) -> None:
         self._module = module
@@ -37,7 +42,7 @@ class TrialSite(Site):
     def command(self, *arguments: str) -> list[str]:
         path = f"sys.path.insert(0, {str(self._module.parent)!r}); " if self._module else ""
         code = f"import sys; {path}import lmtpd; vars(lmtpd).update({FIGURES}); lmtpd.command()"
-        return [sys.executable, "-I", "-c", code, "-C", str(self.conf), *arguments]
+        return [*self.around, sys.executable, "-I", "-c", code, "-C", str(self.conf), *arguments]
 
 
 class Session:
@@ -101,14 +106,15 @@ class Trials:
     """Deliveries of a kind, in a "with" block.
 
     folder: on the file system that is tried. module: another lmtpd.py than the installed one.
-    kind, site, sink: what is delivered, where, and to where mail is sent. address: of the pool, each of whose workers
-    serves one session. calls: those of a delivery without a fault. good: what is there after it and the next one.
+    kind, site: what is delivered, and where. address: of the pool, each of whose workers serves one session.
+    calls: those of a delivery without a fault. good: what is there after it and the next one.
     """
 
     def __init__(self, name: str, folder: Path, module: Path | None = None) -> None:
         self.kind = KINDS[name]
         self._folder, self._module = folder, module
         self._database: Database | None = None
+        self._postfix: PostfixQueue | None = None
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Trials:
@@ -124,15 +130,23 @@ class Trials:
         kind = self.kind
         self.site = TrialSite(self._folder, self._module, **kind.options)
         self._stack.callback(self.site.close)
-        self.sink = self._stack.enter_context(Sink())
+        self._sink = self._stack.enter_context(Sink())
         if kind.records == POSTGRESQL:
             self._database = self._stack.enter_context(self._stack.enter_context(scratch_server()).database())
             self.site.configure(**self._database.options)
         if kind.script:
             script = self.site.root / "script"
             script.write_text(kind.script)
-            host = f"127.0.0.1:{self.sink.port}"
+            host = f"127.0.0.1:{self._sink.port}"
             self.site.configure(sieve_script=str(script), smtp_backend="host", smtp_host=host)
+        if kind.has_sendmail:
+            self._postfix = self._stack.enter_context(PostfixQueue(self.site, self._sink.port))
+            self.site.around = self._postfix.around
+            self.site.configure(smtp_backend="sendmail", sendmail=SENDMAIL)
+        if kind.options.get("userdb") == "dovecot":
+            homes = dict.fromkeys(kind.owners, self.site.spool)
+            users = self._stack.enter_context(DovecotUsers(self.site.root / "users", homes, kind.owners))
+            self.site.configure(userdb_socket_path=str(users.socket))
         for user, account in kind.owners.items():
             self._add_user(user, account)
         self.address = str(self.site.root / "lmtp")
@@ -181,10 +195,18 @@ class Trials:
             self._database.execute(change)
         self._clear_sink()
 
+    def mails(self) -> dict[str, int]:
+        """How many mails each of the kind's recipients has got, when all that was sent has arrived."""
+        if self._postfix:
+            wait_for(lambda: not programs_running(SENDMAIL), "the end of sendmail")
+            self._postfix.wait_until_sent()
+        sent = [mail.recipients for mail in self._sink.mails]
+        return {address: sum(address in recipients for recipients in sent) for address in self.kind.mails}
+
     def _clear_sink(self) -> None:
         """Forgets what came. Each reply of the server has one line, which comes in one piece."""
-        self.sink.clear()
-        self.sink.extensions.clear()
+        self._sink.clear()
+        self._sink.extensions.clear()
 
     def _record(self) -> list[Call]:
         session = Session(self.address)
