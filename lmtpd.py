@@ -6484,7 +6484,7 @@ class ServerConnection:
         self._connection, self._libpq = connection, connection.pgconn
         self._libpq.nonblocking = 1
         self._libpq.enter_pipeline_mode()
-        self._prepared: dict[str, bytes] = {}
+        self._prepared: dict[str, bytes] = {}  # the names of statements
         self.is_lost = False  # whether the server had closed the connection when a call failed
 
     def close(self) -> None:
@@ -6497,16 +6497,19 @@ class ServerConnection:
         Raises RecordLocked, and Unavailable for all other errors. These close the connection: if its results have not
         been read, the next call would take them for its own.
         """
+        names = dict(self._prepared)
+        sent: list[str] = []  # the statement that each result tells to be prepared, "" if it tells something else
         try:
             for statement, values in statements:
-                if not (name := self._prepared.get(statement)):
-                    name = self._prepared[statement] = f"s{next(NAMES_MADE)}".encode()
-                    self._libpq.send_prepare(name, statement.encode())
-                self._libpq.send_query_prepared(name, [as_parameter(value) for value in values])
+                if statement not in names:
+                    names[statement] = f"s{next(NAMES_MADE)}".encode()
+                    self._libpq.send_prepare(names[statement], statement.encode())
+                    sent.append(statement)
+                self._libpq.send_query_prepared(names[statement], [as_parameter(value) for value in values])
+                sent.append("")
             self._libpq.pipeline_sync()
-            return self._results()
+            return self._results(iter(sent), names)
         except RecordLocked:
-            self._prepared.clear()  # nobody knows which have been prepared
             raise
         except BaseException as error:
             self.is_lost = self._libpq.status != 0  # CONNECTION_OK
@@ -6515,8 +6518,8 @@ class ServerConnection:
                 raise
             raise Unavailable(" ".join(str(error).split()) or type(error).__name__) from None
 
-    def _results(self) -> list[str]:
-        """Reads all results. Raises Unavailable and psycopg.Error."""
+    def _results(self, sent: Iterator[str], names: dict[str, bytes]) -> list[str]:
+        """Reads all results, and keeps the names of what has been prepared. Raises Unavailable and psycopg.Error."""
         import select
 
         from psycopg.pq import DiagnosticField, ExecStatus
@@ -6542,9 +6545,13 @@ class ServerConnection:
             if result is None:  # the results of one statement have ended
                 if libpq.status != 0:  # CONNECTION_OK
                     raise failure or Unavailable("the server has closed the connection")
-            elif result.status == ExecStatus.PIPELINE_SYNC:
+                continue
+            if result.status == ExecStatus.PIPELINE_SYNC:
                 break
-            elif result.status in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
+            statement = next(sent, "")
+            if result.status in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
+                if statement:
+                    self._prepared[statement] = names[statement]
                 rows = [(result.get_value(row, 0) or b"").decode() for row in range(result.ntuples)]
             elif not failure:
                 kind = RecordLocked if result.error_field(DiagnosticField.SQLSTATE) in LOCKED_STATES else Unavailable
@@ -6574,6 +6581,8 @@ class Servers:
             import psycopg
         except (ImportError, OSError) as error:
             raise Unavailable(f"the Python package psycopg is needed: {' '.join(str(error).split())}") from None
+        for name in [name for name in os.environ if name.startswith("PG")]:  # libpq would let them change the settings
+            del os.environ[name]
         causes = []
         for host, port in self._places:
             try:

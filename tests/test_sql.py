@@ -25,6 +25,8 @@ from test_questions import asked
 from test_service import logged as with_log
 from test_sieve_command import explained
 
+import lmtpd
+
 OK, CONFIG = os.EX_OK, os.EX_CONFIG
 UNAVAILABLE = "duplicate-database-unavailable"
 STORED = "250 2.1.5"
@@ -865,6 +867,11 @@ def test_the_environment_does_not_change_what_is_configured(
         "PGOPTIONS": "-c default_transaction_read_only=on",
         "PGCLIENTENCODING": "LATIN1",
         "PGTARGETSESSIONATTRS": "standby",
+        "PGHOSTADDR": "192.0.2.1",
+        "PGSERVICE": "elsewhere",
+        "PGSSLMODE": "verify-full",
+        "PGREQUIREAUTH": "none",
+        "PGCONNECT_TIMEOUT": "1",
     }.items():
         monkeypatch.setenv(name, value)
     verify_suppression(site)
@@ -1226,3 +1233,26 @@ def test_a_claim_after_a_restart_is_settled_at_once(site: Host, database: Databa
     assert database.records() == 2
     assert database.clients("idle in transaction%") == []
     client.leave()
+
+
+def test_a_claim_that_waits_in_vain_leaves_nothing_on_the_server(
+    site: Host, other: Host, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each statement is prepared once on a connection, also if the one before it has failed."""
+    monkeypatch.setitem(lmtpd.SESSION_SETTINGS, "lock_timeout", "50ms")
+    first = holding(site, database, message(), "jane")
+    records = lmtpd.ServerRecords(lmtpd.Config.load(str(other.conf), "lmtp"))
+    prepared = []
+    for _ in range(4):
+        claim = lmtpd.Claim("<1@example.com>", "Fri, 27 Nov 2026 12:00:00 +0000", [f"{site.spool}/jane"])
+        records.claim(claim)
+        assert claim.busy
+        records.settle(claim, [])
+        connection = records._connection
+        assert connection
+        prepared.append(connection.run(("SELECT statement FROM pg_prepared_statements", ())))
+    site.go_on()
+    assert end(first) == [STORED]
+    records._close()
+    assert Counter(prepared[3]).most_common(1)[0][1] == 1
+    assert len(prepared[3]) == len(prepared[1])
