@@ -469,7 +469,16 @@ tlsmgr    unix  - - n 1000 1 tlsmgr
 
     def wait_until_sent(self) -> None:
         """Returns when no message is left in the queue."""
-        wait_for(lambda: not self.queued(), "Postfix's queue to become empty", self.log)
+        wait_for(lambda: not self.messages(), "Postfix's queue to become empty", self.log)
+
+    def messages(self) -> set[str]:
+        """The files of the messages in the queue.
+
+        While a message moves to another folder, the listing may miss it. Here the folders are in the order in which
+        messages go through them.
+        """
+        names = ("maildrop", "incoming", "active", "deferred", "active", "hold", "corrupt")
+        return {path.name for name in names for path in (self.queue / name).rglob("*") if path.is_file()}
 
 
 class PostfixQueue(Postfix):

@@ -73,6 +73,7 @@ CHANGES = [
     ("mail", "html_to_text", lambda markup: markup * 2, b"Content-Type: text/html\n\n<p>a</p>\n"),
     ("mail", "NOT_IN_FIELDS", {}, b"Subject: a\rb\n\n"),
     ("files", "from_modified_utf7", str, "folder\nü".encode()),
+    ("sql", "ServerRecords._recorded", lambda _, keys: keys, b"0\n1\n2\nT\nD1\nC\nZ\n1\n2\nn\nC\n1\n2\nT\nC\nZT\n"),
 ]
 
 
@@ -81,6 +82,6 @@ def test_a_fault_is_found(
     targets: Targets, target: str, name: str, change: object, octets: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     targets.run(target, octets)
-    monkeypatch.setattr(lmtpd, name, change)
+    monkeypatch.setattr(f"lmtpd.{name}", change)
     with pytest.raises(AssertionError):
         targets.run(target, octets)

@@ -17,7 +17,7 @@ Options:
   --minimize      Make the corpus of the target anew, of inputs in these folders: a few that reach most.
   --help          Show this text.
 
-Targets: session, sieve, mail, files. It needs root, and atheris: .venv/bin/python -m pip install atheris
+Targets: session, sieve, mail, files, sql. It needs root, and atheris: .venv/bin/python -m pip install atheris
 An input that breaks a rule is kept in DIR/TARGET/faults, one for each place in the code, with its traceback.
 """
 
@@ -51,6 +51,7 @@ TARGETS = {
     "sieve": ("fuzz_scripts", "Scripts"),
     "mail": ("fuzz_mails", "Mails"),
     "files": ("fuzz_files", "Files"),
+    "sql": ("fuzz_sql", "Answers"),
 }
 FAULT = "fault-"  # begins the names of inputs that have found a fault, and stay
 FILES_LIMIT = 25  # of the corpus of a target

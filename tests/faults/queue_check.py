@@ -221,7 +221,7 @@ class Verdict:
         for outcome in self._outcomes:
             if outcome.status not in ("sent", "deferred") or re.search(r"\b5\d\d 5\.|undeliverable", outcome.text):
                 self._violation("bounced", outcome)
-        if queued := self._site.queued():
+        if queued := len(self._site.postfix.messages()):
             self._violation("left in the queue", queued)
         if returned := list((self._site.spool / SENDER).rglob("new/*")):
             self._violation("returned to the sender", returned)

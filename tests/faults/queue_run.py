@@ -46,7 +46,7 @@ def deliver(site: QueueSite, faults: Faults, count: int, rounds: int) -> None:
     site.begin()
     faults.run(rounds, letters[count // 2 :])
     end = time.monotonic() + PATIENCE
-    while site.queued() and time.monotonic() < end:
+    while site.postfix.messages() and time.monotonic() < end:
         site.flush()
         time.sleep(RETRY)
 

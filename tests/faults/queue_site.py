@@ -183,11 +183,6 @@ class QueueSite(Site):
         """Lets Postfix try again all that is in its queue."""
         subprocess.run([program("postqueue"), "-c", str(self.postfix.conf), "-f"], check=True)
 
-    def queued(self) -> int:
-        """How many messages are in Postfix's queue."""
-        folders = ("maildrop", "incoming", "active", "deferred", "hold", "corrupt")
-        return sum(1 for name in folders for path in (self.postfix.queue / name).rglob("*") if path.is_file())
-
     def finish(self) -> list[int]:
         """Ends all but the disk; the processes of lmtpd that are there after its end."""
         self.postfix.close()

@@ -11,8 +11,9 @@ Options:
   --reconnect      A connection for each message.
   --help           Show this text.
 
-Prints a row now and then: the memory that each process has of its own (Pss, in KiB) and its open descriptors, for the
-parent and for the largest worker. The exit status is 1 if a message is missing. It needs Postfix's smtp-source.
+Prints a row now and then: the memory that each process has written to (Anonymous, in KiB) and its open descriptors, for
+the parent and for the largest worker. What a worker has from its parent counts in both. The exit status is 1 if a
+message is missing. It needs Postfix's smtp-source.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ ROWS_PER_DECADE = (1, 2, 5)
 
 
 class Size(NamedTuple):
-    """memory: in KiB, what only this process has, and its share of what others have, too."""
+    """memory: in KiB, without what is from files. It does not depend on how many processes share it."""
 
     memory: int
     descriptors: int
@@ -46,7 +47,7 @@ class Size(NamedTuple):
 def size_of(process: int) -> Size:
     """The size of a process. Source: proc(5), smaps_rollup."""
     rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
-    found = re.search(r"^Pss:\s+(\d+)", rollup, re.MULTILINE)
+    found = re.search(r"^Anonymous:\s+(\d+)", rollup, re.MULTILINE)
     assert found
     return Size(int(found[1]), len(list(Path(f"/proc/{process}/fd").iterdir())))
 

@@ -30,6 +30,14 @@ BROKEN = ""  # the reply of a server that has closed the connection
 FIGURES = {"BACKOFF": 0.001, "STALE_PAUSE": 0.001, "EMPTY_LOCK_STALE": 0.3, "LOCK_STALE": 0.3}
 
 
+def parent_of(process: str) -> str:
+    """The process that has started another one; "" if that has ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]
+    except OSError:
+        return ""
+
+
 class TrialSite(Site):
     """A site below a folder. module: another lmtpd.py than the installed one. around: a command that runs lmtpd."""
 
@@ -196,15 +204,26 @@ class Trials:
         self._clear_sink()
 
     def mails(self) -> dict[str, int]:
-        """How many mails each of the kind's recipients has got, when all that was sent has arrived."""
-        if self._postfix:
-            wait_for(lambda: not programs_running(SENDMAIL), "the end of sendmail")
-            self._postfix.wait_until_sent()
+        """How many mails each of the kind's recipients has got."""
+        self._wait_for_mails()
         sent = [mail.recipients for mail in self._sink.mails]
         return {address: sum(address in recipients for recipients in sent) for address in self.kind.mails}
 
+    def _wait_for_mails(self) -> None:
+        """Returns when all that was sent has arrived."""
+        if self._postfix:
+            wait_for(lambda: not self._sending(), "the end of sendmail")
+            self._postfix.wait_until_sent()
+
+    def _sending(self) -> list[str]:
+        """The processes that are sendmail, or are about to become it: their parent may have been killed."""
+        pool = str(self.site.child.pid)
+        ours = [each for each in programs_running(str(self.site.conf)) if each != pool and parent_of(each) != pool]
+        return [*ours, *programs_running(SENDMAIL)]
+
     def _clear_sink(self) -> None:
         """Forgets what came. Each reply of the server has one line, which comes in one piece."""
+        self._wait_for_mails()
         self._sink.clear()
         self._sink.extensions.clear()
 
