@@ -86,7 +86,7 @@ if TYPE_CHECKING:
     from smtplib import SMTP
     from sqlite3 import Connection as Database
     from ssl import SSLContext
-    from typing import Any, ClassVar, NoReturn, Protocol, TypeVar, Union
+    from typing import IO, Any, ClassVar, NoReturn, Protocol, TypeVar, Union
 
     import psycopg
 
@@ -1564,13 +1564,13 @@ class Wire:
 
         Closing a socket with unread input sends RST, and the client may lose the last reply.
         """
-        if not stat.S_ISSOCK(os.fstat(self._sink).st_mode):
-            return
-        with Socket(fileno=os.dup(self._sink)) as sock:
-            try:
+        try:
+            if not stat.S_ISSOCK(os.fstat(self._sink).st_mode):
+                return
+            with Socket(fileno=os.dup(self._sink)) as sock:
                 sock.shutdown(socket.SHUT_WR)
-            except OSError as error:
-                raise Disconnected(error.strerror) from None
+        except OSError as error:
+            raise Disconnected(error.strerror) from None
         self._end = FOREVER
         deadline = time.monotonic() + LINGER
         while (patience := deadline - time.monotonic()) > 0 and self._wait(self._readable, patience):
@@ -2545,7 +2545,7 @@ class NamedDraft(Draft):
                 fd = self._make(path)
             except FileExistsError:  # a file system of several hosts has made it twice
                 fd = self._make(path)
-        except OSError:
+        except BaseException:
             os.close(directory)
             raise
         super().__init__(fd, f"{path}/{self._name}", identity)
@@ -2837,7 +2837,7 @@ class Directory:
             try:
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
                     raise OSError(errno.EINVAL, "not a regular file")
-            except OSError:
+            except BaseException:
                 os.close(fd)
                 raise
         return fd
@@ -5101,7 +5101,7 @@ class DovecotLock:
             else:
                 try:
                     write_all(fd, f"{os.getpid()}:{socket.gethostname()}".encode())
-                except OSError:
+                except BaseException:
                     os.unlink(self._name, dir_fd=self._place)
                     raise
                 finally:
@@ -5432,7 +5432,7 @@ class Maildir:
         try:
             with self.identity:
                 self.quota.add(octets, messages)
-        except OSError as error:
+        except Exception as error:  # the message is there
             log.warning("quota-unknown", mailbox=self.path, cause=error)
 
     def place(
@@ -5457,14 +5457,14 @@ class Maildir:
             if folder != INBOX and not self._folders.exists(folder):
                 self._folders.make(folder, subscribes)
             place, info = self._target(folder, flags)
-            directory = self._directory.open_or_make(place)
             name = f"{unique_name()},S={message.size},W={message.size + message.lines}{info}"
+            directory = self._directory.open_or_make(place)
             path = f"{self._directory.path_of(place)}/{name}"
             try:
                 with PathInErrors(path):
                     if not self._move_or_link(message.draft, directory, name, may_move):
                         self._copy(message, directory, name)
-            except OSError:
+            except BaseException:
                 os.close(directory)
                 raise
             size, number = (message.size, 1) if self.quota.includes(folder, info) else (0, 0)
@@ -5515,7 +5515,7 @@ class Maildir:
             else:
                 draft.copy_from(message.read, message.size)
             draft.sync()
-        except OSError:
+        except BaseException:
             draft.discard()
             raise
         return draft
@@ -5603,9 +5603,7 @@ class PasswdUsers:
         try:
             entry = pwd.getpwnam(userid)
         except KeyError:
-            if error := account_error(userid):
-                log.error("user-database-unavailable", user=userid, cause=os.strerror(error))
-                raise StoreUnavailable from None
+            check_look_up("getpwnam_r", userid)
             raise UserUnknown from None
         if entry.pw_uid < max(self._min_uid, 1) or entry.pw_uid == NOBODY:
             raise UserUnknown
@@ -5614,30 +5612,42 @@ class PasswdUsers:
 
 
 def is_in_group(user: str, group: str) -> bool:
-    """Whether the user is a member of the group, see group(5), or has it as primary group."""
+    """Whether the user is a member of the group, see group(5), or has it as primary group. Raises StoreUnavailable."""
     import grp
     import pwd
 
     try:
         entry = grp.getgrnam(group)
+    except KeyError:
+        check_look_up("getgrnam_r", group)
+        return False
+    try:
         return user in entry.gr_mem or pwd.getpwnam(user).pw_gid == entry.gr_gid
     except KeyError:
+        check_look_up("getpwnam_r", user)
         return False
 
 
-def account_error(name: str) -> int:
-    """The errno of a failed look-up of an account, which the module pwd does not report; 0 if it has not failed.
+def check_look_up(call: str, name: str) -> None:
+    """Raises StoreUnavailable if a look-up that has found nothing has failed: the modules pwd and grp do not tell."""
+    if error := look_up_error(call, name):
+        log.error("user-database-unavailable", user=name, cause=os.strerror(error))
+        raise StoreUnavailable
 
-    If the account is found now, the look-up before has failed. Source: getpwnam_r(3).
+
+def look_up_error(call: str, name: str) -> int:
+    """The errno of a look-up that has just found nothing, by the same call; 0 if it has not failed.
+
+    If the name is found now, the look-up before has failed. Source: getpwnam_r(3), getgrnam_r(3).
     """
     try:
         import ctypes
-    except (ImportError, OSError):  # no descriptor is left, so the look-up has failed, too
-        return errno.EMFILE
 
-    entry, strings = ctypes.create_string_buffer(PASSWD_SIZE), ctypes.create_string_buffer(READ_SIZE)
+        entry, strings = ctypes.create_string_buffer(PASSWD_SIZE), ctypes.create_string_buffer(READ_SIZE)
+    except (ImportError, OSError, MemoryError):  # no descriptor is left, so the look-up has failed, too
+        return errno.EMFILE
     result = ctypes.c_void_p()
-    error: int = ctypes.CDLL(None).getpwnam_r(
+    error: int = ctypes.CDLL(None)[call](
         name.encode(), entry, strings, ctypes.c_size_t(len(strings)), ctypes.byref(result)
     )
     return error or (errno.EAGAIN if result.value else 0)
@@ -5946,6 +5956,8 @@ class MaildirStore:
         path = expand(self._config.maildir_path, {**names, "h": account.home, "p": self._config.partition})
         used = [name for variable, name in names.items() if variable in self._variables]
         if not all(map(is_safe_name, used)) or max(map(len, os.fsencode(path).split(b"/"))) > NAME_LIMIT:
+            if account.known:
+                raise self._inaccessible(path, "the user database has a name that no directory can have")
             raise UserUnknown
         return path
 
@@ -6124,7 +6136,7 @@ class Records:
         """Raises Unavailable if the database cannot be used."""
 
     def prepare(self) -> None:
-        """Imports what is needed, before workers fork."""
+        """Imports what is needed, before workers fork. Raises ImportError and OSError."""
         import hashlib  # noqa: F401
 
     def claim(self, claim: Claim) -> None:
@@ -6186,12 +6198,9 @@ class FileRecords(Records):
     def prepare(self) -> None:
         """See Records.prepare()."""
         super().prepare()
-        try:
-            import fcntl  # noqa: F401
-            import sqlite3  # noqa: F401
-            import zlib  # noqa: F401
-        except ImportError:
-            return  # the first use logs it
+        import fcntl  # noqa: F401
+        import sqlite3  # noqa: F401
+        import zlib  # noqa: F401
 
     def claim(self, claim: Claim) -> None:
         """See Records.claim()."""
@@ -6284,7 +6293,7 @@ class FileRecords(Records):
             for statement, values in statements:
                 rows = self._database.execute(statement, values).fetchall()
             return rows
-        except (sqlite3.Error, OSError, ValueError) as error:  # ValueError: a path is not UTF-8
+        except (sqlite3.Error, OSError, MemoryError, ValueError) as error:  # ValueError: a path is not UTF-8
             self._give_up(error)
             self._close()
             return []
@@ -6630,6 +6639,8 @@ class ServerRecords(Records):
 
     def __init__(self, config: Config) -> None:
         """Raises ConfigError."""
+        import hashlib  # noqa: F401  # for key_of(), which is called when there may be no descriptor left
+
         if config.sql_engine != "pgsql":
             raise ConfigError(f"sql_engine: '{config.sql_engine}' is not possible: set sql_engine: pgsql")
         self._servers = Servers(config)
@@ -6651,10 +6662,7 @@ class ServerRecords(Records):
     def prepare(self) -> None:
         """See Records.prepare()."""
         super().prepare()
-        try:
-            import psycopg  # noqa: F401
-        except ImportError:
-            return  # the first use logs it
+        import psycopg  # noqa: F401
 
     def claim(self, claim: Claim) -> None:
         """See Records.claim()."""
@@ -6967,7 +6975,10 @@ class Submission:
         except (smtplib.SMTPException, ConnectionError, socket.timeout) as error:
             raise NotSent(f"{self._name}: {text_of_smtp_error(error)}", is_down=True) from None
         finally:
-            server.close()
+            try:
+                server.close()
+            except OSError as error:  # perhaps the server has taken the message
+                log.debug("farewell-failed", server=self._name, cause=error)
 
     def _connected(self) -> SMTP:
         """A connection on which mail may be sent. Raises SMTPException and OSError."""
@@ -7017,7 +7028,7 @@ class SmtpDialogue:
         if server.sock:
             server.sock.settimeout(FINAL_PATIENCE)
         server.send(b".\r\n")
-        self._expect(server.getreply(), 250)
+        self._expect(server.getreply(), *range(200, 300))
         try:
             server.putcmd("QUIT")  # the answer is not waited for: what has been sent is to be recorded
         except OSError as error:  # the server has taken the message
@@ -7097,48 +7108,54 @@ def run_sendmail(
     Were it a pipe, the program would send half a message if this process were killed. Raises NotSent, and OSError if
     the message cannot be read, or the file not written. Source: Postfix' and Exim's sendmail(1), sysexits(3).
     """
-    import subprocess
     from tempfile import TemporaryFile
 
-    command = [program, "-i", "-oep", "-f", str(reverse_path or "<>"), "--", *map(str, recipients)]
+    is_sent = False
+    try:
+        with TemporaryFile(dir=folder) as text, TemporaryFile(dir=folder) as output:
+            for piece in message.stream():
+                text.write(piece)
+            size = text.tell()
+            text.seek(0)
+            status = status_of_sendmail(
+                [program, "-i", "-oep", "-f", str(reverse_path or "<>"), "--", *map(str, recipients)], text, output
+            )
+            if status:
+                said = os.pread(output.fileno(), SAID_LIMIT, 0).decode("utf-8", "backslashreplace").split("\n")
+                lines = "; ".join(filter(None, map(str.strip, said)))
+                cause = f"{program}: exit status {status}: {lines or 'it does not say why'}"
+                raise NotSent(cause + hint_at_host(), permanent=status in PERMANENT_STATUSES)
+            is_sent = True
+            if os.lseek(text.fileno(), 0, os.SEEK_CUR) < size:
+                raise NotSent(f"{program}: has not read the whole message")
+    except OSError:
+        if not is_sent:
+            raise
+
+
+def status_of_sendmail(command: Sequence[str], text: IO[bytes], output: IO[bytes]) -> int:
+    """Runs the program with files as its input and output; its exit status. Raises NotSent."""
+    import subprocess
+
     # The real ids may still be root's, see drop_privileges().
     user, group = (os.geteuid(), os.getegid()) if os.getuid() != os.geteuid() else (None, None)
-    with TemporaryFile(dir=folder) as text, TemporaryFile(dir=folder) as output:
-        for piece in message.stream():
-            text.write(piece)
-        size = text.tell()
-        text.seek(0)
-        if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:  # the system would reap the program, and its status
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=text,
-                stdout=output,
-                stderr=output,
-                cwd="/",
-                user=user,
-                group=group,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise NotSent(text_of(error) + hint_at_host(), is_down=True) from None
-        try:
-            status = process.wait(SEND_PATIENCE)
-        except subprocess.TimeoutExpired:
-            cause = f"{program}: has not ended after {SEND_PATIENCE} seconds{hint_at_host()}"
-            raise NotSent(cause, is_down=True) from None
-        finally:
-            if process.poll() is None:  # Postfix' postdrop, which it has started, would try for ever
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        if not status and os.lseek(text.fileno(), 0, os.SEEK_CUR) < size:
-            raise NotSent(f"{program}: has not read the whole message")
-        if status:
-            said = os.pread(output.fileno(), SAID_LIMIT, 0).decode("utf-8", "backslashreplace").split("\n")
-            lines = "; ".join(filter(None, map(str.strip, said)))
-            cause = f"{program}: exit status {status}: {lines or 'it does not say why'}"
-            raise NotSent(cause + hint_at_host(), permanent=status in PERMANENT_STATUSES)
+    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:  # the system would reap the program, and its status
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        process = subprocess.Popen(
+            command, stdin=text, stdout=output, stderr=output, cwd="/", user=user, group=group, start_new_session=True
+        )
+    except OSError as error:
+        raise NotSent(text_of(error) + hint_at_host(), is_down=True) from None
+    try:
+        return process.wait(SEND_PATIENCE)
+    except subprocess.TimeoutExpired:
+        cause = f"{command[0]}: has not ended after {SEND_PATIENCE} seconds{hint_at_host()}"
+        raise NotSent(cause, is_down=True) from None
+    finally:
+        if process.poll() is None:  # Postfix' postdrop, which it has started, would try for ever
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def hint_at_host() -> str:
@@ -11305,7 +11322,7 @@ class Router:
             try:
                 destination = self.destination(address, envelope, ignores_quota)
                 self.check_quota(destination, size)
-            except StoreError as error:
+            except Exception as error:
                 raise LmtpError(reply_to(error, self._config)) from None
         return destination
 
@@ -11416,10 +11433,12 @@ class DeliveryAgent:
 
     def prepare(self) -> None:
         """Gets ready for many messages, before workers fork."""
-        self._records.prepare()
-        self._submission.prepare()
-        if self._config.userdb == "dovecot":
-            prepare_services()
+        services = [prepare_services] if self._config.userdb == "dovecot" else []
+        for prepare in (self._records.prepare, self._submission.prepare, *services):
+            try:
+                prepare()
+            except (ImportError, OSError, MemoryError):
+                continue  # the first use logs it
 
     def drafts(self, envelope: Envelope) -> Iterator[Draft]:
         """Spool files for a message that is too large for memory, one after the other on different file systems.
@@ -11432,7 +11451,7 @@ class DeliveryAgent:
             draft = Directory(self._config.configdirectory, self._identity).new_draft("")
             try:
                 draft.hide()
-            except OSError:
+            except BaseException:
                 draft.discard()
                 raise
             yield draft
@@ -11448,7 +11467,7 @@ class DeliveryAgent:
                 continue
             try:
                 device = draft.device()
-            except OSError:
+            except BaseException:
                 draft.discard()
                 raise
             if device in devices:
@@ -11556,9 +11575,11 @@ class Placer:
 
         is_last: whether no other recipients follow.
         """
-        self._claim = self._claimed(deliveries)
+        self._claim = self._new_claim(deliveries)
         stored: list[str] = []
         try:
+            if self._claim.mailboxes:
+                self._records.claim(self._claim)
             for delivery in deliveries:
                 with log.context(recipient=f"<{delivery.destination.recipient.address}>"):
                     self._place(delivery, is_last and delivery is deliveries[-1])
@@ -11578,21 +11599,22 @@ class Placer:
         if later.failure:
             delivery.fail(later.failure)
 
-    def _claimed(self, deliveries: Sequence[Delivery]) -> Claim:
+    def _new_claim(self, deliveries: Sequence[Delivery]) -> Claim:
         """A claim for the folders of these recipients; one for no folder if duplicates are not suppressed."""
         if not self._config.duplicatesuppression or not is_identified(self._message):
             return Claim()
         keys = [placement.key for delivery in deliveries for placement in delivery.placements]
-        claim = Claim(self._message.message_id, self._message.date, list(dict.fromkeys(keys)))
-        if keys:
-            self._records.claim(claim)
-        return claim
+        return Claim(self._message.message_id, self._message.date, list(dict.fromkeys(keys)))
 
     def _place(self, delivery: Delivery, is_last: bool) -> None:
         """Puts a recipient's copies into the folders that do not have the message yet, until one of them fails.
 
         is_last: whether no other recipient follows.
         """
+        if delivery.failure:
+            for placement in delivery.placements:
+                placement.fail(delivery.failure)
+            return
         for number, placement in enumerate(delivery.placements, 1):
             # The last placement of a message may take its draft away.
             may_move = is_last or placement.message is not self._message
@@ -11715,7 +11737,7 @@ class Outbox:
         if not self._message.has_message_id or not self._message.message_id.strip("<> "):
             # It does not come again; another that is the same, such as one of a device, may.
             for mail in mails:
-                if not mail.seconds:
+                if not mail.seconds and self._fingerprint:
                     self._records.add(delivery.destination.mailbox.path, dict.fromkeys(self._records_of(mail), 0))
 
     def _send(self, mail: Outgoing, delivery: Delivery) -> NotSent | None:
@@ -12096,6 +12118,8 @@ def check_with_saslauthd(path: str, service: str, user: str, password: str) -> N
             raise Unavailable(with_path(path, error)) from None
     if not answer or len(answer) < length:
         raise Unavailable(f"{path}: no answer, or not all of it")
+    if not answer.startswith((b"OK", b"NO")):
+        raise Unavailable(f"{path}: neither OK nor NO")
     if not answer.startswith(b"OK"):
         raise AuthenticationFailed(f"saslauthd: {answer.decode('utf-8', 'replace')}", user)
 
@@ -12180,10 +12204,11 @@ class Authenticator:
 
     service: the name under which saslauthd and Dovecot know this program. trusted: whether the client may deliver
     without authentication. user: the authenticated user; "" if there is none. failures: how often the client failed.
+    is_down: whether what checks passwords could not be asked which mechanisms there are.
     """
 
     def __init__(self, config: Config, service: str, peer: Peer, trusted: bool) -> None:
-        self.trusted, self.user, self.failures = trusted, "", 0
+        self.trusted, self.user, self.failures, self.is_down = trusted, "", 0, False
         self._config, self._service, self._peer = config, service, peer
         self._dovecot: DovecotAuth | None = None
 
@@ -12198,6 +12223,7 @@ class Authenticator:
             return self._mechanisms(tls)
         except Unavailable as error:
             log.error("authentication-unavailable", cause=error)
+            self.is_down = True
             return []
 
     def check(self, name: str, tls: Tls | None) -> None:
@@ -12574,7 +12600,8 @@ class MailDialogue(Dialogue):
         if not self._authenticator.may_deliver:
             if self._authenticator.user:
                 raise LmtpError(NOT_ALLOWED)
-            raise LmtpError(AUTHENTICATE_LATER if self._config.soft_noauth else AUTHENTICATE_FIRST)
+            is_temporary = self._config.soft_noauth or self._authenticator.is_down
+            raise LmtpError(AUTHENTICATE_LATER if is_temporary else AUTHENTICATE_FIRST)
         if self._transaction:
             raise LmtpError(NESTED_MAIL)
         address, parameters = parse_argument(argument, "FROM:")
@@ -13073,7 +13100,10 @@ class ConnectionHandler:
         wire = Wire(0, 1, config.lmtp_command_timeout, config.lmtp_session_timeout, self.stop.wakeup.fd)
         connection = Connection(wire, config.lmtp_command_timeout, self._tls_context)
         if peer.internet:
-            set_tcp_options(0, config)
+            try:
+                set_tcp_options(0, config)
+            except OSError as error:  # no descriptor is left
+                log.debug("tcp-options-not-set", cause=error)
         if arguments.expects_proxy:
             wire.set_limit(config.lmtp_auth_timeout)
             wire.on_wakeup = self._disconnect_if_stopped
@@ -13124,7 +13154,10 @@ def run_debugger(command: str, stop: Stop) -> None:
 
 
 def set_tcp_options(fd: int, config: Config) -> None:
-    """Makes TCP send replies at once, and probe a silent connection if tcp_keepalive is on. Source: tcp(7)."""
+    """Makes TCP send replies at once, and probe a silent connection if tcp_keepalive is on. Source: tcp(7).
+
+    Raises OSError.
+    """
     with Socket(fileno=os.dup(fd)) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not config.tcp_keepalive:

@@ -737,3 +737,14 @@ def test_dovecot_that_is_down_and_comes_back(dovecot_site: Site, dovecot: AuthDo
     dovecot.start()
     for each in (client, later):
         assert each.command(f"AUTH PLAIN {plain('relay', EVERYBODYS)}").startswith("235")
+
+
+def test_mail_waits_while_nobody_can_say_how_to_authenticate(dovecot_site: Site, dovecot: AuthDovecot) -> None:
+    """The client cannot know that it has to, so the mail must not bounce."""
+    dovecot_site.configure(soft_noauth="no")
+    with suppress(ProcessLookupError):
+        os.killpg(dovecot.process.pid, signal.SIGKILL)
+    dovecot.close()
+    client = over_tcp(dovecot_site)
+    assert offered(client) == []
+    assert client.command(MAIL)[:9] == "430 4.7.0"

@@ -64,7 +64,7 @@ def test_the_message_is_stored_as_it_arrived_behind_its_trace_headers(client: Cl
     assert re.fullmatch(
         rb"Return-Path: <sender@example\.com>\n"
         rb"Received: from client\.example \(unix socket, uid \d+\)\n"
-        rb"\tby mx\.example\.com \(lmtpd 0\.4\.0\) with LMTPA id lmtpd-\d+-\d+\n"
+        rb"\tby mx\.example\.com \(lmtpd 0\.4\.1\) with LMTPA id lmtpd-\d+-\d+\n"
         rb"\tfor <jane@example\.com>;\n"
         rb"\t[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d [+-]\d{4}\n",
         trace,

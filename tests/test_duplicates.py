@@ -710,3 +710,31 @@ def test_processes_that_have_a_removed_database_open_use_the_new_one(site: Site)
     for client in (new, old):
         client.deliver(message(2), "jane")
     assert len(site.messages("jane")) == 2
+
+
+class NoMemory:
+    """A database for which there is no memory left."""
+
+    def execute(self, *_: object) -> None:
+        raise MemoryError
+
+    def close(self) -> None:
+        pass
+
+
+def test_without_memory_for_the_database_mail_is_stored(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No method of the records raises, and no lock is left that others would wait for."""
+    site.configure(duplicatesuppression="yes")
+    config = lmtpd.Config.load(str(site.conf), "lmtp")
+    records, others = lmtpd.FileRecords(config), lmtpd.FileRecords(config)
+    monkeypatch.setattr(records, "_open", NoMemory)
+    (site.configdirectory / "deliver.db").touch()
+    claim = lmtpd.Claim("<1@example.com>", "today", [f"{site.spool}/jane"])
+    records.claim(claim)
+    assert not claim.delivered
+    records.settle(claim, claim.mailboxes)
+    records.add(f"{site.spool}/jane", {"a": 60})
+    (site.configdirectory / "deliver.backoff").unlink()
+    claim = lmtpd.Claim(claim.message_id, claim.date, claim.mailboxes)
+    others.claim(claim)
+    assert (claim.busy, claim.delivered) == (set(), set())

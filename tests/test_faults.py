@@ -106,6 +106,17 @@ DEFECTS = {
         KILL,
         "sent",
     ),
+    "group that cannot be looked up": Defect(
+        'check_look_up("getgrnam_r", group)', "pass", "new-user", "openat", "EIO", "reply"
+    ),
+    "mail that has been taken, and is sent again": Defect(
+        "except OSError as error:  # perhaps the server has taken the message",
+        "except ZeroDivisionError as error:",
+        "redirect",
+        "close",
+        "EIO",
+        "doubled",
+    ),
     "quota that is not counted": Defect(
         "        except OSError:\n            self._invalidate()\n            raise",
         "        except OSError:\n            raise",

@@ -41,6 +41,7 @@ COLUMNS = (
     "quota_storage_size",
     "quota_message_count",
     "sieve",
+    "user",
 )
 QUERY = f"SELECT {', '.join(COLUMNS)} FROM users WHERE name ="
 
@@ -366,6 +367,14 @@ def test_a_user_database_that_hangs_costs_one_connection_time_and_not_all(sql_ho
     sql_homes.site.figures = {}
     assert sql_homes.deliver("jane") == ["250 2.1.5"]
     assert len(stored(home / "Maildir")) == 2
+
+
+def test_a_name_that_no_directory_can_have_is_no_reason_to_bounce(sql_homes: Homes) -> None:
+    """Dovecot knows the user, by another name."""
+    sql_homes.users.add("jane", JANE, user=".jane")
+    sql_homes.site.configure(maildir_path=f"{sql_homes.users.homes}/%u/Maildir")
+    assert sql_homes.deliver("jane", "nobody") == ["451 4.3.0", "550 5.1.1"]
+    assert "mailbox-not-accessible" in sql_homes.site.log_text()
 
 
 def test_a_socket_that_tells_lmtpd_nothing_is_no_reason_to_bounce(sql_homes: Homes) -> None:

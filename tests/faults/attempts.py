@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from injection import CUT, KILL, SHORT, Fault, Strace, is_of_client
+from injection import CUT, KILL, SHORT, Fault, Strace, hides_answer, is_of_client
 from kinds import FIRST, NEXT, SENDER, Store
 from short_writes import ShortWrite
 from trials import BROKEN, Session, Trials
@@ -105,7 +105,7 @@ class Attempt:
         goes_on = session.leave()
         if not (line := injector.met()):
             raise Missed
-        self._is_of_client = is_of_client(line)
+        self._is_of_client, self._hides_answer = is_of_client(line), hides_answer(line)
         return replies, goes_on
 
     def _set_expectations(self) -> None:
@@ -211,7 +211,7 @@ class Attempt:
             elif not second and not failed and (self._has_database or not is_answer):
                 self._complain("unsent", told)
             elif second > 1:
-                self._again += 1
+                self._expect_double(told, self._may_end or self._hides_answer or not self._has_database)
             if third - second > 1 or (third == second and not is_answer):
                 self._complain("sent", told)
 

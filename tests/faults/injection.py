@@ -126,6 +126,15 @@ def is_of_client(line: str) -> bool:
     return bool(first and first[1] in ("0", "1"))
 
 
+def hides_answer(line: str) -> bool:
+    """Whether a process that fails at this call may not learn what another one has done. line: as in Call.
+
+    It is a call for a socket, but not that which closes it, or for a pipe, over which a child tells that it runs.
+    """
+    first = FIRST_DESCRIPTOR.match(line)
+    return bool(first and (first[2] == "p" or (first[2] == "s" and not line.startswith("close"))))
+
+
 def calls_in(record: str) -> list[Call]:
     """The calls that strace has recorded."""
     calls = []

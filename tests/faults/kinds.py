@@ -84,9 +84,10 @@ LARGE = 900_000
 
 KINDS: dict[str, Kind] = {
     "new-user": Kind(
-        {"jane": ("jane",)},
+        {STORE_USER: (STORE_USER,)},
         {
             "autocreate_post": "yes",
+            "autocreate_users": "group:mail",
             "autocreate_quota": "50000",
             "autocreate_inbox_folders": "Sent|Spam",
             "autocreate_subscribe_folders": "Sent",
