@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from base64 import b64decode, b64encode
@@ -17,7 +18,7 @@ from unittest import mock
 
 import argon2
 import pytest
-from harness import Client, Site
+from harness import PATIENCE, Client, Site
 from peers import PASSWORD as EVERYBODYS
 from peers import Dovecot, Peer, answers, program
 from scramp import ScramClient
@@ -614,6 +615,25 @@ def test_saslauthd_knows_right_from_wrong(auth_site: Site, saslauthd: Saslauthd)
     client = greeted(auth_site)
     assert client.command(f"AUTH LOGIN {encoded('relay')}").startswith("334")
     assert client.command(encoded(EVERYBODYS)).startswith("235")
+
+
+@pytest.mark.parametrize("answer", [b"\0\2XX", b"\0\0", b"\0\5OK", b""])
+def test_saslauthd_that_says_neither_yes_nor_no(auth_site: Site, answer: bytes) -> None:
+    """It is at fault, and not the password."""
+    path = str(auth_site.root / "mux")
+    auth_site.configure(sasl_pwcheck_method="saslauthd", sasl_saslauthd_path=path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        listener.settimeout(PATIENCE)
+        os.chmod(path, 0o666)
+        client = greeted(auth_site)
+        client.send(f"AUTH PLAIN {plain('relay', PASSWORD)}\r\n".encode())
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(answer)
+            connection.shutdown(socket.SHUT_WR)
+            assert client.reply()[-1][:9] == "454 4.7.0"
 
 
 def test_saslauthd_that_is_down_and_comes_back(auth_site: Site, saslauthd: Saslauthd) -> None:

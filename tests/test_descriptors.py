@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import pytest
 from harness import PATIENCE, Site
 from sieve import script_text
 from sink import SendmailScript, Sink
+
+import lmtpd
 
 sys.path.append(str(Path(__file__).parent / "faults"))
 
@@ -100,3 +103,43 @@ def test_a_user_that_cannot_be_looked_up_is_not_unknown(site: Starved) -> None:
             assert bye.startswith("221"), (site.limit, site.log_text())
             seen.add(reply[:3])
     assert seen == {"250", "451"}
+
+
+@pytest.fixture
+def plain() -> Iterator[Starved]:
+    site = Starved()
+    site.add_user(USER)
+    yield site
+    site.close()
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), MemoryError(), ValueError("odd")])
+def test_whatever_fails_at_rcpt_defers_the_recipient(
+    plain: Starved, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package for the domains of some recipients may be loaded at any time, for example."""
+
+    def fail(*_: object) -> list[str]:
+        raise error
+
+    monkeypatch.setattr(lmtpd, "recipients_of", fail)
+    router = lmtpd.Router(lmtpd.Config.load(str(plain.conf), "lmtp"))
+    with pytest.raises(lmtpd.LmtpError) as raised:
+        router.find(lmtpd.Address(USER, "example.com"), lmtpd.Envelope(None), 0, False)
+    assert str(raised.value.reply) == "451 4.3.0"
+
+
+def test_the_end_of_a_session_needs_no_descriptor(plain: Starved) -> None:
+    plain.configure(lmtp_max_bad_commands="1")
+    ends = []
+    for plain.limit in (*range(FEWEST, ENOUGH + 1), 1024):
+        client = plain.connect()
+        if client.reply():
+            client.send(b"X\r\nX\r\n")
+            ends.append([client.line()[:9] for _ in range(4)])
+            client.close()
+            plain.child.wait(PATIENCE)
+            assert "-error" not in plain.log_text(), plain.limit
+        os.truncate(plain.log, 0)
+    assert [end for end in ends if end != [b"500 5.5.2", b"500 5.5.2", b"421 4.7.0", b""]] == []
+    assert ends
