@@ -930,10 +930,11 @@ class Log:
         error = sys.exc_info()[1]
         try:
             import traceback
-        except (ImportError, OSError, MemoryError):  # no descriptor is left, or the user may not read Python's files
-            self._line(LOG_ERR, "traceback", {"line": repr(error)})
-            return
-        for line in traceback.format_exc().splitlines():
+
+            lines = traceback.format_exc().splitlines()
+        except Exception:  # no descriptor or memory is left, or the user may not read Python's files
+            lines = [repr(error)]
+        for line in lines:
             self._line(LOG_ERR, "traceback", {"line": line})
 
     def startup_error(self, event: str, **fields: object) -> None:
@@ -6928,9 +6929,8 @@ class Submission:
         if self._config.smtp_backend == "host":
             import encodings.idna  # noqa: F401
             import smtplib  # noqa: F401
-        else:
-            import subprocess  # noqa: F401
-            import tempfile  # noqa: F401
+        else:  # if its file cannot be looked at for a moment, Python takes the directory for an empty module
+            import re  # noqa: F401
 
     def send(
         self, message: Message, reverse_path: Address | None, recipients: Sequence[Address], is_automatic: bool
@@ -6950,6 +6950,8 @@ class Submission:
                 run_sendmail(self._config.sendmail, variant, reverse_path, recipients, self._config.configdirectory)
             else:
                 self._send_by_smtp(variant, reverse_path, recipients, is_automatic)
+        except ImportError as error:  # there is no descriptor, or no memory, to load a module
+            raise NotSent(text_of(error)) from None
         except NotSent as error:
             if error.is_down:
                 self._backoff.start()

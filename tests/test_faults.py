@@ -47,9 +47,12 @@ def test_faults_of_system_calls(kind: str, file_system: str) -> None:
     assert len(sample) >= TRIES
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if not kind.has_sendmail])
 def test_a_worker_has_been_given_all_modules(kind: str) -> None:
-    """The parent of a pool has loaded them, so that no fault of the system can keep one out, and mail comes sooner."""
+    """The parent of a pool has loaded them, so that no fault of the system can keep one out, and mail comes sooner.
+
+    Those that start sendmail take more than a megabyte, and most workers never send any mail.
+    """
     with Trials(kind, folder_on("tmpfs")) as trials:
         lines = [call.line for call in trials.calls]
     assert lines
