@@ -615,6 +615,28 @@ def dovecot_24_head() -> str:
     return f"dovecot_config_version = {version}\ndovecot_storage_version = {version}\n"
 
 
+def dovecot_users_conf(folder: Path, log: Path, databases: str) -> str:
+    """A configuration of Dovecot for its authentication service alone, which tells lmtpd who the users are.
+
+    databases: the part of it that says where the users are.
+    """
+    return f"""\
+{"" if dovecot_version() < (2, 4) else dovecot_24_head()}\
+base_dir = {folder}/run
+state_dir = {folder}/run
+log_path = {log}
+protocols =
+ssl = no
+{databases}\
+service auth {{
+  unix_listener auth-userdb {{
+    mode = 0600
+    user = {STORE_USER}
+  }}
+}}
+"""
+
+
 class Dovecot(Peer):
     """Dovecot's IMAP server on the Maildirs of a site, as whose owner it reads them.
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import pytest
 from container import Machine
 from harness import PATIENCE, STORE_USER, Client, Site, connect, wait_for
-from peers import Peer, answers, dovecot_24_head, dovecot_version, program
+from peers import Peer, answers, dovecot_users_conf, dovecot_version, program
 
 MESSAGE = b"Subject: x\r\n\r\nA body.\r\n"
 # Too large to be kept in memory: it is spooled into a draft.
@@ -75,24 +75,8 @@ class Users(Peer):
         self._database = self.folder / "users.db"
         self._file.touch()
         self._create_table()
-        self._write_conf()
-
-    def _write_conf(self) -> None:
-        self._conf.write_text(f"""\
-{"" if self._is_old else dovecot_24_head()}\
-base_dir = {self.folder}/run
-state_dir = {self.folder}/run
-log_path = {self.log}
-protocols =
-ssl = no
-{self._databases() if self._is_old else self._24_databases()}\
-service auth {{
-  unix_listener auth-userdb {{
-    mode = 0600
-    user = {STORE_USER}
-  }}
-}}
-""")
+        databases = self._databases() if self._is_old else self._24_databases()
+        self._conf.write_text(dovecot_users_conf(self.folder, self.log, databases))
 
     def _databases(self) -> str:
         """Who there is."""

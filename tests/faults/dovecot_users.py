@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from harness import STORE_USER
-from peers import PASSWORD, Peer, answers, dovecot_24_head, dovecot_version, program
+from peers import PASSWORD, Peer, answers, dovecot_users_conf, dovecot_version, program
 
 
 class DovecotUsers(Peer):
@@ -34,22 +34,8 @@ class DovecotUsers(Peer):
             account = pwd.getpwnam((accounts or {}).get(name, STORE_USER))
             self._ask(f"INSERT INTO users VALUES ('{name}', '{home}', {account.pw_uid}, {account.pw_gid})")
         self.conf = self.folder / "dovecot.conf"
-        is_old = dovecot_version() < (2, 4)
-        self.conf.write_text(f"""\
-{"" if is_old else dovecot_24_head()}\
-base_dir = {self.folder}/run
-state_dir = {self.folder}/run
-log_path = {self.log}
-protocols =
-ssl = no
-{self._databases() if is_old else self._24_databases()}\
-service auth {{
-  unix_listener auth-userdb {{
-    mode = 0600
-    user = {STORE_USER}
-  }}
-}}
-""")
+        databases = self._databases() if dovecot_version() < (2, 4) else self._24_databases()
+        self.conf.write_text(dovecot_users_conf(self.folder, self.log, databases))
 
     def _databases(self) -> str:
         sql = self.folder / "sql.conf"

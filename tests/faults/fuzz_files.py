@@ -12,7 +12,6 @@ import re
 import shutil
 import smtplib
 import socket
-import tempfile
 import time
 import types
 from base64 import b64encode
@@ -21,7 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
-from fuzz_target import Target
+from fuzz_target import Target, log_into, scratch_folder
 from harness import config_of
 
 import lmtpd
@@ -52,9 +51,7 @@ class Files(Target):
     def __init__(self) -> None:
         self._log: list[str] = []
         with ExitStack() as stack:
-            fast = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-            self._root = Path(tempfile.mkdtemp(prefix="lmtpd-test-", dir=fast))
-            stack.callback(shutil.rmtree, self._root)
+            self._root = scratch_folder(stack)
             for name in ("lib", "spool"):
                 (self._root / name).mkdir()
             self._file = self._root / "file"
@@ -62,8 +59,7 @@ class Files(Target):
             clock.__dict__.update({**vars(time), "sleep": lambda _: None})
             for name, value in (("time", clock), ("LOCK_PATIENCE", 0.002), ("SUBSCRIPTIONS_PATIENCE", 0.002)):
                 stack.enter_context(mock.patch.object(lmtpd, name, value))
-            stack.enter_context(mock.patch.object(lmtpd.log, "_journal", None))
-            stack.enter_context(mock.patch.object(lmtpd.log, "_emit", lambda _level, line: self._log.append(line)))
+            log_into(self._log, stack)
             self._stop = lmtpd.Stop(lmtpd.ShutdownFile(f"{self._root}/shutdown"))
             self._stop.wakeup.open()
             self._configs = [self._config(), self._config(unixhierarchysep="no")]

@@ -14,7 +14,6 @@ import socket
 import ssl
 import struct
 import subprocess
-import tempfile
 import termios
 import time
 import types
@@ -27,7 +26,7 @@ from unittest import mock
 
 from argon2 import PasswordHasher
 from authority import Authority
-from fuzz_target import Target, forget_records
+from fuzz_target import Target, forget_records, log_into, scratch_folder
 from harness import Site, config_of, wait_for
 from scramp import ScramClient, ScramMechanism
 from test_fuzz import BEGIN, CORPUS, DICTIONARY, Model
@@ -414,16 +413,13 @@ class Sessions(Target):
     def __init__(self) -> None:
         self._log: list[str] = []
         with ExitStack() as stack:
-            fast = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-            self._root = Path(tempfile.mkdtemp(prefix="lmtpd-test-", dir=fast))
-            stack.callback(shutil.rmtree, self._root)
+            self._root = scratch_folder(stack)
             self._scenes = self._make_scenes(stack)
             stack.enter_context(mock.patch.object(lmtpd, "Wire", DrivenWire))
             clock = types.ModuleType("time")
             clock.__dict__.update({**vars(time), "sleep": lambda _: None})
             stack.enter_context(mock.patch.object(lmtpd, "time", clock))
-            stack.enter_context(mock.patch.object(lmtpd.log, "_journal", None))
-            stack.enter_context(mock.patch.object(lmtpd.log, "_emit", lambda _level, line: self._log.append(line)))
+            log_into(self._log, stack)
             make_server = ScramMechanism.make_server
             stack.enter_context(
                 mock.patch.object(

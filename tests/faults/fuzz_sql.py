@@ -12,14 +12,13 @@ import os
 import re
 import shutil
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
-from fuzz_target import Target
+from fuzz_target import Target, log_into, scratch_folder
 from harness import config_of
 
 import lmtpd
@@ -142,16 +141,13 @@ class Answers(Target):
     def __init__(self) -> None:
         self._log: list[str] = []
         with ExitStack() as stack:
-            fast = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-            self._root = Path(tempfile.mkdtemp(prefix="lmtpd-test-", dir=fast))
-            stack.callback(shutil.rmtree, self._root)
+            self._root = scratch_folder(stack)
             (self._root / "lib").mkdir()
             self._server = Server(self._root)
             stack.callback(self._server.close)
             for name, value in (("SERVER_PATIENCE", 0.05), ("SENDING_PATIENCE", 0.05)):
                 stack.enter_context(mock.patch.object(lmtpd, name, value))
-            stack.enter_context(mock.patch.object(lmtpd.log, "_journal", None))
-            stack.enter_context(mock.patch.object(lmtpd.log, "_emit", lambda _level, line: self._log.append(line)))
+            log_into(self._log, stack)
             self._stop = lmtpd.Stop(lmtpd.ShutdownFile(f"{self._root}/shutdown"))
             self._stop.wakeup.open()
             (self._root / "script.sieve").write_text(REMEMBERING)

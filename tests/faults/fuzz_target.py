@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import shutil
 import sqlite3
+import tempfile
 from binascii import a2b_base64, b2a_base64
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
+from unittest import mock
 
 BASE64 = re.compile(rb"(?:[A-Za-z0-9+/]{4}){2,}(?:[A-Za-z0-9+/]{2,3}={0,2})?(?=\s)")
 
@@ -44,6 +48,21 @@ class Target:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def scratch_folder(stack: ExitStack) -> Path:
+    """A folder in memory, if there is such a file system, until the stack ends."""
+    folder = Path(tempfile.mkdtemp(prefix="lmtpd-test-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+    stack.callback(shutil.rmtree, folder)
+    return folder
+
+
+def log_into(lines: list[str], stack: ExitStack) -> None:
+    """Has lmtpd add its log lines to a list, until the stack ends."""
+    import lmtpd  # late, for it must be imported by atheris
+
+    stack.enter_context(mock.patch.object(lmtpd.log, "_journal", None))
+    stack.enter_context(mock.patch.object(lmtpd.log, "_emit", lambda _level, line: lines.append(line)))
 
 
 def forget_records(database: Path) -> None:
