@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
-from fuzz_target import Target, log_into, scratch_folder
+from fuzz_target import Target, log_into, scratch_folder, served
 from harness import config_of
 
 import lmtpd
@@ -200,26 +200,15 @@ class Files(Target):
             return ours
 
         kept: list[socket.socket] = []
-        source, sink = os.memfd_create("sent"), os.memfd_create("answers")
+        config = self._servers[kind]
         try:
-            os.write(source, commands)
-            os.lseek(source, 0, os.SEEK_SET)
             with mock.patch.object(lmtpd, "connect_to_service", connect):
-                config = self._servers[kind]
-                connection = lmtpd.Connection(lmtpd.Wire(source, sink, 5, 0, self._stop.wakeup.fd), 5)
-                peer = lmtpd.Peer("[192.0.2.1]", True, "192.0.2.1")
-                authenticator = lmtpd.Authenticator(config, "lmtp", peer, kind == "userdb")
-                agent = lmtpd.DeliveryAgent(config)
-                lmtpd.Session(connection, peer, authenticator, agent, self._stop, config).serve()
-                authenticator.close()
-            answers = os.pread(sink, 1 << 20, 0)
-            assert all(re.fullmatch(rb"[2-5]\d\d[ -][ -~]*\r", line) for line in answers.split(b"\n")[:-1]), answers
-            return answers
+                answers = served(commands, config, lmtpd.DeliveryAgent(config), self._stop, kind == "userdb")
         finally:
             for sock in kept:
                 sock.close()
-            os.close(source)
-            os.close(sink)
+        assert all(re.fullmatch(rb"[2-5]\d\d[ -][ -~]*\r", line) for line in answers.split(b"\n")[:-1]), answers
+        return answers
 
     def userdb(self, data: bytes) -> None:
         """What Dovecot says of a user."""

@@ -8,7 +8,6 @@ closes the connection; what follows is for the next one. Source: PostgreSQL, cha
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 import socket
@@ -18,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
-from fuzz_target import Target, log_into, scratch_folder
+from fuzz_target import Target, log_into, scratch_folder, served
 from harness import config_of
 
 import lmtpd
@@ -188,21 +187,11 @@ class Answers(Target):
 
     def _replies(self, config: lmtpd.Config) -> list[str]:
         """The replies to the final dots, of a session with two messages."""
-        source, sink = os.memfd_create("sent"), os.memfd_create("answers")
-        try:
-            os.write(source, SESSION)
-            os.lseek(source, 0, os.SEEK_SET)
-            connection = lmtpd.Connection(lmtpd.Wire(source, sink, 5, 0, self._stop.wakeup.fd), 5)
-            peer = lmtpd.Peer("[192.0.2.1]", True, "192.0.2.1")
-            agent = lmtpd.DeliveryAgent(config)
-            authenticator = lmtpd.Authenticator(config, "lmtp", peer, True)
-            lmtpd.Session(connection, peer, authenticator, agent, self._stop, config).serve()
-            if isinstance(agent._records, lmtpd.ServerRecords):
-                agent._records._close()
-            lines = [line for line in os.pread(sink, 1 << 20, 0).decode("ascii").split("\r\n") if line[3:4] == " "]
-        finally:
-            os.close(source)
-            os.close(sink)
+        agent = lmtpd.DeliveryAgent(config)
+        answers = served(SESSION, config, agent, self._stop, trusted=True)
+        if isinstance(agent._records, lmtpd.ServerRecords):
+            agent._records._close()
+        lines = [line for line in answers.decode("ascii").split("\r\n") if line[3:4] == " "]
         # The greeting, LHLO, MAIL, two RCPT and DATA; after two replies MAIL, RCPT and DATA; after the last one QUIT.
         assert [line[:3] for line in lines[:6]] == ["220", "250", "250", "250", "250", "354"], lines
         assert [line[:3] for line in (*lines[8:11], lines[12])] == ["250", "250", "354", "221"], lines

@@ -12,7 +12,11 @@ from binascii import a2b_base64, b2a_base64
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
+
+if TYPE_CHECKING:
+    from lmtpd import Config, DeliveryAgent, Stop
 
 BASE64 = re.compile(rb"(?:[A-Za-z0-9+/]{4}){2,}(?:[A-Za-z0-9+/]{2,3}={0,2})?(?=\s)")
 
@@ -63,6 +67,25 @@ def log_into(lines: list[str], stack: ExitStack) -> None:
 
     stack.enter_context(mock.patch.object(lmtpd.log, "_journal", None))
     stack.enter_context(mock.patch.object(lmtpd.log, "_emit", lambda _level, line: lines.append(line)))
+
+
+def served(commands: bytes, config: Config, agent: DeliveryAgent, stop: Stop, trusted: bool) -> bytes:
+    """What a client gets that sends these commands in a session. trusted: whether it may deliver without AUTH."""
+    import lmtpd  # late, for it must be imported by atheris
+
+    source, sink = os.memfd_create("sent"), os.memfd_create("answers")
+    try:
+        os.write(source, commands)
+        os.lseek(source, 0, os.SEEK_SET)
+        connection = lmtpd.Connection(lmtpd.Wire(source, sink, 5, 0, stop.wakeup.fd), 5)
+        peer = lmtpd.Peer("[192.0.2.1]", True, "192.0.2.1")
+        authenticator = lmtpd.Authenticator(config, "lmtp", peer, trusted)
+        lmtpd.Session(connection, peer, authenticator, agent, stop, config).serve()
+        authenticator.close()
+        return os.pread(sink, 1 << 20, 0)
+    finally:
+        os.close(source)
+        os.close(sink)
 
 
 def forget_records(database: Path) -> None:
