@@ -65,7 +65,7 @@ class Starter:
                 self.command_line(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         try:
-            wait_for(lambda: self.process.poll() is not None or listening(self.address), "it to listen")
+            wait_for(lambda: self.process.poll() is not None or all(map(listening, self.addresses)), "it to listen")
             assert self.process.poll() is None, "it has ended"
         except BaseException:
             print(f"{type(self).__name__}:\n{self.close()}")
@@ -74,6 +74,11 @@ class Starter:
     def command_line(self) -> list[str]:
         """Writes the configuration; the command that reads it."""
         raise NotImplementedError
+
+    @property
+    def addresses(self) -> list[Address]:
+        """All addresses on which it listens."""
+        return [self.address]
 
     def connect(self) -> Client:
         return Client(connect(self.place))
@@ -168,10 +173,17 @@ class SocketActivate(Starter):
     ) -> None:
         self._command = command
         self._options = ["--accept"] * accept + ["--inetd"] * inetd
+        self._more_addresses = more_addresses
         self._options += [f"--listen={more}" for more in more_addresses]
         # It hands on only PATH, HOME and the like of its own environment.
         self._options += [f"--setenv={variable}" for variable in environment]
         super().__init__(address)
+
+    @property
+    def addresses(self) -> list[Address]:
+        """All addresses on which it listens."""
+        more = [address if address[0] == "/" else int(address.rpartition(":")[2]) for address in self._more_addresses]
+        return [self.address, *more]
 
     def command_line(self) -> list[str]:
         address = self.address if isinstance(self.address, str) else f"127.0.0.1:{self.address}"

@@ -300,6 +300,8 @@ def test_upgrade_of_the_pool_under_load(fresh: Machine) -> None:
         assert old.reply()[-1].startswith("250")
         old.close()
         said = upgrading.communicate(timeout=300)[0].splitlines()
+        # The old workers leave when their sessions have ended; systemd does not wait for that.
+        wait_for(lambda: load.errors or f" {LAST} " in load.greetings[-1], "the new pool")
         load.wait_for_more()
     assert load.errors == []
     assert {reply[:9] for reply in load.replies} == {"250 2.1.5"}
